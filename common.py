@@ -1,0 +1,1483 @@
+"""What the scripts share: data, layers, models, optimizers, run log, checkpoints, command line.
+
+A copy of one script and this file is all that a copy of an experiment needs. At import this module takes in NumPy and
+the standard library only, and does nothing else; psutil, threadpoolctl, tqdm and torchvision are imported by the
+functions that need them.
+
+Arrays are NHWC: images (N, H, W, C), convolution weights (KH, KW, C_in, C_out), dense weights (in, out). `dx` means
+dL/dx. The loss is summed over a batch, and so are the gradients; `optimizer.step(count)` divides once by the number of
+images. So any number of ranks, with shards of any size, follows the serial run.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class InputError(Exception):
+    """The user's input cannot be used: one line that says what and what to do; exit status 2."""
+
+
+class TrainingError(Exception):
+    """The run failed after it had started: one line that says where; exit status 1."""
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Ctrl-C or SIGTERM, raised between two batches; exit status 130."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+MEAN = (0.4914, 0.4822, 0.4465)  # of all pixels of the published training set, red, green, blue
+STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+DOWNLOAD_TIMEOUT = 8  # seconds until a download that has not started is given up
+RECORD_BYTES, FILE_RECORDS = 1 + 3 * 32 * 32, 10_000  # a record of the binary layout: label, red, green, blue plane
+
+
+class Dataset(NamedTuple):
+    x_train: np.ndarray  # (N, 32, 32, 3) uint8
+    y_train: np.ndarray  # (N,) uint8
+    x_test: np.ndarray
+    y_test: np.ndarray
+    name: str  # "cifar10" or "synthetic": stands in every log, table and plot
+    fingerprint: str  # SHA-256 of the whole set's bytes, before --subset
+
+
+def load_cifar10(data_dir=None, dataset="auto", subset=None, seed=42):
+    """Return CIFAR-10, or the synthetic stand-in, as a `Dataset` of uint8 arrays.
+
+    data_dir: folder that holds `cifar-10-batches-bin/` or `cifar-10-batches-py/`, or is one of them; default
+        $CIFAR10_DIR, else ./data. What is found there is kept beside it as .npy files and memory-mapped from then on.
+    dataset: "auto" takes the files, else downloads them, else falls back to the synthetic set with a banner on stderr;
+        "cifar10" never falls back; "synthetic" is generated from `seed`.
+    subset: the first N training images and the first N // 5 (at least one) test images, the proportion of the set.
+    Raises InputError for files that are missing or damaged and for a subset that the set does not have.
+    """
+    if subset is not None and not 1 <= subset <= 50_000:
+        raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
+    data_dir = Path(data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    loaded = None if dataset == "synthetic" else _load_real(data_dir, may_fail=dataset == "auto")
+    name = "cifar10" if loaded else "synthetic"
+    if loaded is None:
+        stamp = {"synthetic": 1, "seed": seed, "subset": subset}
+        loaded = _through_cache(data_dir, stamp, lambda: make_synthetic(subset or 50_000, seed))
+    arrays, fingerprint = loaded
+    if subset is not None:
+        sizes = (subset, subset, max(subset // 5, 1), max(subset // 5, 1))
+        arrays = [a[:size] for a, size in zip(arrays, sizes, strict=True)]
+    return Dataset(*arrays, name, fingerprint)
+
+
+def _load_real(data_dir, may_fail):
+    """The arrays and fingerprint of the files in data_dir, downloaded if need be; None if that cannot be."""
+    folder = _find_batches(data_dir)
+    if folder is None:
+        problem = _download(data_dir)
+        folder = _find_batches(data_dir)
+        if folder is None and may_fail:
+            print(_SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem), file=sys.stderr, flush=True)
+            return None
+        if folder is None:
+            raise InputError(f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
+                             "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic")
+    read = _read_binary if (folder / "test_batch.bin").exists() or folder.name.endswith("-bin") else _read_python
+    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()}
+    return _through_cache(data_dir, files, lambda: read(folder))
+
+
+_SYNTHETIC_BANNER = """\
+********************************************************************************
+*  SYNTHETIC DATA: these are NOT the CIFAR-10 images, and no result of this    *
+*  run says anything about CIFAR-10.                                           *
+********************************************************************************
+   No CIFAR-10 in {data_dir}, and no download: {problem}.
+   Give --data-dir or $CIFAR10_DIR a folder with cifar-10-batches-bin/ or cifar-10-batches-py/."""
+
+
+def _find_batches(data_dir):
+    for folder in (data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-batches-py", data_dir):
+        if any((folder / name).exists() for name in ("data_batch_1.bin", "test_batch.bin", "data_batch_1")):
+            return folder
+    return None
+
+
+def _read_binary(folder):
+    """Read the six files of CIFAR-10's binary layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+    parts = []
+    for path in [folder / f"data_batch_{i}.bin" for i in range(1, 6)] + [folder / "test_batch.bin"]:
+        wanted = RECORD_BYTES * FILE_RECORDS
+        if not path.is_file() or path.stat().st_size != wanted:
+            seen = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+            raise InputError(f"{path}: {seen}, CIFAR-10 has {wanted} bytes there: fetch the file again")
+        records = np.fromfile(path, np.uint8).reshape(FILE_RECORDS, RECORD_BYTES)
+        if records[:, 0].max() > 9:
+            record = int(np.argmax(records[:, 0] > 9))
+            raise InputError(f"{path}: label {records[record, 0]} in record {record}, labels end at 9: "
+                             "fetch the file again")
+        parts.append((records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]))
+    x, y = zip(*parts, strict=True)
+    return np.concatenate(x[:5]), np.concatenate(y[:5]), x[5], y[5]
+
+
+def _read_python(folder):
+    """Read the pickled layout through torchvision, which opens a file only after its MD5 checksum agrees."""
+    datasets = import_torchvision().datasets
+    if folder.name != datasets.CIFAR10.base_folder:
+        raise InputError(f"{folder}: rename it to {datasets.CIFAR10.base_folder}, the name that torchvision looks for")
+    try:
+        sets = [datasets.CIFAR10(folder.parent, train=train, download=False) for train in (True, False)]
+    except RuntimeError:
+        raise InputError(f"{folder}: a file is missing or its checksum is wrong, so nothing in it was opened: "
+                         "delete the folder and fetch CIFAR-10 again") from None
+    arrays = [a for s in sets for a in (s.data, np.array(s.targets, np.uint8))]
+    if any(len(a) != n for a, n in zip(arrays, (50_000, 50_000, 10_000, 10_000), strict=True)):
+        raise InputError(f"{folder}: not 50000 training and 10000 test images")
+    return arrays
+
+
+def _download(data_dir):
+    """Download the Python layout into data_dir; return what went wrong, or None."""
+    import socket
+    import urllib.request
+
+    failure = [f"no answer within {DOWNLOAD_TIMEOUT} s"]
+
+    def probe():  # in a thread of its own, because a name look-up takes no timeout
+        try:
+            urllib.request.urlopen(urllib.request.Request(CIFAR10_URL, method="HEAD"), timeout=DOWNLOAD_TIMEOUT).close()
+            failure[0] = None
+        except OSError as error:
+            failure[0] = str(getattr(error, "reason", error))
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_TIMEOUT)
+    if failure[0]:
+        return failure[0]
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
+            cifar10 = import_torchvision().datasets.CIFAR10(scratch, download=True)
+            (Path(scratch) / cifar10.base_folder).rename(data_dir / cifar10.base_folder)
+    except (OSError, RuntimeError) as error:
+        return f"it broke off: {error}"
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def _through_cache(data_dir, stamp, build):
+    """Memory maps of the arrays that build() makes, kept in data_dir (else the user's cache folder) under `stamp`.
+
+    stamp: JSON-able description of the source; another stamp means another folder, so a changed source is read anew.
+    Returns ([x_train, y_train, x_test, y_test], fingerprint). A folder is complete or absent: it is renamed into place.
+    """
+    key = "npy-" + hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parallel-cnn"
+    names = ("x_train", "y_train", "x_test", "y_test")
+
+    def open_maps(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            maps = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+            return [np.asarray(m) for m in maps], json.loads((folder / "meta.json").read_text())["fingerprint"]
+
+    for root in (data_dir, user_cache):
+        if maps := open_maps(root / key):
+            return maps
+    arrays = [np.ascontiguousarray(a) for a in build()]
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(a)
+    for root in (data_dir, user_cache):
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
+                new = Path(scratch) / key
+                new.mkdir()
+                for name, a in zip(names, arrays, strict=True):
+                    np.save(new / f"{name}.npy", a)
+                (new / "meta.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "source": stamp}))
+                with contextlib.suppress(OSError):  # another process was faster: use its folder
+                    new.rename(root / key)
+            if maps := open_maps(root / key):
+                return maps
+    return arrays, digest.hexdigest()
+
+
+def make_synthetic(n_train, seed=42, n_test=None):
+    """Ten classes of moving textures, (N, 32, 32, 3) uint8, that a CNN learns well but not at once.
+
+    An image is one of its class's three smooth patterns, moved by up to seven pixels around the torus, faded into a
+    pattern that all classes share, in random contrast and under pixel noise. Images come in blocks that depend on
+    (seed, split, block) alone, so a smaller set is the beginning of a larger one.
+    Returns x_train, y_train, x_test, y_test; n_test defaults to n_train // 5, at least one.
+    """
+    block, grid = 1000, np.arange(32)
+    wave = np.exp(2j * np.pi * np.outer(np.arange(1, 5), grid) / 32)  # (4, 32): the four lowest frequencies
+
+    def patterns(rng, *shape):  # (*shape, 32, 32, 3), zero mean, unit deviation
+        c = rng.standard_normal((*shape, 4, 4, 3)) + 1j * rng.standard_normal((*shape, 4, 4, 3))
+        p = np.einsum("...fgc,fh,gw->...hwc", c, wave, wave).real
+        return (p / p.std(axis=(-3, -2), keepdims=True)).astype(np.float32)
+
+    rng = np.random.default_rng([seed, 0])
+    own, shared = patterns(rng, 10, 3), patterns(rng, 16)
+
+    def images(split, number):
+        x, y = np.empty((number, 32, 32, 3), np.uint8), np.empty(number, np.uint8)
+        for start in range(0, number, block):
+            rng = np.random.default_rng([seed, split, start])
+            labels, which, other = (rng.integers(choices, size=block) for choices in (10, 3, 16))
+            dy, dx, ey, ex = ((grid + rng.integers(reach, size=(block, 1))) % 32 for reach in (8, 8, 32, 32))
+            pixels = own[labels[:, None, None], which[:, None, None], dy[:, :, None], dx[:, None, :]]
+            pixels *= rng.uniform(0.5, 1, (block, 1, 1, 1)).astype(np.float32)
+            pixels += shared[other[:, None, None], ey[:, :, None], ex[:, None, :]]
+            pixels += 0.75 * rng.standard_normal(pixels.shape, np.float32)
+            pixels = np.clip(127 + rng.uniform(20, 40, (block, 1, 1, 1)).astype(np.float32) * pixels, 0, 255)
+            x[start:start + block], y[start:start + block] = pixels[:number - start], labels[:number - start]
+        return x, y
+
+    return (*images(1, n_train), *images(2, max(n_train // 5, 1) if n_test is None else n_test))
+
+
+def epoch_order(n, seed, epoch):
+    """The order of n images in an epoch (from 1): a function of (seed, epoch) alone, whatever runs in parallel."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def load_batch(images, labels, index, dtype=np.float32):
+    """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised channel by channel with MEAN and STD."""
+    scale = np.tile(1 / (255 * np.array(STD)), 32).astype(dtype)  # one row of pixels: long rows make fast loops
+    shift = np.tile(np.array(MEAN) / STD, 32).astype(dtype)
+    x = np.multiply(images[index].reshape(-1, 32, 96), scale, dtype=dtype)
+    x -= shift
+    return x.reshape(-1, 32, 32, 3), labels[index]
+
+
+def import_torchvision():
+    """Import torchvision beside a CPU-only build of torch too.
+
+    The package index's torchvision is built for CUDA; without it, its import stops at "operator torchvision::nms does
+    not exist" (pytorch/vision #8985). Declaring the operators' schemas first is enough for models and data sets.
+    """
+    import torch
+
+    with contextlib.suppress(RuntimeError):  # they exist already
+        if not torch.version.cuda:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import_torchvision.library = library  # the schemas last as long as this object
+    import torchvision
+
+    return torchvision
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+CACHE_BYTES = 2048 * 1024  # working set of one piece of a convolution: a common size of a core's own cache
+
+
+def array_module(x):
+    """The module whose array x is: numpy or cupy."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def aligned_zeros(shape, dtype, xp=np):
+    """Zeros on a cache line's boundary, where vector loads and stores are fastest; NumPy promises 16 bytes only."""
+    if xp is not np:
+        return xp.zeros(shape, dtype)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start:start + size].view(dtype).reshape(shape)
+
+
+class Layer:
+    """The protocol: `out = forward(x)`, `dx = backward(dout)`, `params()`, `grads()`.
+
+    A leaf names its parameters in `param_names`; parameter `W` has its gradient in `dW`, which every backward()
+    overwrites with the sum over the batch. Arrays that are kept but not trained (running statistics) are named in
+    `state_names`. A composite, such as a residual block, overrides `leaves()` to yield its parts.
+    What forward() and backward() return belongs to the layer and is overwritten by its next call.
+    """
+
+    param_names, state_names = (), ()
+    training = True  # False during evaluation
+    needs_dx = True  # False in a model's first layer: nobody asks for the gradient of the images
+
+    def leaves(self):
+        yield self
+
+    def params(self):
+        return [getattr(leaf, name) for leaf in self.leaves() for name in leaf.param_names]
+
+    def grads(self):
+        return [getattr(leaf, "d" + name) for leaf in self.leaves() for name in leaf.param_names]
+
+    def state(self):
+        return [getattr(leaf, name) for leaf in self.leaves() for name in leaf.state_names]
+
+    def scratch(self, name, shape, like, dtype=None):
+        """An array, zero when new, that is kept between calls; the first axis may shrink without a new one."""
+        arrays, key, dtype = self.__dict__.setdefault("_scratch", {}), (name, shape[1:]), dtype or like.dtype
+        kept = arrays.get(key)
+        if kept is None or len(kept) < shape[0] or kept.dtype != dtype:
+            kept = arrays[key] = aligned_zeros(shape, dtype, array_module(like))
+        return kept if len(kept) == shape[0] else kept[:shape[0]]
+
+
+class Conv2D(Layer):
+    """2-D convolution (cross-correlation, as the field has it) with any kernel size, stride and padding.
+
+    W: (kernel_size, kernel_size, in_channels, out_channels), He-normal; b: (out_channels,), zero.
+    Each image's receptive fields are copied to the rows of a matrix (im2col) and multiplied by W: Chellapilla et al.,
+    "High Performance Convolutional Neural Networks for Document Processing", 2006. A few images at a time, so that
+    the matrix, K² times as large as the image, never leaves the cache; backward() makes it again, which is cheaper
+    than to fetch a large one from memory.
+    """
+
+    param_names = ("W", "b")
+
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1, *, rng=None, dtype=np.float32):
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.W, self.b = he_normal(shape, rng, dtype), np.zeros(out_channels, dtype)
+        self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → (N, OH, OW, C_out), OH = (H + 2 padding - kernel_size) // stride + 1."""
+        xp, self.x_shape, self.windows = array_module(x), x.shape, self._windows(x)
+        out = self.scratch("out", (*self.windows.shape[:3], self.b.size), x)
+        for piece in self._pieces():
+            y = out[piece].reshape(-1, self.b.size)
+            xp.matmul(self._im2col(piece), self.W.reshape(-1, self.b.size), out=y)
+            y += self.b
+        return out
+
+    def backward(self, dout):
+        """dout (N, OH, OW, C_out) → dx (N, H, W, C_in); sets dW and db."""
+        self._start_backward(dout)
+        for piece in self._pieces():
+            self._add_weight_gradient(self._im2col(piece, backward=True), dout[piece].reshape(-1, self.b.size))
+            self._add_bias_gradient(dout[piece])
+            if self.needs_dx:
+                self._input_gradient(dout[piece], piece)
+        return self._dx if self.needs_dx else None
+
+    def _windows(self, x):
+        """All receptive fields of x, (N, OH, OW, KH, KW, C_in): a view of the padded images, nothing is copied."""
+        x, k, s = self._pad(x), self.kernel_size, self.stride
+        n, h, w, c = x.shape
+        if min(h, w) < k:
+            raise ValueError(f"an input of {h}x{w} pixels, padding included, is smaller than the kernel, {k}x{k}")
+        sn, sh, sw, sc = x.strides
+        shape = (n, (h - k) // s + 1, (w - k) // s + 1, k, k, c)
+        return array_module(x).lib.stride_tricks.as_strided(x, shape, (sn, s * sh, s * sw, sh, sw, sc))
+
+    def _pad(self, x):
+        (n, h, w, c), p = x.shape, self.padding
+        if not p:
+            return x
+        padded = self.scratch("padded", (n, h + 2 * p, w + 2 * p, c), x)  # zero when new, and its border stays so
+        padded[:, p:p + h, p:p + w] = x
+        return padded
+
+    def _pieces(self):
+        """Slices of the batch whose im2col matrix and output fit into the cache."""
+        *positions, kh, kw, c = self.windows.shape[1:]
+        return pieces(len(self.windows), math.prod(positions) * (kh * kw * c + self.b.size) * self.windows.itemsize)
+
+    def _im2col(self, piece, backward=False):
+        """The piece's matrix (n·OH·OW, KH·KW·C_in). Where it is no larger than the output, backward() finds it kept."""
+        window = math.prod(self.windows.shape[-3:])
+        keep, windows = window <= self.b.size, self.windows[piece]
+        if keep:
+            col = self.scratch("kept col", self.windows.shape, windows)[piece]
+        else:
+            col = self.scratch("col", windows.shape, windows)
+        if not (keep and backward):
+            col[...] = windows
+        return col.reshape(-1, window)
+
+    def _start_backward(self, dout):
+        self.dW.fill(0)
+        self.db.fill(0)
+        if self.needs_dx:
+            self._dx = self.scratch("dx", self.x_shape, dout)
+            # (KH·KW, C_out, C_in): one plain matrix product per offset within the kernel
+            self._W_by_offset = self.W.reshape(-1, *self.W.shape[2:]).transpose(0, 2, 1).copy()
+
+    def _add_weight_gradient(self, col, dy):
+        dW = array_module(col).matmul(col.T, dy, out=self.scratch("dW", (col.shape[1], dy.shape[1]), col))
+        self.dW += dW.reshape(self.W.shape)
+
+    def _add_bias_gradient(self, dy):
+        dy = dy.reshape(-1, self.b.size)
+        self.db += array_module(dy).ones(len(dy), dy.dtype) @ dy  # the sum over all positions, by BLAS
+
+    def _input_gradient(self, dy, piece):
+        """dx of one piece: a matrix product and a shifted addition (col2im) for each offset within the kernel."""
+        (n, oh, ow, c_out), (_, h, w, c), k, s, p = dy.shape, self.x_shape, self.kernel_size, self.stride, self.padding
+        offsets = self.scratch("offsets", (n, k * k * oh * ow * c), dy).reshape(k * k, -1, c)
+        array_module(dy).matmul(dy.reshape(1, -1, c_out), self._W_by_offset, out=offsets)
+        padded = self.scratch("dx padded", (n, h + 2 * p, w + 2 * p, c), dy)
+        padded.fill(0)
+        for offset, part in enumerate(offsets):
+            i, j = divmod(offset, k)
+            padded[:, i:i + s * oh:s, j:j + s * ow:s] += part.reshape(n, oh, ow, c)
+        self._dx[piece] = padded[:, p:p + h, p:p + w]
+
+
+class ReLU(Layer):
+    def forward(self, x):
+        self.out = array_module(x).maximum(x, 0, out=self.scratch("out", x.shape, x))
+        return self.out
+
+    def backward(self, dout):
+        return array_module(dout).multiply(dout, self.out > 0, out=self.scratch("dx", dout.shape, dout))
+
+
+class MaxPool2D(Layer):
+    """Maximum over size×size windows, `stride` (default: size) apart; what does not fill a window is left out.
+
+    The gradient goes to the first of equal maxima, row by row, as in PyTorch.
+    """
+
+    def __init__(self, size=2, stride=None):
+        self.size, self.stride = size, stride or size
+
+    def _offsets(self, x):
+        """Views of x, (N, OH, OW, C) each: the input of all windows at one offset within the window."""
+        (_, h, w, _), k, s = x.shape, self.size, self.stride
+        oh, ow = (h - k) // s + 1, (w - k) // s + 1
+        return [x[:, i:i + s * (oh - 1) + 1:s, j:j + s * (ow - 1) + 1:s] for i in range(k) for j in range(k)]
+
+    def forward(self, x):
+        xp, self.x = array_module(x), x
+        first, *others = self._offsets(x)
+        self.out = self.scratch("out", first.shape, x)
+        self.out[...] = first
+        for other in others:
+            xp.maximum(self.out, other, out=self.out)
+        return self.out
+
+    def backward(self, dout):
+        dx = self.scratch("dx", self.x.shape, dout)
+        dx.fill(0)
+        open_ = array_module(dout).ones(dout.shape, bool)  # windows whose maximum has not been met yet
+        for x, dx_part in zip(self._offsets(self.x), self._offsets(dx), strict=True):
+            hit = open_ & (x == self.out)
+            dx_part += dout * hit
+            open_ &= ~hit
+        return dx
+
+
+class ConvReLUPool(Conv2D):
+    """Conv2D, ReLU and MaxPool2D(2) in one pass while a piece of the batch is in the cache: the same function.
+
+    max(ReLU(y + b)) = ReLU(max(y) + b), so bias and ReLU work on a quarter of the values, and backward() needs no more
+    of y than which of four was the maximum. The convolution delivers the four positions of all pooling windows as four
+    arrays, `planes`, (n, OH/2, OW/2, C_out) each, so that every step runs over long rows.
+    """
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → (N, OH // 2, OW // 2, C_out)"""
+        xp, self.x_shape = array_module(x), x.shape
+        self.out = self._start_forward(x)
+        for piece in self._pieces():
+            y0, y1, y2, y3 = self._convolve(piece)
+            upper, lower = (self.scratch(name, y0.shape, x) for name in ("upper", "lower"))
+            xp.maximum(y0, y1, out=upper)
+            xp.maximum(y2, y3, out=lower)
+            if self.training:  # which of four was the first maximum
+                y0_won, y2_won, upper_won = self._won(piece, y0.shape)
+                xp.greater_equal(y0, y1, out=y0_won)
+                xp.greater_equal(y2, y3, out=y2_won)
+                xp.greater_equal(upper, lower, out=upper_won)
+            xp.maximum(upper, lower, out=upper)
+            upper += self.b
+            xp.maximum(upper, 0, out=self._like_planes(self.out[piece]))
+        return self.out
+
+    def backward(self, dout):
+        """dout (N, OH // 2, OW // 2, C_out) → dx (N, H, W, C_in); sets dW and db."""
+        xp = array_module(dout)
+        self._start_backward(dout)
+        for piece in self._pieces():
+            out, d = self._like_planes(self.out[piece]), self._like_planes(dout[piece])
+            d = xp.multiply(d, out > 0, out=self.scratch("upper", d.shape, dout))
+            self._add_bias_gradient(d)
+            y0_won, y2_won, upper_won = self._won(piece, d.shape)
+            y0, y1, y2, y3 = self._planes(len(dout[piece]), dout)
+            upper = xp.multiply(d, upper_won, out=self.scratch("lower", d.shape, dout))
+            d -= upper
+            xp.multiply(upper, y0_won, out=y0)
+            xp.subtract(upper, y0, out=y1)
+            xp.multiply(d, y2_won, out=y2)
+            xp.subtract(d, y2, out=y3)
+            self._convolve_backward(piece)
+        self._finish_backward()
+        return self._dx if self.needs_dx else None
+
+    def _won(self, piece, shape):
+        """Booleans kept for backward(): plane 0 ≥ plane 1, plane 2 ≥ plane 3, their larger ≥ the other two's."""
+        kept = self.scratch("won", (len(self.out), 3 * math.prod(self.out.shape[1:])), self.out, dtype=bool)
+        return kept[piece].reshape(3, *shape)
+
+    # What another way to convolve has to replace: im2col here, Winograd's below.
+
+    def _start_forward(self, x):
+        windows = self._windows(x)
+        n, oh, ow, *window = windows.shape
+        oh, ow = oh // 2, ow // 2
+        windows = windows[:, :2 * oh, :2 * ow].reshape(n, oh, 2, ow, 2, *window)
+        self.windows = windows.transpose(0, 2, 4, 1, 3, 5, 6, 7)  # (N, 2, 2, OH/2, OW/2, KH, KW, C_in), still a view
+        return self.scratch("out", (n, oh, ow, self.b.size), x)
+
+    def _like_planes(self, image):
+        """A view of `image` (n, OH/2, OW/2, C_out) in the shape that the planes have."""
+        return image
+
+    def _planes(self, n, like):
+        self._y = self.scratch("y", (n, 4, *self.out.shape[1:]), like)
+        return self._y.swapaxes(0, 1)
+
+    def _convolve(self, piece):
+        planes = self._planes(len(self.out[piece]), self.out)
+        y = self._y.reshape(-1, self.b.size)
+        array_module(y).matmul(self._im2col(piece), self.W.reshape(-1, self.b.size), out=y)
+        return planes
+
+    def _convolve_backward(self, piece):
+        """From dy in the planes add to dW and set the piece's part of dx."""
+        dy = self._y
+        self._add_weight_gradient(self._im2col(piece, backward=True), dy.reshape(-1, self.b.size))
+        if self.needs_dx:
+            n, _, oh, ow, channels = dy.shape
+            h, w = ((size + 2 * self.padding - self.kernel_size) // self.stride + 1 for size in self.x_shape[1:3])
+            image = self.scratch("dy", (n, h, w, channels), dy)  # zero when new; odd sizes leave the last row zero
+            windows = image[:, :2 * oh, :2 * ow].reshape(n, oh, 2, ow, 2, channels)
+            windows[...] = dy.reshape(n, 2, 2, oh, ow, channels).transpose(0, 3, 1, 4, 2, 5)
+            self._input_gradient(image, piece)
+
+    def _finish_backward(self):
+        pass
+
+
+class WinogradReLUPool(ConvReLUPool):
+    """ConvReLUPool by Winograd's minimal filtering F(4×4, 3×3): kernel 3, stride 1, padding 1, H and W multiples of 4.
+
+    A 4×4 tile of the output takes 36 multiplications per pair of channels instead of 144:
+    y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A with the 6×6 tile d of the input; summed over channels, ⊙ is 36 matrix products.
+    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016. On flattened tiles the transforms are
+    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). Float32 results differ from Conv2D's by about 1e-6.
+    """
+
+    BT = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+                   [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])
+    G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+    AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+    COLUMNS = 512  # of one product in a transform: OpenBLAS does not pack, and is faster, below 10⁶ multiplications
+
+    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
+
+    def _start_forward(self, x):
+        n, h, w, c = x.shape
+        if h % 4 or w % 4:
+            raise ValueError(f"WinogradReLUPool takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool")
+        xp = array_module(x)
+        self.B2, self.G2, self.A2 = (xp.asarray(np.kron(m, m), x.dtype) for m in (self.BT, self.G, self.AT))
+        self.U = self._transform_kernel(self.W)
+        self.tiles = self._tiles(self._pad(x))
+        self.V = self.scratch("V", (n, 36 * (h // 4) * (w // 4) * c), x)  # a piece's part: (36, tiles, C_in)
+        return self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
+
+    def _transform_kernel(self, W):
+        return (self.G2 @ W.reshape(9, -1)).reshape(36, *W.shape[2:])  # (36, C_in, C_out)
+
+    def _tiles(self, padded):
+        """All 6×6 tiles of the padded images, 4 apart: (N, 6, 6, H/4, W/4, C), a view."""
+        (n, h, w, c), (sn, sh, sw, sc) = padded.shape, padded.strides
+        shape, strides = (n, 6, 6, (h - 2) // 4, (w - 2) // 4, c), (sn, sh, sw, 4 * sh, 4 * sw, sc)
+        return array_module(padded).lib.stride_tricks.as_strided(padded, shape, strides)
+
+    def _pieces(self):
+        n, _, _, h, w, c = self.tiles.shape
+        return pieces(n, h * w * (36 * c + (36 + 16) * self.b.size) * self.V.itemsize)
+
+    def _like_planes(self, image):
+        n, h, w, c = image.shape  # → (2, 2, n, H/4, W/4, C_out): pooling window within the tile, tile
+        return image.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 4, 0, 1, 3, 5)
+
+    def _planes(self, n, like):
+        _, h, w, c = self.out.shape
+        self._y = self.scratch("y", (n, 16 * (h // 2) * (w // 2) * c), like)
+        y = self._y.reshape(2, 2, 2, 2, n, h // 2, w // 2, c)  # (4, 4, tile, C_out): row and column within the tile
+        return [y[:, i, :, j] for i in (0, 1) for j in (0, 1)]
+
+    def _filter(self, tiles, U, V, y):
+        """Set y, as (4, 4, tile, C_out), to the convolution of `tiles` (n, 6, 6, ...) with U, and V to Bᵀ d B."""
+        xp, (k, c_in, c_out) = array_module(tiles), U.shape
+        d = self.scratch("tiles", (len(tiles), tiles[0].size), tiles)
+        d.reshape(6, 6, len(tiles), *tiles.shape[3:])[...] = tiles.transpose(1, 2, 0, 3, 4, 5)
+        d, V = d.reshape(k, -1), V.reshape(k, -1)
+        M = self.scratch("M", (len(tiles), V.size // len(tiles) // c_in * c_out), V).reshape(k, -1, c_out)
+        for columns in self._columns(d):
+            xp.matmul(self.B2, d[:, columns], out=V[:, columns])
+        xp.matmul(V.reshape(k, -1, c_in), U, out=M)
+        M, y = M.reshape(k, -1), y.reshape(16, -1)
+        for columns in self._columns(M):
+            xp.matmul(self.A2, M[:, columns], out=y[:, columns])
+
+    def _columns(self, a):
+        return (slice(start, start + self.COLUMNS) for start in range(0, a.shape[1], self.COLUMNS))
+
+    def _convolve(self, piece):
+        planes = self._planes(len(self.out[piece]), self.out)
+        self._filter(self.tiles[piece], self.U, self.V[piece], self._y)
+        return planes
+
+    def _start_backward(self, dout):
+        super()._start_backward(dout)
+        self._dU = self.scratch("dU", self.U.shape, dout)
+        self._dU.fill(0)
+        # dx is the convolution of dy with the kernel turned by 180° and its channels swapped
+        self._U_turned = self._transform_kernel(self.W[::-1, ::-1].transpose(0, 1, 3, 2))
+
+    def _convolve_backward(self, piece):
+        xp, V, (k, c_in, c_out) = array_module(self._y), self.V[piece], self.U.shape
+        n, (h, w) = len(V), self.tiles.shape[3:5]
+        dM, dy = self.scratch("M", (n, k * h * w * c_out), V).reshape(k, -1), self._y.reshape(16, -1)
+        for columns in self._columns(dM):
+            xp.matmul(self.A2.T, dy[:, columns], out=dM[:, columns])
+        V_transposed = V.reshape(k, -1, c_in).transpose(0, 2, 1)
+        self._dU += xp.matmul(V_transposed, dM.reshape(k, -1, c_out), out=self.scratch("product", self.U.shape, V))
+        if self.needs_dx:
+            padded = self.scratch("dy", (n, 4 * h + 2, 4 * w + 2, c_out), V)  # zero when new: its border stays so
+            inner = padded[:, 1:-1, 1:-1].reshape(n, h, 4, w, 4, c_out)
+            inner[...] = dy.reshape(4, 4, n, h, w, c_out).transpose(2, 3, 0, 4, 1, 5)
+            dx = self.scratch("tiled dx", (n, 16 * h * w * c_in), V)
+            self._filter(self._tiles(padded), self._U_turned, self.scratch("V of dy", (n, k * h * w * c_out), V), dx)
+            tiled = dx.reshape(4, 4, n, h, w, c_in).transpose(2, 3, 0, 4, 1, 5)
+            self._dx[piece].reshape(n, h, 4, w, 4, c_in)[...] = tiled
+
+    def _finish_backward(self):
+        self.dW[...] = (self.G2.T @ self._dU.reshape(36, -1)).reshape(self.W.shape)
+
+
+def pieces(n, bytes_per_image):
+    """Slices of n images, each of about CACHE_BYTES, at least one image."""
+    step = max(1, CACHE_BYTES // bytes_per_image)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+class Flatten(Layer):
+    def forward(self, x):
+        self.x_shape = x.shape
+        return x.reshape(len(x), -1)  # (N, H, W, C) → (N, H·W·C)
+
+    def backward(self, dout):
+        return dout.reshape(self.x_shape)
+
+
+class Dense(Layer):
+    """x @ W + b. W: (in_features, out_features), He-normal; b: (out_features,), zero."""
+
+    param_names = ("W", "b")
+
+    def __init__(self, in_features, out_features, *, rng=None, dtype=np.float32):
+        self.W, self.b = he_normal((in_features, out_features), rng, dtype), np.zeros(out_features, dtype)
+        self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
+
+    def forward(self, x):
+        self.x = x
+        out = array_module(x).matmul(x, self.W, out=self.scratch("out", (len(x), self.b.size), x))
+        out += self.b
+        return out
+
+    def backward(self, dout):
+        xp = array_module(dout)
+        xp.matmul(self.x.T, dout, out=self.dW)
+        dout.sum(axis=0, out=self.db)
+        if self.needs_dx:
+            dx = self.scratch("dx", self.x.shape, dout)
+            dx[...] = (self.W @ dout.T).T  # BLAS is much faster with the long dimension first
+            return dx
+
+
+def he_normal(shape, rng=None, dtype=np.float32):
+    """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
+
+    rng: a NumPy Generator or a seed. The draw is made in float64, so that float32 and float64 models start alike.
+    """
+    fan_in = math.prod(shape[:-1])
+    return (np.random.default_rng(rng).standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)
+
+
+def softmax_cross_entropy(logits, labels):
+    """logits (N, K), labels (N,) integers → the loss summed over the batch, a float, and dlogits (N, K)."""
+    xp, rows = array_module(logits), range(len(labels))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    probabilities = xp.exp(shifted)
+    sums = probabilities.sum(axis=1, keepdims=True)
+    loss = xp.log(sums).sum(dtype=np.float64) - shifted[rows, labels].sum(dtype=np.float64)
+    probabilities /= sums
+    probabilities[rows, labels] -= 1
+    return float(loss), probabilities
+
+
+def count_correct(logits, labels):
+    """logits (N, K), labels (N,) → how many labels are the largest logit, and among the five largest."""
+    mine = logits[range(len(labels)), labels][:, None]
+    top1 = (logits.argmax(axis=1) == labels).sum()
+    return int(top1), int(((logits > mine).sum(axis=1) < 5).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Layers in a row, with all parameters in one flat buffer, `params`, and all gradients in another, `grads`.
+
+    A layer's W, b, dW and db are views into them. So an optimizer step is a few operations on one array, a checkpoint
+    is one array, and a reduction over MPI is one call on (slices of) one buffer. xp: numpy or cupy, where they live.
+    """
+
+    def __init__(self, layers, xp=np):
+        self.layers = list(layers)
+        self.layers[0].needs_dx = False
+        size = sum(p.size for layer in self.layers for p in layer.params())
+        dtype = next(p.dtype for layer in self.layers for p in layer.params())
+        self.params, self.grads = aligned_zeros((size,), dtype, xp), aligned_zeros((size,), dtype, xp)
+        self.slices, start = [], 0  # each layer's part of the buffers
+        for layer in self.layers:
+            first = start
+            for leaf in layer.leaves():
+                for name in leaf.param_names:
+                    value = xp.asarray(getattr(leaf, name))
+                    part = slice(start, start + value.size)
+                    self.params[part] = value.reshape(-1)
+                    setattr(leaf, name, self.params[part].reshape(value.shape))
+                    setattr(leaf, "d" + name, self.grads[part].reshape(value.shape))
+                    start = part.stop
+            self.slices.append(slice(first, start))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dout, on_grad_ready=None):
+        """Set `grads`, summed over the batch. on_grad_ready(slice) is called as soon as that part of it is final."""
+        for layer, part in zip(reversed(self.layers), reversed(self.slices), strict=True):
+            dout = layer.backward(dout)
+            if on_grad_ready and part.stop > part.start:
+                on_grad_ready(part)
+
+    def train(self, training=True):
+        """Set the layers' mode, training or evaluation."""
+        for layer in self.layers:
+            for leaf in layer.leaves():
+                leaf.training = training
+
+    def state(self):
+        """Arrays that a checkpoint needs besides `params`: running statistics."""
+        return [array for layer in self.layers for array in layer.state()]
+
+
+def make_cnn(seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense):
+    """The `cnn` of all scripts, 1,070,794 parameters: (N, 32, 32, 3) → logits (N, 10).
+
+    Conv 3→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 4096→256, ReLU, Dense 256→10; convolutions
+    3×3 with padding 1. conv1, conv2 and dense: layer classes of the same protocol that take the place of these.
+    """
+    rng = np.random.default_rng(seed)
+    return Model([
+        conv1(3, 32, rng=rng, dtype=dtype),
+        conv2(32, 64, rng=rng, dtype=dtype),
+        Flatten(),
+        dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
+        ReLU(),
+        dense(256, 10, rng=rng, dtype=dtype),
+    ], xp)
+
+
+def evaluate(model, images, labels, batch_size=100):
+    """Evaluate on uint8 images (N, 32, 32, 3): mean loss, top-1 and top-5 accuracy, seconds spent loading batches."""
+    model.train(False)
+    loss, top1, top5, loading = 0.0, 0, 0, 0.0
+    for start in range(0, len(labels), batch_size):
+        clock = time.perf_counter()
+        x, y = load_batch(images, labels, slice(start, start + batch_size), model.params.dtype)
+        loading += time.perf_counter() - clock
+        logits = model.forward(x)
+        correct = count_correct(logits, y)
+        loss, top1, top5 = loss + softmax_cross_entropy(logits, y)[0], top1 + correct[0], top5 + correct[1]
+    model.train(True)
+    return loss / len(labels), top1 / len(labels), top5 / len(labels), loading
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Optimizer:
+    """step(count) divides the summed gradients by count and updates the model's flat parameter buffer in place.
+
+    `slots` are the arrays that a checkpoint needs, by name. The buffers are walked in pieces that stay in the cache.
+    """
+
+    PIECE = 64 * 1024  # elements
+
+    def __init__(self, model, lr, weight_decay, slots):
+        xp, dtype = array_module(model.params), model.params.dtype
+        self.model, self.lr, self.weight_decay, self.steps = model, lr, weight_decay, 0
+        self.slots = {name: aligned_zeros(model.params.shape, dtype, xp) for name in slots}
+        self._g = aligned_zeros((self.PIECE,), dtype, xp)
+
+    def step(self, count):
+        self.steps += 1
+        w, grads = self.model.params, self.model.grads
+        for start in range(0, len(w), self.PIECE):
+            part = slice(start, min(start + self.PIECE, len(w)))
+            g = array_module(w).multiply(grads[part], 1 / count, out=self._g[:part.stop - part.start])
+            if self.weight_decay:
+                g += self.weight_decay * w[part]
+            self._update(w[part], g, **{name: slot[part] for name, slot in self.slots.items()})
+
+
+class SGD(Optimizer):
+    """v = momentum v + g; w -= lr v. PyTorch's form: the learning rate stands outside the velocity."""
+
+    def __init__(self, model, lr=0.01, momentum=0.9, weight_decay=0.0):
+        super().__init__(model, lr, weight_decay, ("velocity",))
+        self.momentum = momentum
+
+    def _update(self, w, g, velocity):
+        velocity *= self.momentum
+        velocity += g
+        w -= array_module(w).multiply(velocity, self.lr, out=g)
+
+
+class Adam(Optimizer):
+    """Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; weight decay is added to the gradient."""
+
+    def __init__(self, model, lr=0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(model, lr, weight_decay, ("m", "v"))
+        self.betas, self.eps = betas, eps
+
+    def _update(self, w, g, m, v):
+        (beta1, beta2), xp = self.betas, array_module(w)
+        m *= beta1
+        m += (1 - beta1) * g
+        v *= beta2
+        v += (1 - beta2) * xp.square(g, out=g)
+        xp.sqrt(v, out=g)
+        g /= math.sqrt(1 - beta2**self.steps)
+        g += self.eps
+        w -= self.lr / (1 - beta1**self.steps) * xp.divide(m, g, out=g)
+
+
+def make_optimizer(model, args):
+    """The optimizer that --optimizer, --lr, --momentum and --weight-decay ask for."""
+    if args.optimizer == "adam":
+        return Adam(model, args.lr, weight_decay=args.weight_decay)
+    return SGD(model, args.lr, args.momentum, args.weight_decay)
+
+
+def get_arrays(model, optimizer):
+    """What a checkpoint holds of a model and its optimizer: {name: array}."""
+    return {
+        "params": model.params,
+        **{f"state{i}": array for i, array in enumerate(model.state())},
+        **{f"optimizer_{name}": array for name, array in optimizer.slots.items()},
+        "optimizer_steps": np.array(optimizer.steps),
+    }
+
+
+def set_arrays(model, optimizer, arrays):
+    """Put back what get_arrays() returned."""
+    for name, array in get_arrays(model, optimizer).items():
+        array[...] = array_module(array).asarray(arrays[name])
+    optimizer.steps = int(arrays["optimizer_steps"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run log, resource monitor, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRAIN, VALIDATE, BATCH = 0, 1, 2  # record types of the log
+LOG_COLUMNS = (
+    "type", "epoch", "start", "loading", "duration", "value1", "value2", "loss", "images_per_s", "cpu_percent",
+    "ram_mb", "gpu_percent", "gpu_mem_mb", "forward", "backward", "communication",
+)  # fmt: skip
+METRICS = ("train_loss", "train_acc", "test_loss", "test_acc", "epoch_time", "images_per_s")
+MIB = 2**20
+
+
+class ResourceMonitor(threading.Thread):
+    """Samples, once a second, CPU use and RAM of this process and its children, and a GPU's use and memory.
+
+    CPU use is in percent of one core. RAM is the sum of resident sets, in MiB: pages that processes share count for
+    each of them. gpu_uuid: the GPU to watch through NVML, as "GPU-…".
+    """
+
+    FIELDS = ("cpu_percent", "ram_mb", "gpu_percent", "gpu_mem_mb")
+
+    def __init__(self, interval=1.0, gpu_uuid=None):
+        super().__init__(daemon=True)
+        import psutil
+
+        self.interval, self.process, self.children = interval, psutil.Process(), {}
+        self.samples, self._stop_event, self._lock, self._nvml = [], threading.Event(), threading.Lock(), None
+        if gpu_uuid:
+            with contextlib.suppress(Exception):  # no NVML: the GPU columns stay empty
+                import pynvml
+
+                pynvml.nvmlInit()
+                self._nvml, self._gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+        self.process.cpu_percent()  # the first call starts the clock and returns 0.0
+        self._sampled = time.monotonic()
+
+    def run(self):
+        while not self._stop_event.wait(self.interval):
+            self.sample()
+
+    def stop(self):
+        self._stop_event.set()
+        self.join()
+
+    def sample(self):
+        import psutil
+
+        with self._lock:
+            if time.monotonic() - self._sampled < 0.05:  # too short a time to tell anything
+                return
+            self._sampled = time.monotonic()
+            cpu, ram = self.process.cpu_percent(), self.process.memory_info().rss
+            for child in self.process.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    known = self.children.setdefault(child.pid, child)
+                    cpu, ram = cpu + known.cpu_percent(), ram + known.memory_info().rss
+            gpu, memory = None, None
+            if self._nvml:
+                gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
+            self.samples.append((cpu, ram / MIB, gpu, memory))
+
+    def latest(self):
+        return dict(zip(self.FIELDS, self.samples[-1], strict=True)) if self.samples else {}
+
+    def summary(self, since=0):
+        """Mean use and peak memory of the samples from number `since` on."""
+        result = {}
+        for field, values in zip(self.FIELDS, zip(*self.samples[since:], strict=True), strict=False):
+            if None not in values:
+                result[field] = max(values) if field.endswith("_mb") else sum(values) / len(values)
+        return result
+
+
+class Run:
+    """Everything that a training run leaves behind: log, sidecar, metrics, checkpoint, and what it shows meanwhile.
+
+    arguments: the parsed command line; its log, save_metrics, checkpoint, resume, checkpoint_every, epochs and quiet
+    are used here. script: name for titles. data: the Dataset. get_arrays() → {name: array} for the checkpoint;
+    set_arrays(that) puts them back. info: further entries of the sidecar. rank: only rank 0 writes and shows anything.
+
+    Use as a context manager. In the loop: start_epoch(), end_batch() after each batch, end_training(), end_epoch().
+    Ctrl-C and SIGTERM end the run with Interrupted when the next batch is complete.
+    """
+
+    SAME_WHEN_RESUMED = (
+        "model", "dtype", "optimizer", "lr", "momentum", "weight_decay", "seed", "batch_size", "subset",
+    )  # fmt: skip
+
+    def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
+        self.args, self.script, self.data, self.rank, self.get_arrays = args, script, data, rank, get_arrays
+        self.identity = {name: getattr(args, name) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)}
+        self.identity.update(dataset=data.name, fingerprint=data.fingerprint)
+        self.epoch, self.batch, self.sums = 1, 0, {}  # the next batch to train is number `batch` (from 0) of `epoch`
+        self.history = {name: [] for name in METRICS}
+        self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
+        self.stopped_by, self._first_batch = None, True
+        outputs = [Path(p) for p in (args.log, args.save_metrics, args.checkpoint) if p]
+        for path in outputs:
+            check_writable(path)
+        if args.resume:
+            set_arrays(self._load_checkpoint())
+        self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
+        self._info = info or {}
+
+    def __enter__(self):
+        args = self.args
+        if self.rank == 0:
+            self._log_file = self._open_log()
+            self._log = csv.writer(self._log_file, lineterminator="\n")
+            if self._log_file.tell() == 0:
+                self._log.writerow(LOG_COLUMNS)
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.sidecar = {
+            "script": self.script, "arguments": vars(args), "dataset": self.data.name,
+            "fingerprint": self.data.fingerprint, "train_images": len(self.data.y_train),
+            "test_images": len(self.data.y_test), "seed": args.seed, "ranks": 1, "threads": 1,
+            **environment(), **self._info, "start": time.time(), "end": None, "status": "running", "totals": {},
+        }  # fmt: skip
+        self._write_sidecar()
+        self.monitor.start()
+        self._saved = time.monotonic()
+        self._display = None if args.quiet or self.rank else Display(args.epochs)
+        return self
+
+    def __exit__(self, kind, error, _):
+        self.monitor.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._display:
+            self._display.close()
+        status = {None: "done", Interrupted: "interrupted"}.get(kind, f"failed: {error}")
+        if self.rank == 0:
+            self.sidecar.update(end=time.time(), status=status)
+            self._write_sidecar()
+            self._log_file.close()
+
+    # -- called by the training loop ------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch, batches):
+        self.epoch, self.batches = epoch, batches
+        if self.batch == 0:
+            self.sums = dict.fromkeys(("images", "loss", "top1", "top5", "loading", "duration"), 0)
+            self.sums["start"] = time.time()
+        if self._display:
+            self._display.start(epoch, len(self.data.y_train), self.sums["images"])
+        self._first_sample = len(self.monitor.samples)
+        self._clock = time.perf_counter() - self.sums["duration"]
+
+    def end_batch(self, images, loss, top1, top5, loading, **phases):
+        """Count a batch: its images, summed loss, numbers of correct answers, seconds spent waiting for data.
+
+        phases: seconds of this batch in forward, backward, communication, where they are measured.
+        Raises TrainingError if the loss is not finite, Interrupted after a signal.
+        """
+        if self._first_batch:
+            import psutil
+
+            self._first_batch = False
+            self.totals.setdefault("first_step_after_seconds", time.time() - psutil.Process().create_time())
+        self.batch += 1
+        sums = self.sums
+        for name, value in dict(images=images, loss=loss, top1=top1, top5=top5, loading=loading, **phases).items():
+            sums[name] = sums.get(name, 0) + value
+        sums["duration"] = time.perf_counter() - self._clock
+        self._row(BATCH, value1=self.batch, value2=self.batches, loss=loss / max(images, 1), **self.monitor.latest())
+        if not math.isfinite(loss):
+            step = (self.epoch - 1) * self.batches + self.batch
+            raise TrainingError(f"the loss is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
+                                f"smaller --lr; the log is kept in {self.args.log}")
+        if self._display:
+            self._display.update(self.epoch, self.batch, self.batches, sums)
+        due = self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
+        if self.stopped_by:
+            self._interrupt()
+        if due and self.batch < self.batches:
+            pause = time.perf_counter()
+            self.save_checkpoint()
+            self._clock += time.perf_counter() - pause  # not training time
+
+    def end_training(self):
+        """The epoch's training is over; what follows until end_epoch() is its validation."""
+        sums = self.sums
+        accuracy, top5 = sums["top1"] / sums["images"], sums["top5"] / sums["images"]
+        self.monitor.sample()
+        resources = self.monitor.summary(self._first_sample)
+        self._row(TRAIN, value1=accuracy, value2=top5, loss=sums["loss"] / sums["images"], **resources)
+        self.totals["train_seconds"] += sums["duration"]
+        self.totals["train_images"] += sums["images"]
+        values = (sums["loss"] / sums["images"], accuracy, sums["duration"], sums["images"] / sums["duration"])
+        for name, value in zip(("train_loss", "train_acc", "epoch_time", "images_per_s"), values, strict=True):
+            self.history[name].append(value)
+        self._validation_start, self._clock = time.time(), time.perf_counter()
+
+    def end_epoch(self, loss, top1, top5, loading):
+        """The validation's mean loss, its accuracies and the seconds that it waited for data."""
+        seconds = time.perf_counter() - self._clock
+        self.totals["evaluation_seconds"] += seconds
+        self._write_row(VALIDATE, start=self._validation_start, loading=loading, duration=seconds, value1=top1,
+                        value2=top5, loss=loss, images_per_s=len(self.data.y_test) / seconds, **self.monitor.latest())
+        self.history["test_loss"].append(loss)
+        self.history["test_acc"].append(top1)
+        if self._display:
+            self._display.end_epoch(self.epoch, self.history)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._write_results()
+        if self.args.checkpoint:
+            self.save_checkpoint()
+        if self.stopped_by and self.epoch <= self.args.epochs:
+            self._interrupt()
+
+    def finish(self):
+        """Write the totals and print the table of the run."""
+        self._write_results()
+        if self.rank:
+            return
+        args, data, best = self.args, self.data, int(np.argmax(self.history["test_acc"]))
+        name = {"synthetic": "SYNTHETIC DATA, not CIFAR-10"}.get(data.name, data.name)
+        if not args.quiet:
+            header = ("epoch", "train loss", "train acc", "test loss", "test acc", "seconds", "images/s")
+            rows = [[str(i + 1), *(f"{self.history[m][i]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))]
+                    for i in range(len(self.history["test_acc"]))]
+            print(f"\n{self.script}: {args.model}, {name}, {len(data.y_train):,} images\n{table(header, rows)}")
+        totals = self.sidecar["totals"]
+        print(f"{self.script}: best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1}), "
+              f"{totals['train_seconds']:.1f} s of training, {totals['images_per_s']:,.0f} images/s, "
+              f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}", flush=True)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _row(self, kind, **values):
+        sums = self.sums
+        phases = {name: sums[name] for name in ("forward", "backward", "communication") if name in sums}
+        self._write_row(kind, start=sums["start"], loading=sums["loading"], duration=sums["duration"],
+                        images_per_s=sums["images"] / sums["duration"], **phases, **values)
+
+    def _write_row(self, kind, **values):
+        if self.rank == 0:
+            values.update(type=kind, epoch=self.epoch)
+            cells = (values.get(column, "") for column in LOG_COLUMNS)
+            self._log.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+            self._log_file.flush()
+
+    def _open_log(self):
+        """The log, empty, or when resuming without the rows after the checkpoint, which will be written again."""
+        path, kept = Path(self.args.log), []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.args.resume and path.exists():
+                with open(path, newline="") as file:
+                    rows = csv.DictReader(file)
+                    kept = [row for row in rows if self._before_checkpoint(row)] if rows.fieldnames else []
+                with atomic_write(path, "w") as file:
+                    writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(kept)
+                return open(path, "a", newline="")
+            return open(path, "w", newline="")
+        except OSError as error:
+            raise InputError(f"--log {path}: {error.strerror}: choose a file that can be written") from None
+
+    def _before_checkpoint(self, row):
+        try:
+            epoch, batch = int(row["epoch"]), int(row["value1"]) if row["type"] == str(BATCH) else 0
+        except (TypeError, ValueError, KeyError):  # a row that was cut off
+            return False
+        return epoch < self.epoch or (epoch == self.epoch and 0 < batch <= self.batch)
+
+    def _write_results(self):
+        if self.rank:
+            return
+        resources, history = self.monitor.summary(), self.history
+        seconds = self.totals["train_seconds"]
+        totals = dict(self.totals, images_per_s=self.totals["train_images"] / seconds if seconds else 0.0,
+                      peak_ram_mb=max(resources.pop("ram_mb", 0.0), peak_rss() / MIB))
+        if "gpu_mem_mb" in resources:
+            totals["peak_gpu_mem_mb"] = resources.pop("gpu_mem_mb")
+        totals.update({f"mean_{name}": value for name, value in resources.items()})
+        if history["test_acc"]:
+            totals.update(final_accuracy=history["test_acc"][-1], best_accuracy=max(history["test_acc"]))
+        self.sidecar["totals"] = {**self.sidecar["totals"], **totals}
+        self._write_sidecar()
+        if self.args.save_metrics:
+            with atomic_write(self.args.save_metrics) as file:
+                np.savez(file, **{name: np.array(values) for name, values in history.items()})
+
+    def _write_sidecar(self):
+        if self.rank == 0:
+            with atomic_write(Path(self.args.log).with_suffix(".json"), "w") as file:
+                json.dump(self.sidecar, file, indent=1, default=str)
+                file.write("\n")
+
+    def save_checkpoint(self):
+        """Write parameters, optimizer, position and sums; the file is the old one or the new one, never a part."""
+        if self.rank:
+            return
+        meta = {"identity": self.identity, "epoch": self.epoch, "batch": self.batch, "sums": self.sums,
+                "history": self.history, "totals": self.totals}
+        with atomic_write(self.args.checkpoint) as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **self.get_arrays())
+        self._saved = time.monotonic()
+
+    def _load_checkpoint(self):
+        path = self.args.checkpoint
+        if not path:
+            raise InputError("--resume needs --checkpoint FILE, the file to resume from")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            meta = json.loads(str(arrays.pop("meta")))
+            identity = meta["identity"]
+        except FileNotFoundError:
+            raise InputError(f"--resume: there is no checkpoint {path}: start without --resume") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"--resume: {path} is not a whole checkpoint ({error}): start without --resume") from None
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise InputError(f"--resume: {path} was made with {name} {identity.get(name)}, this run has {value}: "
+                                 "repeat that run's options, or start without --resume")
+        wanted = {name: array.shape for name, array in self.get_arrays().items()}
+        if wanted != {name: array.shape for name, array in arrays.items()}:
+            raise InputError(f"--resume: {path} is a checkpoint of another model: start without --resume")
+        self.epoch, self.batch, self.sums = meta["epoch"], meta["batch"], meta["sums"]
+        self.history, self.totals = meta["history"], meta["totals"]
+        return arrays
+
+    # -- signals --------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number, _):
+        self.stopped_by = signal.Signals(number).name
+        signal.signal(number, self._handlers[number])  # a second one does what it always does
+
+    def _interrupt(self):
+        if self.args.checkpoint:
+            self.save_checkpoint()
+        self._write_results()
+        saved = f"; continue with --checkpoint {self.args.checkpoint} --resume" if self.args.checkpoint else ""
+        raise Interrupted(f"interrupted by {self.stopped_by} after batch {self.batch} of epoch {self.epoch}{saved}")
+
+
+FORMATS = (".4f", ".2%", ".4f", ".2%", ".1f", ",.0f")  # of METRICS
+
+
+class Display:
+    """Progress of a run: a bar where stderr is a terminal, a line every ten seconds on stdout elsewhere."""
+
+    def __init__(self, epochs):
+        self.epochs, self.terminal, self.bar, self.printed = epochs, sys.stderr.isatty(), None, time.monotonic()
+
+    def start(self, epoch, images, done):
+        self.done = done
+        if self.terminal:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=images, initial=done, desc=f"epoch {epoch}/{self.epochs}", unit=" images",
+                            dynamic_ncols=True, leave=False, mininterval=0.2)
+
+    def update(self, epoch, batch, batches, sums):
+        loss = sums["loss"] / sums["images"]
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.update(sums["images"] - self.bar.n)
+        elif time.monotonic() - self.printed >= 10:
+            self.printed = time.monotonic()
+            left = sums["duration"] / batch * (batches - batch)
+            print(f"epoch {epoch}/{self.epochs}  batch {batch}/{batches}  loss {loss:.4f}  "
+                  f"{sums['images'] / sums['duration']:,.0f} images/s  {left:.0f} s left in this epoch", flush=True)
+
+    def end_epoch(self, epoch, history):
+        self.close()
+        values = (f"{history[m][-1]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))
+        print("epoch {}/{}  train loss {} accuracy {}  test loss {} accuracy {}  {} s  {} images/s".format(
+            epoch, self.epochs, *values), flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def table(header, rows):
+    """A plain-text table: rows of strings, right-aligned in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path` that takes its place, synced, when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_writable(path):
+    """Raise InputError if a file cannot be made at `path`; makes nothing."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file name")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written, because {folder} is not a folder that you may write to: "
+                         "choose another place")
+
+
+def peak_rss():
+    """The process's largest resident set so far, in bytes; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment():
+    """The machine and software that a result depends on, for the sidecar of a log."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    names = ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy")
+    versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+    return {"host": platform.node(), "cpu": cpu_model(), "cores": available_cores(), "blas": blas_info(),
+            "git_commit": commit, "versions": {"python": platform.python_version(), **versions}}
+
+
+def cpu_model():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_cores():
+    """The cores that this process may run on, from its affinity mask where the system has one."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def limit_blas_threads(threads):
+    """Set the threads of every BLAS that is loaded, whatever the environment says."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads, user_api="blas")
+
+
+def blas_info():
+    """[{library, version, kernel, threads}] of every BLAS that is loaded; kernel: the processor it was chosen for."""
+    import threadpoolctl
+
+    return [{"library": b["internal_api"], "version": b["version"], "kernel": b.get("architecture"),
+             "threads": b["num_threads"]} for b in threadpoolctl.threadpool_info() if b["user_api"] == "blas"]
+
+
+def blas_warning():
+    """A line for the user if OpenBLAS runs kernels for an older processor than this one; else None."""
+    old = {"Prescott", "Core2", "Penryn", "Nehalem", "Sandybridge", "Haswell", "Zen", "Barcelona", "Bulldozer"}
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    for blas in blas_info():
+        if blas["kernel"] in old and "avx512f" in flags and "avx512vl" in flags:
+            return (f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, which is up to "
+                    "twice as fast" + (": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else ""))
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        if args.lr is None:
+            args.lr = 0.001 if args.optimizer == "adam" else 0.01
+        return args
+
+
+def number(kind, low, high, exclusive=False):
+    """An argparse type: a finite number of that kind from low to high (`exclusive`: more than low, less than high)."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < high if exclusive else low <= value <= high):
+            bounds = f"more than {low} and less than {high}" if exclusive else f"from {low} to {high}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {bounds}".replace(" to inf", " up"))
+        return value
+
+    return parse
+
+
+def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
+    """The options that all training scripts have in common."""
+    parser = _Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
+    add("--epochs", type=number(int, 1, 10**6), default=epochs, help="default: %(default)s")
+    add("--batch-size", type=number(int, 1, 10**6), default=batch_size, help="images per step (default: %(default)s)")
+    add("--lr", type=number(float, 0, math.inf, exclusive=True), help="learning rate (default: 0.01, adam: 0.001)")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd (default: %(default)s)")
+    add("--weight-decay", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
+    add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
+    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto",
+        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)")
+    add("--subset", type=number(int, 1, 50_000), metavar="N", help="first N training and N/5 test images")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights and data order (default: 42)")
+    add("--save-metrics", metavar="FILE", default=f"results/{script}_metrics.npz", help="default: %(default)s")
+    add("--log", metavar="FILE", default=f"results/{script}.csv", help="default: %(default)s; with a .json beside it")
+    add("--checkpoint", metavar="FILE", help="save here at the end of each epoch and when interrupted")
+    add("--checkpoint-every", type=number(float, 0, math.inf), default=60, metavar="SECONDS",
+        help="save during an epoch too, this often (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from --checkpoint, exactly as if never interrupted")
+    add("--quiet", action="store_true", help="print errors and the last line only")
+    return parser
+
+
+def run_main(main):
+    """Call main() and end the process with the exit status that the README promises."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(130)

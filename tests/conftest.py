@@ -1,0 +1,44 @@
+"""Fixtures of all tests: scripts run as their users run them, the real images where there are any."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def script_environment(**changes):
+    """The environment for a script under test: no data, no download (a closed port refuses at once)."""
+    env = {k: v for k, v in os.environ.items() if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    env.update(https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY="")
+    env.update({k: str(v) for k, v in changes.items() if v is not None})
+    return env
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text; runs in an empty folder.
+
+    status: the exit status that is expected, None for any. env: changes to the environment.
+    """
+
+    def run(script, *args, status=0, env=None, timeout=120):
+        command = [sys.executable, str(REPO / script), *map(str, args)]
+        done = subprocess.run(command, cwd=tmp_path, env=script_environment(**(env or {})), capture_output=True,
+                              text=True, timeout=timeout)  # fmt: skip
+        assert status is None or done.returncode == status, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder with the real images, $CIFAR10_DIR."""
+    folder = os.environ.get("CIFAR10_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs the CIFAR-10 images: set CIFAR10_DIR to their folder")
+    return Path(folder)

@@ -16,13 +16,13 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT = 8  # seconds until a download that has not started is given up
 RECORD_BYTES, FILE_RECORDS = 1 + 3 * 32 * 32, 10_000  # a record of the binary layout: label, red, green, blue plane
+STREAM_ORDER, STREAM_SYNTHETIC = 1, 2  # keep one seed's random streams apart: the weights' is [seed] alone
 
 
 class Dataset(NamedTuple):
@@ -88,17 +89,17 @@ def load_cifar10(data_dir=None, dataset="auto", subset=None, seed=42):
 
 def _load_real(data_dir, may_fail):
     """The arrays and fingerprint of the files in data_dir, downloaded if need be; None if that cannot be."""
-    folder = _find_batches(data_dir)
-    if folder is None:
+    found = _find_batches(data_dir)
+    if found is None:
         problem = _download(data_dir)
-        folder = _find_batches(data_dir)
-        if folder is None and may_fail:
+        found = _find_batches(data_dir)
+        if found is None and may_fail:
             print(_SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem), file=sys.stderr, flush=True)
             return None
-        if folder is None:
+        if found is None:
             raise InputError(f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
                              "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic")
-    read = _read_binary if (folder / "test_batch.bin").exists() or folder.name.endswith("-bin") else _read_python
+    folder, read = found
     files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()}
     return _through_cache(data_dir, files, lambda: read(folder))
 
@@ -113,9 +114,11 @@ _SYNTHETIC_BANNER = """\
 
 
 def _find_batches(data_dir):
+    """The folder with CIFAR-10's files and the function that reads their layout; None if there is none."""
     for folder in (data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-batches-py", data_dir):
-        if any((folder / name).exists() for name in ("data_batch_1.bin", "test_batch.bin", "data_batch_1")):
-            return folder
+        for suffix, read in ((".bin", _read_binary), ("", _read_python)):
+            if any((folder / (name + suffix)).exists() for name in ("data_batch_1", "data_batch_2", "test_batch")):
+                return folder, read
     return None
 
 
@@ -139,7 +142,11 @@ def _read_binary(folder):
 
 def _read_python(folder):
     """Read the pickled layout through torchvision, which opens a file only after its MD5 checksum agrees."""
-    datasets = import_torchvision().datasets
+    try:
+        datasets = import_torchvision().datasets
+    except ImportError as error:
+        raise InputError(f"{folder}: to read CIFAR-10's Python layout, install torchvision ({error}), or fetch the "
+                         "binary layout") from None
     if folder.name != datasets.CIFAR10.base_folder:
         raise InputError(f"{folder}: rename it to {datasets.CIFAR10.base_folder}, the name that torchvision looks for")
     try:
@@ -155,6 +162,7 @@ def _read_python(folder):
 
 def _download(data_dir):
     """Download the Python layout into data_dir; return what went wrong, or None."""
+    import http.client
     import socket
     import urllib.request
 
@@ -164,8 +172,8 @@ def _download(data_dir):
         try:
             urllib.request.urlopen(urllib.request.Request(CIFAR10_URL, method="HEAD"), timeout=DOWNLOAD_TIMEOUT).close()
             failure[0] = None
-        except OSError as error:
-            failure[0] = str(getattr(error, "reason", error))
+        except (OSError, http.client.HTTPException) as error:
+            failure[0] = str(getattr(error, "reason", error)).strip()
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -179,7 +187,9 @@ def _download(data_dir):
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
             cifar10 = import_torchvision().datasets.CIFAR10(scratch, download=True)
             (Path(scratch) / cifar10.base_folder).rename(data_dir / cifar10.base_folder)
-    except (OSError, RuntimeError) as error:
+    except ImportError as error:
+        return f"that needs torchvision: {error}"
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         return f"it broke off: {error}"
     finally:
         socket.setdefaulttimeout(previous)
@@ -196,8 +206,8 @@ def _through_cache(data_dir, stamp, build):
     names = ("x_train", "y_train", "x_test", "y_test")
 
     def open_maps(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            maps = [np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            maps = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in names]
             return [np.asarray(m) for m in maps], json.loads((folder / "meta.json").read_text())["fingerprint"]
 
     for root in (data_dir, user_cache):
@@ -216,7 +226,8 @@ def _through_cache(data_dir, stamp, build):
                 for name, a in zip(names, arrays, strict=True):
                     np.save(new / f"{name}.npy", a)
                 (new / "meta.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "source": stamp}))
-                with contextlib.suppress(OSError):  # another process was faster: use its folder
+                if not open_maps(root / key):  # absent or damaged; else another process was faster
+                    shutil.rmtree(root / key, ignore_errors=True)
                     new.rename(root / key)
             if maps := open_maps(root / key):
                 return maps
@@ -239,13 +250,13 @@ def make_synthetic(n_train, seed=42, n_test=None):
         p = np.einsum("...fgc,fh,gw->...hwc", c, wave, wave).real
         return (p / p.std(axis=(-3, -2), keepdims=True)).astype(np.float32)
 
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed, STREAM_SYNTHETIC])
     own, shared = patterns(rng, 10, 3), patterns(rng, 16)
 
     def images(split, number):
         x, y = np.empty((number, 32, 32, 3), np.uint8), np.empty(number, np.uint8)
         for start in range(0, number, block):
-            rng = np.random.default_rng([seed, split, start])
+            rng = np.random.default_rng([seed, STREAM_SYNTHETIC, split, start])
             labels, which, other = (rng.integers(choices, size=block) for choices in (10, 3, 16))
             dy, dx, ey, ex = ((grid + rng.integers(reach, size=(block, 1))) % 32 for reach in (8, 8, 32, 32))
             pixels = own[labels[:, None, None], which[:, None, None], dy[:, :, None], dx[:, None, :]]
@@ -261,7 +272,7 @@ def make_synthetic(n_train, seed=42, n_test=None):
 
 def epoch_order(n, seed, epoch):
     """The order of n images in an epoch (from 1): a function of (seed, epoch) alone, whatever runs in parallel."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    return np.random.default_rng([seed, STREAM_ORDER, epoch]).permutation(n)
 
 
 def load_batch(images, labels, index, dtype=np.float32):
@@ -274,21 +285,25 @@ def load_batch(images, labels, index, dtype=np.float32):
 
 
 def import_torchvision():
-    """Import torchvision beside a CPU-only build of torch too.
+    """Import torchvision, also where torch is a CPU-only build and torchvision, from the package index, is not.
 
-    The package index's torchvision is built for CUDA; without it, its import stops at "operator torchvision::nms does
-    not exist" (pytorch/vision #8985). Declaring the operators' schemas first is enough for models and data sets.
+    That import stops at "operator torchvision::nms does not exist" (pytorch/vision #8985). Declaring the schemas of the
+    missing operators first is enough for models and data sets.
     """
-    import torch
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        import torch
 
-    with contextlib.suppress(RuntimeError):  # they exist already
-        if not torch.version.cuda:
-            library = torch.library.Library("torchvision", "DEF")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            import_torchvision.library = library  # the schemas last as long as this object
-    import torchvision
-
+        # what it defines lasts as long as the object is kept
+        library = import_torchvision.library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]  # half imported
+        import torchvision
     return torchvision
 
 
@@ -697,7 +712,7 @@ def pieces(n, bytes_per_image):
 class Flatten(Layer):
     def forward(self, x):
         self.x_shape = x.shape
-        return x.reshape(len(x), -1)  # (N, H, W, C) → (N, H·W·C)
+        return x.reshape(len(x), math.prod(x.shape[1:]))  # (N, H, W, C) → (N, H·W·C)
 
     def backward(self, dout):
         return dout.reshape(self.x_shape)
@@ -954,7 +969,7 @@ class ResourceMonitor(threading.Thread):
         super().__init__(daemon=True)
         import psutil
 
-        self.interval, self.process, self.children = interval, psutil.Process(), {}
+        self.interval, self.process = interval, psutil.Process()
         self.samples, self._stop_event, self._lock, self._nvml = [], threading.Event(), threading.Lock(), None
         if gpu_uuid:
             with contextlib.suppress(Exception):  # no NVML: the GPU columns stay empty
@@ -962,8 +977,7 @@ class ResourceMonitor(threading.Thread):
 
                 pynvml.nvmlInit()
                 self._nvml, self._gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
-        self.process.cpu_percent()  # the first call starts the clock and returns 0.0
-        self._sampled = time.monotonic()
+        self._sampled, (self._cpu_seconds, _) = time.monotonic(), self._measure()
 
     def run(self):
         while not self._stop_event.wait(self.interval):
@@ -974,22 +988,30 @@ class ResourceMonitor(threading.Thread):
         self.join()
 
     def sample(self):
-        import psutil
-
         with self._lock:
-            if time.monotonic() - self._sampled < 0.05:  # too short a time to tell anything
+            now = time.monotonic()
+            if now - self._sampled < 0.05:  # too short a time to tell anything
                 return
-            self._sampled = time.monotonic()
-            cpu, ram = self.process.cpu_percent(), self.process.memory_info().rss
-            for child in self.process.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    known = self.children.setdefault(child.pid, child)
-                    cpu, ram = cpu + known.cpu_percent(), ram + known.memory_info().rss
+            before, (self._cpu_seconds, ram) = self._cpu_seconds, self._measure()
+            used = sum(seconds - before.get(process, 0.0) for process, seconds in self._cpu_seconds.items())
+            cpu, self._sampled = 100 * used / (now - self._sampled), now
             gpu, memory = None, None
             if self._nvml:
                 gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
                 memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
             self.samples.append((cpu, ram / MIB, gpu, memory))
+
+    def _measure(self):
+        """CPU seconds of each process so far, and the sum of their resident sets in bytes."""
+        import psutil
+
+        seconds, ram = {}, 0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                times = process.cpu_times()
+                seconds[process] = times.user + times.system
+                ram += process.memory_info().rss
+        return seconds, ram
 
     def latest(self):
         return dict(zip(self.FIELDS, self.samples[-1], strict=True)) if self.samples else {}
@@ -1016,6 +1038,7 @@ class Run:
 
     SAME_WHEN_RESUMED = (
         "model", "dtype", "optimizer", "lr", "momentum", "weight_decay", "seed", "batch_size", "subset",
+        "amp",
     )  # fmt: skip
 
     def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
@@ -1026,9 +1049,7 @@ class Run:
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
         self.stopped_by, self._first_batch = None, True
-        outputs = [Path(p) for p in (args.log, args.save_metrics, args.checkpoint) if p]
-        for path in outputs:
-            check_writable(path)
+        check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
         if args.resume:
             set_arrays(self._load_checkpoint())
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
@@ -1041,6 +1062,7 @@ class Run:
             self._log = csv.writer(self._log_file, lineterminator="\n")
             if self._log_file.tell() == 0:
                 self._log.writerow(LOG_COLUMNS)
+                self._log_file.flush()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.sidecar = {
             "script": self.script, "arguments": vars(args), "dataset": self.data.name,
@@ -1060,7 +1082,8 @@ class Run:
             signal.signal(number, handler)
         if self._display:
             self._display.close()
-        status = {None: "done", Interrupted: "interrupted"}.get(kind, f"failed: {error}")
+        interrupted = kind in (Interrupted, KeyboardInterrupt)
+        status = "interrupted" if interrupted else f"failed: {error}" if error else "done"
         if self.rank == 0:
             self.sidecar.update(end=time.time(), status=status)
             self._write_sidecar()
@@ -1085,20 +1108,15 @@ class Run:
         Raises TrainingError if the loss is not finite, Interrupted after a signal.
         """
         if self._first_batch:
-            import psutil
-
             self._first_batch = False
-            self.totals.setdefault("first_step_after_seconds", time.time() - psutil.Process().create_time())
+            self.totals.setdefault("first_step_after_seconds", process_age())
         self.batch += 1
         sums = self.sums
         for name, value in dict(images=images, loss=loss, top1=top1, top5=top5, loading=loading, **phases).items():
             sums[name] = sums.get(name, 0) + value
         sums["duration"] = time.perf_counter() - self._clock
         self._row(BATCH, value1=self.batch, value2=self.batches, loss=loss / max(images, 1), **self.monitor.latest())
-        if not math.isfinite(loss):
-            step = (self.epoch - 1) * self.batches + self.batch
-            raise TrainingError(f"the loss is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
-                                f"smaller --lr; the log is kept in {self.args.log}")
+        self._check_finite(loss, "loss")
         if self._display:
             self._display.update(self.epoch, self.batch, self.batches, sums)
         due = self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
@@ -1129,6 +1147,7 @@ class Run:
         self.totals["evaluation_seconds"] += seconds
         self._write_row(VALIDATE, start=self._validation_start, loading=loading, duration=seconds, value1=top1,
                         value2=top5, loss=loss, images_per_s=len(self.data.y_test) / seconds, **self.monitor.latest())
+        self._check_finite(loss, "validation loss")
         self.history["test_loss"].append(loss)
         self.history["test_acc"].append(top1)
         if self._display:
@@ -1156,6 +1175,12 @@ class Run:
         print(f"{self.script}: best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1}), "
               f"{totals['train_seconds']:.1f} s of training, {totals['images_per_s']:,.0f} images/s, "
               f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}", flush=True)
+
+    def _check_finite(self, loss, what):
+        if not math.isfinite(loss):
+            step = (self.epoch - 1) * self.batches + self.batch
+            raise TrainingError(f"the {what} is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
+                                f"smaller --lr; the log is kept in {self.args.log}")
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -1215,9 +1240,12 @@ class Run:
             with atomic_write(self.args.save_metrics) as file:
                 np.savez(file, **{name: np.array(values) for name, values in history.items()})
 
+    def _sidecar_path(self):
+        return Path(self.args.log).with_suffix(".json")
+
     def _write_sidecar(self):
         if self.rank == 0:
-            with atomic_write(Path(self.args.log).with_suffix(".json"), "w") as file:
+            with atomic_write(self._sidecar_path(), "w") as file:
                 json.dump(self.sidecar, file, indent=1, default=str)
                 file.write("\n")
 
@@ -1242,7 +1270,7 @@ class Run:
             identity = meta["identity"]
         except FileNotFoundError:
             raise InputError(f"--resume: there is no checkpoint {path}: start without --resume") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zip, zlib, NumPy and JSON each have their own for a damaged or foreign file
             raise InputError(f"--resume: {path} is not a whole checkpoint ({error}): start without --resume") from None
         for name, value in self.identity.items():
             if identity.get(name) != value:
@@ -1318,32 +1346,52 @@ def table(header, rows):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path` that takes its place, synced, when the block ends without an error."""
+    """Open a file beside `path` that takes its place, synced, when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    part = path.with_name(f".{path.name}.part")  # the same name each time: what a killed process left is written over
     try:
-        with os.fdopen(handle, mode) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
 
 
-def check_writable(path):
-    """Raise InputError if a file cannot be made at `path`; makes nothing."""
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give a file name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written, because {folder} is not a folder that you may write to: "
-                         "choose another place")
+def check_outputs(paths):
+    """Raise InputError unless a file can be made at each path (None is passed over) and no two are the same."""
+    paths = [Path(path) for path in paths if path]
+    for path in paths:
+        if [p.absolute() for p in paths].count(path.absolute()) > 1:
+            raise InputError(f"{path} would be written twice: give --log (with its .json), --save-metrics and "
+                             "--checkpoint names of their own")
+        try:
+            folder = path.parent
+            while not folder.exists():
+                folder = folder.parent
+            if path.is_dir():
+                raise IsADirectoryError(21, "it is a folder")
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
+                (Path(scratch) / f".{path.name}.part").touch()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+
+
+def process_age():
+    """Seconds since this process was started."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # ticks since boot, proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        import psutil
+
+        return time.time() - psutil.Process().create_time()
 
 
 def peak_rss():
@@ -1413,13 +1461,19 @@ def blas_warning():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line and a default learning rate that depends on the optimizer."""
+
+    def __init__(self, script, doc):
+        super().__init__(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)  # fmt: skip
+
     def error(self, message):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def parse_args(self, args=None, namespace=None):
         args = super().parse_args(args, namespace)
-        if args.lr is None:
+        if getattr(args, "lr", 0) is None:
             args.lr = 0.001 if args.optimizer == "adam" else 0.01
         return args
 
@@ -1443,8 +1497,7 @@ def number(kind, low, high, exclusive=False):
 
 def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
     """The options that all training scripts have in common."""
-    parser = _Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+    parser = Parser(script, doc)
     add = parser.add_argument
     add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
     add("--epochs", type=number(int, 1, 10**6), default=epochs, help="default: %(default)s")
@@ -1461,7 +1514,7 @@ def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
     add("--save-metrics", metavar="FILE", default=f"results/{script}_metrics.npz", help="default: %(default)s")
     add("--log", metavar="FILE", default=f"results/{script}.csv", help="default: %(default)s; with a .json beside it")
     add("--checkpoint", metavar="FILE", help="save here at the end of each epoch and when interrupted")
-    add("--checkpoint-every", type=number(float, 0, math.inf), default=60, metavar="SECONDS",
+    add("--checkpoint-every", type=number(float, 0, 10**9), default=60, metavar="SECONDS",
         help="save during an epoch too, this often (default: %(default)s)")
     add("--resume", action="store_true", help="go on from --checkpoint, exactly as if never interrupted")
     add("--quiet", action="store_true", help="print errors and the last line only")
@@ -1470,12 +1523,13 @@ def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
 
 def run_main(main):
     """Call main() and end the process with the exit status that the README promises."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         sys.exit(main())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except (Interrupted, KeyboardInterrupt) as error:

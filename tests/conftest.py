@@ -6,16 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).resolve().parent.parent
-
-
-def script_environment(**changes):
-    """The environment for a script under test: no data, no download (a closed port refuses at once)."""
-    env = {k: v for k, v in os.environ.items() if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    env.update(https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY="")
-    env.update({k: str(v) for k, v in changes.items() if v is not None})
-    return env
+from helpers import REPO, script_environment
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+# Bare `make` lists the targets. Each makes .venv, or refreshes it when the requirements have changed, by itself;
+# `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train-cifar serial bench lint test clean
+SHELL := /bin/sh
+
+ifeq ($(origin PYTHON),command line)
+READY := check-python
+else
+override PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: EPOCHS=2 SUBSET=5000 ARGS='--batch-size 64', PYTHON=python3 (use its packages, make no .venv)"
+
+setup: $(READY)  ## install everything into .venv, CuPy too where there is an NVIDIA driver
+
+train-cifar: $(READY)  ## train ResNet-50 on CIFAR-10 with PyTorch
+	$(PYTHON) train_cifar.py $(OPTIONS)
+
+serial: $(READY)  ## train the CNN from scratch on one core with NumPy
+	$(PYTHON) serial_cnn.py $(OPTIONS)
+
+bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
+	$(PYTHON) bench.py $(ARGS)
+
+lint: $(READY)  ## check the style
+	$(PYTHON) -m ruff check .
+
+test: $(READY)  ## run all tests
+	$(PYTHON) -m pytest $(ARGS)
+
+clean:  ## remove .venv and caches; results/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+.PHONY: check-python
+check-python:
+	@$(PYTHON) -c '$(IS_NEW_ENOUGH)' || { \
+	  echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1)" >&2; exit 2; }
+
+# BASE_PYTHON names the interpreter to build .venv with; otherwise the first that is new enough.
+.venv/.ready: requirements.txt requirements-gpu.txt
+	@for base in $(or $(BASE_PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14); do \
+	  command -v $$base >/dev/null || continue; \
+	  seen="$$seen ($$base is $$($$base -V 2>&1))"; \
+	  if $$base -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then found=$$base; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: Python 3.10 or newer is needed$$seen: install it or name it, make BASE_PYTHON=/path/to/python3 setup" >&2; exit 2; \
+	fi; \
+	echo "Setting up .venv with $$($$found -V); this takes some minutes, once."; \
+	$$found -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	@if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  .venv/bin/python -m pip install --disable-pip-version-check -r requirements-gpu.txt; fi
+	@touch $@

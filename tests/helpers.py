@@ -1,0 +1,153 @@
+"""What the tests have in common: scripts run as their users run them, their logs, their usage lines."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "type,epoch,start,loading,duration,value1,value2,loss,images_per_s,cpu_percent,ram_mb,gpu_percent,gpu_mem_mb,"
+    "forward,backward,communication"
+).split(",")
+
+
+def script_environment(**changes):
+    """The environment for a script under test: no data, no download (a closed port refuses at once)."""
+    env = {k: v for k, v in os.environ.items() if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    env.update(https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY="")
+    env.update({k: str(v) for k, v in changes.items() if v is not None})
+    return env
+
+
+def start(folder, script, *args, env=None, **options):
+    """Start a script in `folder`; returns the Popen. options: of Popen (default: stdout and stderr as text pipes)."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    command = [sys.executable, str(REPO / script), *map(str, args)]
+    return subprocess.Popen(command, cwd=folder, env=script_environment(**(env or {})), **options)
+
+
+def finish(process, status=0, timeout=60):
+    """Wait for a started script; returns its stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"exit status {process.returncode}\n{out}{err}"
+    return out, err
+
+
+def wait_until(process, condition, timeout=60):
+    """Return as soon as condition() holds; fail if the process ends before."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended too early\n{''.join(process.communicate())}"
+        assert time.monotonic() < deadline, f"nothing within {timeout} s"
+        time.sleep(0.002)
+
+
+def count_rows(log):
+    """The complete rows of a log, without its header; 0 if there is none."""
+    return max(log.read_bytes().count(b"\n") - 1, 0) if log.exists() else 0
+
+
+def read_log(log):
+    """The rows of a log as dicts of strings; fails on a row that is cut off."""
+    header, *rows = [line.split(",") for line in log.read_text().removesuffix("\n").split("\n")]
+    assert header == COLUMNS
+    assert all(len(row) == len(header) for row in rows)
+    assert log.read_text().endswith("\n")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def numbers(rows, column, kind=None):
+    """A column of the rows (of one record type) as floats."""
+    return [float(row[column]) for row in rows if kind is None or row["type"] == str(kind)]
+
+
+def read_npz(path):
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def files_in(folder):
+    """{path: (size, time of the last change)} of all there is below a folder."""
+    return {p.relative_to(folder): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def assert_one_error_line(stderr):
+    assert re.fullmatch(r"error: [^\n]+\n", stderr), stderr
+
+
+def assert_same_run(folder, reference, script, checkpoint="run.npz"):
+    """Bit for bit the same arrays in the checkpoint, and the same losses and accuracies in metrics and log."""
+    ours, theirs = read_npz(folder / checkpoint), read_npz(reference / checkpoint)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"meta"}:
+        assert ours[name].dtype == theirs[name].dtype
+        assert ours[name].tobytes() == theirs[name].tobytes(), f"{name} differs"
+    ours, theirs = (read_npz(f / f"results/{script}_metrics.npz") for f in (folder, reference))
+    for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+        assert ours[name].tolist() == theirs[name].tolist(), name
+    same = ("type", "epoch", "value1", "value2", "loss")
+    ours, theirs = (
+        [[row[name] for name in same] for row in read_log(f / f"results/{script}.csv")] for f in (folder, reference)
+    )
+    assert ours == theirs
+
+
+def usage_lines(path):
+    """The command lines in a script's docstring, which are its indented lines, without their comments."""
+    doc = ast.get_docstring(ast.parse(Path(path).read_text()), clean=False)
+    lines = re.findall(r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|make) .*)$", doc, re.MULTILINE)
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
+def run_usage_line(folder, path, line, *tiny):
+    """Run a usage line, with `tiny` appended, in a folder that holds a copy of the script and of common.py alone."""
+    needed = REPO.glob("*.py") if path.name == "bench.py" else (path, REPO / "common.py")  # bench.py measures the others
+    for file in needed:
+        shutil.copy(file, folder)
+    (folder / "bin").mkdir()
+    (folder / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (folder / "bin/python").chmod(0o755)
+    env = script_environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run(f"{line} {shlex.join(map(str, tiny))}", shell=True, cwd=folder, env=env, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def run_on_terminal(folder, script, *args, env=None):
+    """Run a script on a terminal of 120 columns: all that it sent, and the lines that stand there at the end."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    process = start(folder, script, *args, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    sent = b""
+    try:
+        while part := os.read(ours, 65536):
+            sent += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, sent.decode()
+    lines = []
+    for line in sent.decode().replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for text in line.split("\r"):  # what follows a carriage return overwrites
+            shown = text + shown[len(text) :]
+        lines.append(shown.rstrip())
+    return sent.decode(), lines

@@ -1,0 +1,79 @@
+"""bench.py: what it measures is the same work on both sides, and its arithmetic holds. No figure is judged here."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from common import Dataset, make_synthetic
+
+KEYS = {"name", "ours", "peer", "unit", "ratio", "ratio_min", "ratio_max", "n"}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Dataset(*make_synthetic(64), "synthetic", "")
+
+
+def test_quick_run_writes_table_and_json(run_script, tmp_path):
+    done = run_script("bench.py", "--quick", "--only", "batch 32", "--dataset", "synthetic")
+    rows = json.loads((tmp_path / "results/bench.json").read_text())
+    assert [set(row) for row in rows] == [KEYS]
+    row = rows[0]
+    assert row["n"] >= 7
+    assert row["unit"] == "images/s"
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert row["ratio_min"] * 0.5 < row["ours"] / row["peer"] < row["ratio_max"] * 2
+    assert row["name"] in done.stdout
+    assert "kernels" in done.stdout  # the BLAS kernel in use is named
+
+
+def test_both_sides_do_the_same_work(data, monkeypatch):
+    """The peer of the serial row has our network, batch and step: from equal weights both have the same loss."""
+    contest = bench.serial_contest(data, 32)
+    assert contest.flops == pytest.approx(32 * 38.1e6, rel=0.01)  # the count that one makes by hand
+    first = contest.ours()[0] / 32
+    assert np.log(10) * 0.5 < first < 20
+    assert np.log(10) * 0.5 < contest.peer() < 20
+    losses = [contest.ours()[0] / 32 for _ in range(60)]
+    assert losses[-1] < first / 2  # it trains, it does not only run
+
+
+def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
+    calls = []
+    contest = bench.Contest("test", 10, 1, lambda: calls.append("a") or time.sleep(0.001),
+                            lambda: calls.append("b") or time.sleep(0.002), 1e6)  # fmt: skip
+    row, share = bench.compete(contest, pairs=7, seconds=0.01)
+    turns = "".join(calls[i] for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1])
+    assert turns == "ab" * 8  # a warm-up and seven pairs
+    assert row["ratio"] == pytest.approx(2, rel=0.3)
+    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert row["n"] == 7
+    assert 0 < share < 1
+
+
+def test_rate_counts_whole_calls():
+    calls = []
+    rate = bench.rate(lambda: calls.append(1) or time.sleep(0.01), seconds=0.1)
+    assert rate == pytest.approx(len(calls) / 0.1, rel=0.3)
+
+
+def test_train_cifar_row_uses_what_the_script_uses(data):
+    contest = bench.train_cifar_contest(data, "cnn", 16)
+    torch.set_num_threads(1)
+    loss, logits, _ = contest.ours()
+    assert logits.shape == (16, 10)
+    assert np.isfinite(loss.item())
+    assert np.isfinite(contest.peer())
+
+
+@pytest.mark.parametrize(("options", "message"), [(("--only", "nothing"), "no such row"), (("--pairs", 3), "--pairs")])
+def test_bad_input_is_one_line(run_script, tmp_path, options, message):
+    done = run_script("bench.py", *options, "--dataset", "synthetic", status=2)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "results").exists()

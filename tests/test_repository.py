@@ -1,0 +1,140 @@
+"""The repository as its users meet it: make, the README's commands, what the files promise."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import REPO, run_usage_line, script_environment, usage_lines
+
+SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
+TINY = {
+    "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
+    "train_cifar.py": ["--epochs", "1", "--subset", "16", "--batch-size", "8", "--dataset", "synthetic"],
+    "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
+}
+TINY_MAKE = {
+    "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
+    "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "bench": ["ARGS=--dataset synthetic --quick --only 'serial_cnn.py, CNN, batch 32'"],
+}
+
+
+def readme_lines():
+    blocks = re.findall(r"```sh\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def all_usage_lines():
+    lines = [(name, line) for name in SCRIPTS if name != "common.py" for line in usage_lines(REPO / name)]
+    return lines + [("README.md", line) for line in readme_lines()]
+
+
+def run_line(where, line, cwd):
+    """Run a command of the documentation as written, with tiny sizes after its own options."""
+    words = shlex.split(line)
+    if words[0] == "python":
+        device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
+        return run_usage_line(cwd, REPO / words[1], line, *TINY[words[1]], *device)
+    assert words[0] == "make", f"{where}: {line}"
+    copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
+    command = ["make", f"PYTHON={sys.executable}", *words[1:], *TINY_MAKE.get(words[1], [])]
+    done = subprocess.run(command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize(("where", "line"), sorted(set(all_usage_lines())))
+def test_usage_line_runs_as_written(where, line, tmp_path):
+    if line in ("make test", "make setup") or line.startswith("PIP_EXTRA_INDEX_URL"):
+        pytest.skip("runs this test, or installs the packages that run it")
+    run_line(where, line, tmp_path)
+
+
+def test_every_script_has_usage_lines_and_is_in_the_readme():
+    readme = (REPO / "README.md").read_text()
+    for name in SCRIPTS:
+        assert f"`{name}`" in readme
+        if name != "common.py":
+            assert usage_lines(REPO / name), name
+
+
+def test_every_file_and_option_in_the_readme_exists():
+    readme = (REPO / "README.md").read_text()
+    named = set(re.findall(r"`([a-z_0-9]+\.py)`", readme)) | set(re.findall(r"^python (\S+\.py)", readme, re.M))
+    assert named <= set(SCRIPTS)
+    help_text = "".join(
+        subprocess.run([sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True).stdout
+        for name in SCRIPTS if name != "common.py"
+    )  # fmt: skip
+    options = set(re.findall(r"--[a-z][a-z-]+", readme)) - {"--help"}
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", help_text))
+
+
+def test_scripts_do_not_import_each_other():
+    """One script and common.py are all that a copy needs; only bench.py, which measures the others, imports them."""
+    modules = {name.removesuffix(".py") for name in SCRIPTS} - {"common"}
+    for name in set(SCRIPTS) - {"bench.py"}:
+        tree = ast.parse((REPO / name).read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & modules, name
+
+
+def test_common_imports_numpy_and_the_standard_library_only():
+    code = "import sys, common; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split()) - {"common"}
+    heavy = {"torch", "torchvision", "psutil", "tqdm", "threadpoolctl", "numba", "mpi4py", "cupy", "scipy"}
+    assert "numpy" in loaded
+    assert not loaded & heavy
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        for line in (REPO / name).read_text().splitlines():
+            requirement = line.partition("#")[0].strip()
+            assert not requirement or re.match(r"[\w\[\]-]+==[\w.]+(; python_version .*)?$", requirement), line
+
+
+def test_bare_make_lists_every_target():
+    listed = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    for target in re.findall(r"^([a-z-]+):.*##", (REPO / "Makefile").read_text(), re.M):
+        assert re.search(rf"^make {target}  +\S", listed, re.M), target
+
+
+@pytest.mark.parametrize("variable", ["BASE_PYTHON", "PYTHON"])
+def test_an_old_python_is_named(tmp_path, variable):
+    """A stand-in for an interpreter that says it is 3.9: make stops before it makes anything."""
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.18 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    for name in ("Makefile", "requirements.txt", "requirements-gpu.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    done = subprocess.run(["make", f"{variable}={old}", "test"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: Python 3.10 or newer is needed" in done.stderr
+    assert "3.9.18" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_changed_requirements_refresh_the_environment(tmp_path):
+    """.venv is made once, kept as long as the requirements are the same, and refreshed when they change."""
+    for name in ("Makefile", "requirements-gpu.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / "requirements.txt").write_text("")
+    make = ["make", f"BASE_PYTHON={sys.executable}", "setup"]
+
+    def installs():
+        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return "pip install" in done.stdout
+
+    (tmp_path / "requirements-gpu.txt").write_text("")
+    assert installs()
+    assert not installs()
+    (tmp_path / "requirements.txt").write_text("# changed\n")
+    assert installs()

@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     name: str  # "cifar10" or "synthetic": stands in every log, table and plot
-    fingerprint: str  # SHA-256 of the whole set's bytes, before --subset
+    fingerprint: str  # SHA-256 of the bytes of all that was read or made, before --subset cuts it
 
 
 def load_cifar10(data_dir=None, dataset="auto", subset=None, seed=42):
@@ -226,9 +226,12 @@ def _through_cache(data_dir, stamp, build):
                 for name, a in zip(names, arrays, strict=True):
                     np.save(new / f"{name}.npy", a)
                 (new / "meta.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "source": stamp}))
-                if not open_maps(root / key):  # absent or damaged; else another process was faster
-                    shutil.rmtree(root / key, ignore_errors=True)
+                try:
                     new.rename(root / key)
+                except OSError:  # another process was faster, or what is there is damaged
+                    if not open_maps(root / key):
+                        shutil.rmtree(root / key, ignore_errors=True)
+                        new.rename(root / key)
             if maps := open_maps(root / key):
                 return maps
     return arrays, digest.hexdigest()
@@ -601,19 +604,34 @@ class ConvReLUPool(Conv2D):
         pass
 
 
+def winograd_matrices(points, r):
+    """Aᵀ (m, n), G (n, r) and Bᵀ (n, n) of Winograd's F(m, r), n = m + r - 1, from n - 1 points and infinity.
+
+    y = Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation of n inputs d with r weights g: Toom and Cook's multiplication of
+    polynomials, which evaluates both at the points, transposed.
+    """
+    m = len(points) + 2 - r
+    others = [[q for q in points if q != p] for p in points]
+    powers = np.vander(points, max(m, r), increasing=True)  # (n - 1, ·)
+    AT = np.vstack([powers[:, :m], np.eye(m)[-1]]).T
+    G = np.vstack([powers[:, :r] / [[math.prod(p - q for q in o)] for p, o in zip(points, others, strict=True)],
+                   np.eye(r)[-1]])  # fmt: skip
+    BT = np.vstack([*(np.append(np.poly(o)[::-1], 0) for o in others), np.poly(points)[::-1]])
+    return AT, G, BT
+
+
 class WinogradReLUPool(ConvReLUPool):
     """ConvReLUPool by Winograd's minimal filtering F(4×4, 3×3): kernel 3, stride 1, padding 1, H and W multiples of 4.
 
     A 4×4 tile of the output takes 36 multiplications per pair of channels instead of 144:
     y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A with the 6×6 tile d of the input; summed over channels, ⊙ is 36 matrix products.
     Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016. On flattened tiles the transforms are
-    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). Float32 results differ from Conv2D's by about 1e-6.
+    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). In float32 the error is 6e-7 of the output's deviation, root
+    mean square, where im2col has 2e-7; the usual points 0, ±1, ±2 would have 1.1e-6 (Barabasz et al., "Error Analysis
+    and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018).
     """
 
-    BT = np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-                   [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])
-    G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-    AT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+    AT, G, BT = winograd_matrices((0, 3 / 4, -3 / 4, 3 / 2, -3 / 2), 3)
     COLUMNS = 512  # of one product in a transform: OpenBLAS does not pack, and is faster, below 10⁶ multiplications
 
     def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
@@ -793,6 +811,8 @@ class Model:
         for layer in self.layers:
             first = start
             for leaf in layer.leaves():
+                for name in leaf.state_names:
+                    setattr(leaf, name, xp.asarray(getattr(leaf, name)))
                 for name in leaf.param_names:
                     value = xp.asarray(getattr(leaf, name))
                     part = slice(start, start + value.size)
@@ -842,19 +862,22 @@ def make_cnn(seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=Winogra
     ], xp)
 
 
-def evaluate(model, images, labels, batch_size=100):
-    """Evaluate on uint8 images (N, 32, 32, 3): mean loss, top-1 and top-5 accuracy, seconds spent loading batches."""
+def evaluate(model, images, labels, batch_size=100, reduce=lambda sums: None):
+    """Evaluate on uint8 images (N, 32, 32, 3): mean loss, top-1 and top-5 accuracy, seconds spent loading batches.
+
+    reduce(sums): sums an array in place over the ranks that share the images.
+    """
     model.train(False)
-    loss, top1, top5, loading = 0.0, 0, 0, 0.0
+    sums, loading = np.zeros(4), 0.0  # loss, top-1, top-5, images
     for start in range(0, len(labels), batch_size):
         clock = time.perf_counter()
         x, y = load_batch(images, labels, slice(start, start + batch_size), model.params.dtype)
         loading += time.perf_counter() - clock
         logits = model.forward(x)
-        correct = count_correct(logits, y)
-        loss, top1, top5 = loss + softmax_cross_entropy(logits, y)[0], top1 + correct[0], top5 + correct[1]
+        sums += (softmax_cross_entropy(logits, y)[0], *count_correct(logits, y), len(y))
     model.train(True)
-    return loss / len(labels), top1 / len(labels), top5 / len(labels), loading
+    reduce(sums)
+    return *(sums[:3] / sums[3]).tolist(), loading
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1044,14 +1067,17 @@ class Run:
     def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
         self.args, self.script, self.data, self.rank, self.get_arrays = args, script, data, rank, get_arrays
         self.identity = {name: getattr(args, name) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)}
+        if hasattr(args, "global_batch_size"):  # what a step is, however many ranks share it
+            self.identity["batch_size"] = args.global_batch_size
         self.identity.update(dataset=data.name, fingerprint=data.fingerprint)
         self.epoch, self.batch, self.sums = 1, 0, {}  # the next batch to train is number `batch` (from 0) of `epoch`
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
         self.stopped_by, self._first_batch = None, True
-        check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
-        if args.resume:
-            set_arrays(self._load_checkpoint())
+        if rank == 0:
+            check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
+            if args.resume:
+                set_arrays(self._load_checkpoint())
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
         self._info = info or {}
 
@@ -1347,7 +1373,11 @@ def table(header, rows):
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a file beside `path` that takes its place, synced, when the block ends without an error."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():  # a device, such as /dev/null
+        with open(path, mode) as file:
+            yield file
+        return
     part = path.with_name(f".{path.name}.part")  # the same name each time: what a killed process left is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1360,7 +1390,7 @@ def atomic_write(path, mode="wb"):
         with contextlib.suppress(OSError):
             part.unlink()
         if isinstance(error, OSError):
-            raise TrainingError(f"{path} cannot be written: {error.strerror or error}") from None
+            raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
 
 
@@ -1526,12 +1556,9 @@ def run_main(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (InputError, TrainingError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also of a message with several
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except (Interrupted, KeyboardInterrupt) as error:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

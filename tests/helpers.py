@@ -112,7 +112,7 @@ def usage_lines(path):
 
 def run_usage_line(folder, path, line, *tiny):
     """Run a usage line, with `tiny` appended, in a folder that holds a copy of the script and of common.py alone."""
-    needed = REPO.glob("*.py") if path.name == "bench.py" else (path, REPO / "common.py")  # bench.py measures the others
+    needed = REPO.glob("*.py") if path.name == "bench.py" else (path, REPO / "common.py")
     for file in needed:
         shutil.copy(file, folder)
     (folder / "bin").mkdir()

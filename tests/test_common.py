@@ -957,8 +957,11 @@ def test_without_any_cache_the_arrays_are_returned(tmp_path, monkeypatch):
     assert data.fingerprint == hashlib.sha256(b"".join(map(bytes, make_synthetic(20)))).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["x_train.npy", "y_test.npy", "meta.json"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage", "zip", "list", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("x_train.npy", damage) for damage in ("missing", "empty", "half", "garbage", "zip", "pickle")]
+    + [("meta.json", damage) for damage in ("missing", "half", "list")],
+)
 def test_a_damaged_cache_is_not_trusted(tmp_path, name, damage):
     wanted = load_cifar10(tmp_path, "synthetic", 20)
     expected = [a.copy() for a in wanted[:4]]
@@ -974,6 +977,8 @@ def test_a_damaged_cache_is_not_trusted(tmp_path, name, damage):
         assert data.fingerprint == wanted.fingerprint
         for mine, theirs in zip(data[:4], expected, strict=True):
             np.testing.assert_array_equal(mine, theirs)
+    assert len(caches(tmp_path)) == 1
+    assert not (tmp_path / "xdg").exists()  # the damaged one has been replaced
     assert not evil.exists()
 
 
@@ -1697,9 +1702,20 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["file.txt"]
-    with pytest.raises(TrainingError, match=r"file\.txt/x cannot be written"):
+    with pytest.raises(OSError, match=r"file\.txt/x cannot be written"):
         with common.atomic_write(path / "x"):
             pass
+
+
+def test_atomic_write_keeps_links_and_devices(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for path in (tmp_path / "link", "/dev/null"):
+        with common.atomic_write(path, "w") as file:
+            file.write("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    assert Path("/dev/null").is_char_device()
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_check_outputs(tmp_path):

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 from importlib.util import find_spec
@@ -74,15 +75,8 @@ def test_files_and_lines_of_a_run(normal):
     lines = out.splitlines()
     assert [line[:10] for line in lines[:2]] == ["epoch 1/2 ", "epoch 2/2 "]
     assert lines[3] == "serial_cnn: cnn, SYNTHETIC DATA, not CIFAR-10, 100 images"
-    assert re.split(r"  +", lines[4]) == [
-        "epoch",
-        "train loss",
-        "train acc",
-        "test loss",
-        "test acc",
-        "seconds",
-        "images/s",
-    ]
+    header = ["epoch", "train loss", "train acc", "test loss", "test acc", "seconds", "images/s"]
+    assert re.split(r"  +", lines[4]) == header
     assert [line.split()[0] for line in lines[6:8]] == ["1", "2"]
     assert lines[8].startswith("serial_cnn: best test accuracy ")
     assert len(lines) == 9
@@ -170,9 +164,8 @@ def test_quiet_prints_one_line(run):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
 def test_bar_on_a_terminal(tmp_path, cache):
-    sent, lines = run_on_terminal(
-        tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 1500, "--epochs", 1, env=cache
-    )
+    long = ("--dataset", "synthetic", "--subset", 1000, "--epochs", 1)
+    sent, lines = run_on_terminal(tmp_path, SCRIPT, *long, env=cache)
     assert re.search(r"\repoch 1/1: +\d+%\|.*<\d\d:\d\d.* images/s, loss \d\.\d{3}\]", sent)
     assert [line[:10] for line in lines] == ["epoch 1/1 ", "", "serial_cnn", "epoch  tra", "-----  ---", "    1     ",
                                              "serial_cnn", ""]  # fmt: skip
@@ -222,7 +215,7 @@ def test_real_images(run, real_data, tmp_path):
 
 def test_memory_stays_flat(run, tmp_path):
     # evaluation takes batches of 100: with the same in training, all buffers are there in the first epoch
-    run("--dataset", "synthetic", "--subset", 500, "--batch-size", 100, "--epochs", 4)
+    run("--dataset", "synthetic", "--subset", 300, "--batch-size", 100, "--epochs", 4)
     ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
     assert ram[3] - ram[0] < 20
 
@@ -307,10 +300,11 @@ def damaged(binary_layout, tmp_path):
     return damaged
 
 
-def test_undamaged_batch_files(run, damaged):  # what follows fails because of its damage alone
+def test_undamaged_batch_files(run, damaged, tmp_path):  # what follows fails because of its damage alone
     damaged("data_batch_1.bin")
     done = run("--dataset", "cifar10", "--data-dir", "data", "--subset", 10, "--epochs", 1, "--quiet")
     assert "cifar10" in done.stdout
+    shutil.rmtree(tmp_path / "data")  # 180 MB of .npy files, which pytest would keep
 
 
 @pytest.mark.parametrize("size", [0, 30_729_999, 30_733_073])
@@ -365,6 +359,17 @@ def test_output_that_cannot_be_written(refused, tmp_path, option, place):
     refused(*TINY, option, place, about=place)
 
 
+@pytest.mark.parametrize("place", ["", ".", "/"])
+def test_log_without_a_name(refused, place):
+    refused(*TINY, "--log", place, about="--log|folder")
+
+
+def test_resume_with_a_log_that_is_none(normal, refused, tmp_path):
+    shutil.copy(normal[0] / "run.npz", tmp_path)
+    (tmp_path / "run.csv").write_bytes(b"\xff\xfe\0")
+    refused(*NORMAL, "--resume", "--log", "run.csv", about=r"run\.csv")
+
+
 def test_results_is_a_file(refused, tmp_path):
     (tmp_path / "results").touch()
     refused(*TINY, about="results")
@@ -383,24 +388,47 @@ def test_outputs_in_one_file(refused, options):
     refused(*TINY, *options, about="same")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
+def test_links_are_followed(run, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    for name in ("run.npz", "metrics.npz"):
+        (tmp_path / name).symlink_to(f"large disk/{name}")
+    run(*TINY, "--checkpoint", "run.npz", "--save-metrics", "metrics.npz")
+    for name in ("run.npz", "metrics.npz"):
+        assert (tmp_path / name).is_symlink()
+        assert read_npz(tmp_path / "large disk" / name)
+
+
+def test_devices_are_not_replaced(run, tmp_path):
+    null = tmp_path / "null"  # one of our own: root could lose the real one
+    try:
+        os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        null.write_text("")
+    except (OSError, AttributeError):
+        pytest.skip("needs the right to make a device")
+    run(*TINY, "--save-metrics", "null", status=None)
+    assert null.is_char_device()
+
+
 def test_resume_without_a_file(refused):
     refused(*TINY, "--resume", about="--checkpoint FILE")
     refused(*TINY, "--resume", "--checkpoint", "absent.npz", about="absent.npz")
 
 
+def with_byte(whole, position, value):
+    return whole[:position] + bytes([value]) + whole[position + 1 :]
+
+
 DAMAGES = {
     "garbage": lambda whole: b"no checkpoint\n" * 100,
     "empty": lambda whole: b"",
-    "cut after 1": lambda whole: whole[:1],
     "cut after 1000": lambda whole: whole[:1000],
     "cut in the middle": lambda whole: whole[: len(whole) // 2],
     "cut before the last": lambda whole: whole[:-1],
-    "a wrong bit in the data": lambda whole: whole[: 10**6] + bytes([whole[10**6] ^ 1]) + whole[10**6 + 1 :],
-    # in the archive's directory: the compression method of the first array, and its flags
-    "an unknown compression": lambda whole: whole.replace(
-        b"PK\1\2\x2d\3\x2d\0\0\0\0\0", b"PK\1\2\x2d\3\x2d\0\0\0\x63\0", 1
-    ),
-    "encrypted": lambda whole: whole.replace(b"PK\1\2\x2d\3\x2d\0\0\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0\0\0", 1),
+    "a wrong bit in the data": lambda whole: with_byte(whole, 10**6, whole[10**6] ^ 1),
+    "an unknown compression": lambda whole: with_byte(whole, whole.index(b"PK\1\2") + 10, 99),
+    "an encrypted array": lambda whole: with_byte(whole, whole.index(b"PK\1\2") + 8, 1),
+    "a long header": lambda whole: with_byte(whole, whole.index(b"\x93NUMPY", 2000) + 9, 255),  # NumPy: three lines
 }
 
 
@@ -519,17 +547,15 @@ def reference(tmp_path_factory, cache):
 
 
 def test_reference_has_every_batch_once(reference):
-    batches = [
-        (int(row["epoch"]), int(row["value1"])) for row in read_log(reference("sgd") / LOG) if row["type"] == "2"
-    ]
+    rows = read_log(reference("sgd") / LOG)
+    batches = [(int(row["epoch"]), int(row["value1"])) for row in rows if row["type"] == "2"]
     assert batches == [(epoch, batch) for epoch in (1, 2, 3) for batch in range(1, BATCHES + 1)]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resume_after_an_epoch(run, tmp_path, reference, optimizer):
-    run(*LONG, "--optimizer", optimizer, "--epochs", 1)
-    run(*LONG, "--optimizer", optimizer, "--resume")
-    assert_same_run(tmp_path, reference(optimizer), "serial_cnn")
+def test_resume_after_an_epoch(run, tmp_path, reference):
+    run(*LONG, "--epochs", 1)
+    run(*LONG, "--resume")
+    assert_same_run(tmp_path, reference("sgd"), "serial_cnn")
 
 
 def test_resume_when_all_is_done(run, tmp_path, reference):
@@ -546,11 +572,9 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= BATCHES + 4)  # in the second epoch
     process.send_signal(getattr(signal, name))
     _, err = finish(process, status=130)
-    epoch, batch = map(int, re.search(r"after batch (\d+) of epoch (\d+)", err).groups()[::-1])
-    assert (
-        err
-        == f"interrupted by {name} after batch {batch} of epoch {epoch}; continue with --checkpoint run.npz --resume\n"
-    )
+    place, _, advice = err.partition("; ")
+    assert advice == "continue with --checkpoint run.npz --resume\n"
+    batch, epoch = map(int, re.fullmatch(rf"interrupted by {name} after batch (\d+) of epoch (\d+)", place).groups())
     rows = read_log(tmp_path / LOG)
     assert len([row for row in rows if row["type"] == "2"]) == (epoch - 1) * BATCHES + batch < 3 * BATCHES
     assert json.loads((tmp_path / SIDECAR).read_text())["status"] == "interrupted"
@@ -560,8 +584,8 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
     assert_same_run(tmp_path, reference(optimizer), "serial_cnn")
 
 
-def test_interruption_in_the_last_batch_of_an_epoch(run, tmp_path, cache):
-    options = ("--dataset", "synthetic", "--subset", 800, "--batch-size", 800, "--epochs", 2, "--checkpoint", "run.npz")
+def test_interruption_in_the_last_batch_of_an_epoch(tmp_path, cache):
+    options = ("--dataset", "synthetic", "--subset", 600, "--batch-size", 600, "--epochs", 2, "--checkpoint", "run.npz")
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
     finish(start(tmp_path / "whole", SCRIPT, *options, env=cache))
@@ -576,7 +600,7 @@ def test_interruption_in_the_last_batch_of_an_epoch(run, tmp_path, cache):
 
 
 def test_interruption_without_a_checkpoint(tmp_path, cache):
-    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 2000, env=cache)
+    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 1500, env=cache)
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= 4)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, status=130)
@@ -587,7 +611,7 @@ def test_interruption_without_a_checkpoint(tmp_path, cache):
 
 
 def test_second_signal_stops_at_once(tmp_path, cache):
-    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 2000, "--batch-size", 2000, env=cache)
+    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 1500, "--batch-size", 1500, env=cache)
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= 3)  # the first epoch, of one batch, is over
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -616,12 +640,12 @@ def test_resume_after_kill_at_any_moment(tmp_path, cache, reference, optimizer):
     seed = random.randrange(10**6)
     rng, options = random.Random(seed), (*LONG, "--optimizer", optimizer, "--checkpoint-every", 0)
     print(f"seed {seed}")
-    for _ in range(5):
+    for _ in range(4):
         rows = count_rows(tmp_path / LOG)
         resume = ("--resume",) if (tmp_path / "run.npz").exists() else ()
         process = start(tmp_path, SCRIPT, *options, *resume, env=cache)
         wait_until(process, lambda rows=rows: count_rows(tmp_path / LOG) > rows)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.4))
         process.kill()
         finish(process, status=-signal.SIGKILL)
     finish(start(tmp_path, SCRIPT, *options, "--resume", env=cache))
@@ -633,7 +657,7 @@ def test_kill_while_a_checkpoint_is_written(tmp_path, cache, reference):
     options = (*LONG, "--checkpoint-every", 0)
 
     def half_written():
-        return [p for p in tmp_path.iterdir() if p.name not in ("results", "run.npz")]
+        return [path for path in tmp_path.iterdir() if path.name.startswith(".run.npz")]
 
     for _ in range(10):
         resume = ("--resume",) if (tmp_path / "run.npz").exists() else ()

@@ -1,0 +1,268 @@
+"""parallel_cnn_mpi.py under a real mpirun: the serial weights whatever the ranks, and what happens when one dies."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from helpers import REPO, count_rows, numbers, read_log, read_npz, script_environment, wait_until
+
+SCRIPT = "parallel_cnn_mpi.py"
+LOG, SIDECAR = "results/parallel_cnn_mpi.csv", "results/parallel_cnn_mpi.json"
+MPIRUN = Path(sys.executable).with_name("mpirun")
+ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--quiet")
+
+
+def start(folder, ranks, *args, script=REPO / SCRIPT, env=None, **options):
+    """Start mpirun with that many ranks."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    command = [MPIRUN, "-np", ranks, sys.executable, script, *args]
+    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
+
+
+def mpirun(folder, ranks, *args, status=0, timeout=120, **options):
+    process = start(folder, ranks, *args, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"exit status {process.returncode}\n{out}{err}"
+    return out, err
+
+
+def ranks_of(process):
+    """The rank processes of a running mpirun, by rank."""
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "PMI_RANK" in p.environ()]
+    return sorted(family, key=lambda p: int(p.environ()["PMI_RANK"]))
+
+
+def assert_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {"CIFAR10_DIR": folder, "XDG_CACHE_HOME": folder}
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory, cache):
+    """serial(*options) → the folder of serial_cnn.py's run with them, made once."""
+    folders = {}
+
+    def run(*options):
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("serial")
+            command = [sys.executable, REPO / "serial_cnn.py", *options, "--checkpoint", "run.npz"]
+            subprocess.run(list(map(str, command)), cwd=folders[options], env=script_environment(**cache), check=True)
+        return folders[options]
+
+    return run
+
+
+def assert_same_weights(path, other, tolerance):
+    ours, theirs = read_npz(path)["params"], read_npz(other)["params"]
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, ranks, dtype, tolerance):
+    """1,001 images in global batches of 64, two epochs: 32 steps, the order of the sums the only difference.
+
+    In float32 with --lr 0.001: at 0.01 training starts so wildly that it makes 1e-3 of a rounding, as it does between
+    PyTorch in float32 and PyTorch in float64.
+    """
+    common = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
+              "--lr", 0.01 if dtype == "float64" else 0.001)  # fmt: skip
+    reference = serial(*common, "--batch-size", 64)
+    mpirun(tmp_path, ranks, *common, "--global-batch-size", 64, "--checkpoint", "run.npz", env=cache)
+    assert read_npz(tmp_path / "run.npz")["optimizer_steps"] == 32
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
+    ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
+    assert [row["type"] for row in ours] == [row["type"] for row in theirs]
+    assert numbers(ours, "loss") == pytest.approx(numbers(theirs, "loss"), rel=1e-3 if dtype == "float32" else 1e-6)
+    for column in ("value1", "value2"):  # accuracies: a rounding may turn two of 1,001 answers
+        error = 2 / 200 if dtype == "float32" else 1e-6
+        assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=error)
+    assert json.loads((tmp_path / SIDECAR).read_text())["ranks"] == ranks
+
+
+@pytest.mark.parametrize("options", [(), ("--no-overlap",), ("--optimizer", "adam")], ids=["", "no-overlap", "adam"])
+def test_a_rank_without_images_takes_part(tmp_path, serial, cache, options):
+    """Batches of 50, 50, 50, 50 and 3 images on four ranks: the last leaves a rank with none."""
+    same = tuple(option for option in options if option != "--no-overlap")
+    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 2, "--dtype", "float64", "--quiet")
+    reference = serial(*tiny, *same, "--batch-size", 50)
+    mpirun(tmp_path, 4, *tiny, *options, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache)
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+
+
+def test_batch_size_is_per_rank_and_the_global_one_is_fixed(tmp_path, cache):
+    """Weak scaling by default, strong scaling with one flag."""
+    tiny = ("--dataset", "synthetic", "--subset", 120, "--epochs", 1, "--quiet")
+    for options, batches in ((("--batch-size", 20), 3), (("--global-batch-size", 20), 6)):
+        mpirun(tmp_path, 2, *tiny, *options, env=cache)
+        rows = read_log(tmp_path / LOG)
+        assert [row["value2"] for row in rows if row["type"] == "2"] == [str(batches)] * batches
+
+
+def test_log_has_communication(tmp_path, cache):
+    mpirun(tmp_path, 2, *ODD, "--epochs", 1, env=cache)
+    rows = read_log(tmp_path / LOG)
+    epoch = next(row for row in rows if row["type"] == "0")
+    assert 0 < float(epoch["communication"]) < float(epoch["duration"])
+    parts = sum(float(epoch[name]) for name in ("loading", "forward", "backward", "communication"))
+    assert parts <= float(epoch["duration"]) * 1.5  # communication is a mean over ranks, the others rank 0's
+    seconds = json.loads((tmp_path / SIDECAR).read_text())["totals"]["communication_seconds"]
+    assert 0 < seconds["min"] <= seconds["mean"] <= seconds["max"]
+    assert seconds["mean"] == pytest.approx(float(epoch["communication"]), abs=1e-5)
+
+
+def test_only_rank_0_speaks_and_writes(tmp_path, cache):
+    out, err = mpirun(tmp_path, 3, *ODD, "--epochs", 1, env=cache)
+    assert out.count("\n") == 1
+    assert err == ""
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "parallel_cnn_mpi.csv", "parallel_cnn_mpi.json", "parallel_cnn_mpi_metrics.npz"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--epochs", 0), "--epochs"),
+        (("--global-batch-size", 0), "--global-batch-size"),
+        (("--dataset", "cifar10", "--data-dir", "nowhere"), "no CIFAR-10 in nowhere"),
+        (("--resume", "--checkpoint", "absent.npz"), "absent.npz"),
+        (("--log", "/proc/nothing/x"), "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_for_all_ranks(tmp_path, cache, options, message):
+    _, err = mpirun(tmp_path, 2, *ODD, *options, status=2, env=cache)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_loss_that_explodes_stops_all_ranks(tmp_path, cache):
+    _, err = mpirun(tmp_path, 2, *ODD, "--epochs", 3, "--lr", 1e10, status=1, env=cache)
+    assert err.startswith("error: the ")
+    assert err.count("\n") == 1
+
+
+def run_until_second_epoch(folder, ranks, *options, env):
+    process = start(folder, ranks, *LONG, *options, env=env)
+    wait_until(process, lambda: count_rows(folder / LOG) >= 12)
+    return process
+
+
+LONG = ("--dataset", "synthetic", "--subset", 603, "--lr", 0.001, "--global-batch-size", 60, "--epochs", 3, "--quiet",
+        "--checkpoint", "run.npz", "--checkpoint-every", 0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """The folder of an unbroken run of two ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+    mpirun(folder, 2, *LONG, env=cache)
+    return folder
+
+
+def assert_resumes(folder, whole, cache):
+    """With two ranks bit for bit the weights of the unbroken run; with three, a float32 rounding apart."""
+    checkpoint = (folder / "run.npz").read_bytes()
+    mpirun(folder, 2, *LONG, "--resume", env=cache)
+    assert read_npz(folder / "run.npz")["params"].tobytes() == read_npz(whole / "run.npz")["params"].tobytes()
+    batches = [(row["epoch"], row["value1"]) for row in read_log(folder / LOG) if row["type"] == "2"]
+    assert batches == [(str(epoch), str(batch)) for epoch in (1, 2, 3) for batch in range(1, 12)]
+    (folder / "run.npz").write_bytes(checkpoint)
+    mpirun(folder, 3, *LONG, "--resume", env=cache)
+    assert_same_weights(folder / "run.npz", whole / "run.npz", 1e-4)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, cache, victim):
+    process = run_until_second_epoch(tmp_path, 2, env=cache)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    ranks[victim].kill()
+    killed = time.monotonic()
+    process.communicate(timeout=10)
+    assert time.monotonic() - killed < 10
+    assert process.returncode != 0
+    assert_gone(ranks)
+    assert_resumes(tmp_path, whole, cache)
+
+
+def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
+    process = run_until_second_epoch(tmp_path, 2, env=cache)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert "--resume" in out
+    assert json.loads((tmp_path / SIDECAR).read_text())["status"] == "interrupted"
+    assert_resumes(tmp_path, whole, cache)
+
+
+def test_ctrl_c_ends_with_130(tmp_path, cache):
+    process = run_until_second_epoch(tmp_path, 2, env=cache)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume" in err
+    assert_gone(ranks)
+
+
+BROKEN = """
+import sys
+sys.path.insert(0, {repo!r})
+import parallel_cnn_mpi as script
+real, calls = script.train_step, []
+
+def train_step(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3 and script.MPI.COMM_WORLD.rank == 1:
+        {what}
+    return real(*args, **kwargs)
+
+script.train_step = train_step
+script.run_main(script.main)
+"""
+
+
+def broken(folder, what):
+    """The script with something that happens on rank 1 before its third step."""
+    (folder / "broken.py").write_text(BROKEN.format(repo=str(REPO), what=what))
+    return folder / "broken.py"
+
+
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(tmp_path, cache):
+    script = broken(tmp_path, "raise ZeroDivisionError('on purpose')")
+    _, err = mpirun(tmp_path, 2, *ODD, script=script, status=1, timeout=30, env=cache)
+    assert "[rank 1] Traceback" in err
+    assert "[rank 1] ZeroDivisionError: on purpose" in err
+
+
+def test_weights_that_differ_are_found(tmp_path, cache):
+    """One bit of one weight on one rank: the checksum at the end of the epoch stops the run."""
+    change = "weights = args[0].params; weights[12345] = script.np.nextafter(weights[12345], script.np.float32(9))"
+    script = broken(tmp_path, change)
+    _, err = mpirun(tmp_path, 2, *ODD, "--epochs", 1, script=script, status=1, env=cache)
+    assert "error: after epoch 1 the weights of rank 1 are not those of rank 0" in err
+
+
+def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
+    """What a rank sees when Open MPI's mpirun starts it with mpi4py on MPICH: it is alone, the environment says four."""
+    command = [sys.executable, str(REPO / SCRIPT), *map(str, ODD)]
+    env = script_environment(**cache, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=0)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "\nerror: mpirun started 4 ranks, but each is alone" in done.stderr  # after mpi4py's own warning

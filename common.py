@@ -1073,7 +1073,7 @@ class Run:
         self.epoch, self.batch, self.sums = 1, 0, {}  # the next batch to train is number `batch` (from 0) of `epoch`
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
-        self.stopped_by, self._first_batch = None, True
+        self.signal, self._first_batch = None, True  # signal: the name of one that was sent to this process
         if rank == 0:
             check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
             if args.resume:
@@ -1127,11 +1127,12 @@ class Run:
         self._first_sample = len(self.monitor.samples)
         self._clock = time.perf_counter() - self.sums["duration"]
 
-    def end_batch(self, images, loss, top1, top5, loading, **phases):
+    def end_batch(self, images, loss, top1, top5, loading, stop=None, **phases):
         """Count a batch: its images, summed loss, numbers of correct answers, seconds spent waiting for data.
 
+        stop: whether to stop here, where several processes must agree; default: whether this one was sent a signal.
         phases: seconds of this batch in forward, backward, communication, where they are measured.
-        Raises TrainingError if the loss is not finite, Interrupted after a signal.
+        Raises TrainingError if the loss is not finite, Interrupted if it is to stop.
         """
         if self._first_batch:
             self._first_batch = False
@@ -1146,7 +1147,7 @@ class Run:
         if self._display:
             self._display.update(self.epoch, self.batch, self.batches, sums)
         due = self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
-        if self.stopped_by:
+        if self.signal if stop is None else stop:
             self._interrupt()
         if due and self.batch < self.batches:
             pause = time.perf_counter()
@@ -1167,8 +1168,8 @@ class Run:
             self.history[name].append(value)
         self._validation_start, self._clock = time.time(), time.perf_counter()
 
-    def end_epoch(self, loss, top1, top5, loading):
-        """The validation's mean loss, its accuracies and the seconds that it waited for data."""
+    def end_epoch(self, loss, top1, top5, loading, stop=None):
+        """The validation's mean loss, accuracies and the seconds that it waited for data; stop as in end_batch()."""
         seconds = time.perf_counter() - self._clock
         self.totals["evaluation_seconds"] += seconds
         self._write_row(VALIDATE, start=self._validation_start, loading=loading, duration=seconds, value1=top1,
@@ -1182,7 +1183,7 @@ class Run:
         self._write_results()
         if self.args.checkpoint:
             self.save_checkpoint()
-        if self.stopped_by and self.epoch <= self.args.epochs:
+        if (self.signal if stop is None else stop) and self.epoch <= self.args.epochs:
             self._interrupt()
 
     def finish(self):
@@ -1312,7 +1313,7 @@ class Run:
     # -- signals --------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number, _):
-        self.stopped_by = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
         signal.signal(number, self._handlers[number])  # a second one does what it always does
 
     def _interrupt(self):
@@ -1320,7 +1321,8 @@ class Run:
             self.save_checkpoint()
         self._write_results()
         saved = f"; continue with --checkpoint {self.args.checkpoint} --resume" if self.args.checkpoint else ""
-        raise Interrupted(f"interrupted by {self.stopped_by} after batch {self.batch} of epoch {self.epoch}{saved}")
+        place = f"after batch {self.batch} of epoch {self.epoch}"
+        raise Interrupted(f"interrupted by {self.signal or 'a signal'} {place}{saved}")
 
 
 FORMATS = (".4f", ".2%", ".4f", ".2%", ".1f", ",.0f")  # of METRICS

@@ -76,7 +76,7 @@ class Reducer:
         self.seconds += time.perf_counter() - started
 
 
-def train_step(model, optimizer, x, labels, count, reducer, stop=False):
+def train_step(model, optimizer, x, labels, count, reducer, stop=None):
     """One step on a global batch of `count` images, x and labels being this rank's share of them, perhaps none.
 
     Returns [summed loss, top-1, top-5, ranks that want to stop] over all ranks, and this rank's seconds of the forward
@@ -108,16 +108,15 @@ def train(model, optimizer, data, args, run, comm):
             mine = index[share(len(index), comm.rank, comm.size)]
             x, labels = load_batch(data.x_train, data.y_train, mine, args.dtype)
             loading = time.perf_counter() - started
-            sums, forward, backward = train_step(model, optimizer, x, labels, len(index), reducer, run.stopped_by)
-            if sums[3]:
-                run.stopped_by = run.stopped_by or "a signal to another rank"
-            run.end_batch(len(index), float(sums[0]), int(sums[1]), int(sums[2]), loading, forward=forward,
-                          backward=backward, communication=reducer.seconds - waited)  # fmt: skip
+            sums, forward, backward = train_step(model, optimizer, x, labels, len(index), reducer, run.signal)
+            run.end_batch(len(index), float(sums[0]), int(sums[1]), int(sums[2]), loading, stop=sums[3] > 0,
+                          forward=forward, backward=backward, communication=reducer.seconds - waited)  # fmt: skip
         check_equal(model, comm, epoch)
         report_communication(run, comm)
         run.end_training()
         test = share(len(data.y_test), comm.rank, comm.size)
-        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test], reduce=Reducer(comm, overlap=False).start))
+        total = Reducer(comm, overlap=False).start
+        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test], reduce=total), stop=False)
 
 
 def report_communication(run, comm):
@@ -198,7 +197,7 @@ def parse_args(argv=None):
     parser = make_parser("parallel_cnn_mpi", __doc__)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     parser.add_argument("--global-batch-size", type=number(int, 1, 10**6), metavar="N",
-                        help="images per step of all ranks (strong scaling); default: ranks x --batch-size")  # fmt: skip
+                        help="images per step of all ranks together (default: ranks x --batch-size)")  # fmt: skip
     parser.add_argument("--no-overlap", dest="overlap", action="store_false",
                         help="wait for the sum of each slice before the backward pass goes on")  # fmt: skip
     args = parser.parse_args(argv)
@@ -230,7 +229,7 @@ def main(argv=None):
                 train(model, optimizer, data, args, run, comm)
                 run.finish()
         except Interrupted as stopped:
-            if not args.checkpoint or run.stopped_by == "SIGINT":
+            if not args.checkpoint or run.signal == "SIGINT":
                 raise
             print(stopped, flush=True)  # SIGTERM is how clusters say that the time is over: no failure
         except OSError as error:  # on this rank alone: the others would wait for ever

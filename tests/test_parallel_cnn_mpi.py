@@ -260,7 +260,7 @@ def test_weights_that_differ_are_found(tmp_path, cache):
 
 
 def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
-    """What a rank sees when Open MPI's mpirun starts it with mpi4py on MPICH: it is alone, the environment says four."""
+    """What a rank sees when Open MPI's mpirun starts it and mpi4py is on MPICH: alone, told that there are four."""
     command = [sys.executable, str(REPO / SCRIPT), *map(str, ODD)]
     env = script_environment(**cache, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=0)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -12,6 +12,7 @@ from helpers import REPO, run_usage_line, script_environment, usage_lines
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 TINY = {
+    "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "train_cifar.py": ["--epochs", "1", "--subset", "16", "--batch-size", "8", "--dataset", "synthetic"],
     "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
@@ -36,9 +37,10 @@ def all_usage_lines():
 def run_line(where, line, cwd):
     """Run a command of the documentation as written, with tiny sizes after its own options."""
     words = shlex.split(line)
-    if words[0] == "python":
+    if words[0] in ("python", "mpirun"):
+        script = next(word for word in words if word.endswith(".py"))
         device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
-        return run_usage_line(cwd, REPO / words[1], line, *TINY[words[1]], *device)
+        return run_usage_line(cwd, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"
     copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
     command = ["make", f"PYTHON={sys.executable}", *words[1:], *TINY_MAKE.get(words[1], [])]
@@ -64,7 +66,7 @@ def test_every_script_has_usage_lines_and_is_in_the_readme():
 
 def test_every_file_and_option_in_the_readme_exists():
     readme = (REPO / "README.md").read_text()
-    named = set(re.findall(r"`([a-z_0-9]+\.py)`", readme)) | set(re.findall(r"^python (\S+\.py)", readme, re.M))
+    named = set(re.findall(r"`([a-z_0-9]+\.py)`", readme)) | set(re.findall(r"^(?:python|mpirun) .*?(\w+\.py)", readme, re.M))
     assert named <= set(SCRIPTS)
     help_text = "".join(
         subprocess.run([sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True).stdout

@@ -66,7 +66,8 @@ def test_every_script_has_usage_lines_and_is_in_the_readme():
 
 def test_every_file_and_option_in_the_readme_exists():
     readme = (REPO / "README.md").read_text()
-    named = set(re.findall(r"`([a-z_0-9]+\.py)`", readme)) | set(re.findall(r"^(?:python|mpirun) .*?(\w+\.py)", readme, re.M))
+    run = re.findall(r"^(?:python|mpirun) .*?(\w+\.py)", readme, re.M)
+    named = {*re.findall(r"`([a-z_0-9]+\.py)`", readme), *run}
     assert named <= set(SCRIPTS)
     help_text = "".join(
         subprocess.run([sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True).stdout

@@ -78,7 +78,7 @@ def load_cifar10(data_dir=None, dataset="auto", subset=None, seed=42):
     loaded = None if dataset == "synthetic" else _load_real(data_dir, may_fail=dataset == "auto")
     name = "cifar10" if loaded else "synthetic"
     if loaded is None:
-        stamp = {"synthetic": 1, "seed": seed, "subset": subset}
+        stamp = {"synthetic": 2, "seed": seed, "subset": subset}
         loaded = _through_cache(data_dir, stamp, lambda: make_synthetic(subset or 50_000, seed))
     arrays, fingerprint = loaded
     if subset is not None:
@@ -1075,6 +1075,8 @@ class Run:
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
         self.signal, self._first_batch = None, True  # signal: the name of one that was sent to this process
         if rank == 0:
+            if not Path(args.log).name:
+                raise InputError(f"--log {args.log!r}: give a file name")
             check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
             if args.resume:
                 set_arrays(self._load_checkpoint())
@@ -1094,7 +1096,8 @@ class Run:
             "script": self.script, "arguments": vars(args), "dataset": self.data.name,
             "fingerprint": self.data.fingerprint, "train_images": len(self.data.y_train),
             "test_images": len(self.data.y_test), "seed": args.seed, "ranks": 1, "threads": 1,
-            **environment(), **self._info, "start": time.time(), "end": None, "status": "running", "totals": {},
+            "identity": self.identity, **environment(),
+            **self._info, "start": time.time(), "end": None, "status": "running", "totals": {},
         }  # fmt: skip
         self._write_sidecar()
         self.monitor.start()
@@ -1230,6 +1233,7 @@ class Run:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self.args.resume and path.exists():
+                self._check_own_log()
                 with open(path, newline="") as file:
                     rows = csv.DictReader(file)
                     kept = [row for row in rows if self._before_checkpoint(row)] if rows.fieldnames else []
@@ -1239,8 +1243,17 @@ class Run:
                     writer.writerows(kept)
                 return open(path, "a", newline="")
             return open(path, "w", newline="")
-        except OSError as error:
-            raise InputError(f"--log {path}: {error.strerror}: choose a file that can be written") from None
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--log {path}: {reason}: choose another file") from None
+
+    def _check_own_log(self):
+        """Raise InputError if the sidecar tells that the log is another run's than the checkpoint."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no sidecar: nothing is known
+            identity = json.loads(self._sidecar_path().read_text()).get("identity", self.identity)
+            if identity != self.identity:
+                raise InputError(f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
+                                 "give --log the file that belongs to it, or a new one")
 
     def _before_checkpoint(self, row):
         try:
@@ -1321,7 +1334,7 @@ class Run:
             self.save_checkpoint()
         self._write_results()
         saved = f"; continue with --checkpoint {self.args.checkpoint} --resume" if self.args.checkpoint else ""
-        place = f"after batch {self.batch} of epoch {self.epoch}"
+        place = f"after batch {self.batch} of epoch {self.epoch}" if self.batch else f"after epoch {self.epoch - 1}"
         raise Interrupted(f"interrupted by {self.signal or 'a signal'} {place}{saved}")
 
 
@@ -1400,7 +1413,7 @@ def check_outputs(paths):
     """Raise InputError unless a file can be made at each path (None is passed over) and no two are the same."""
     paths = [Path(path) for path in paths if path]
     for path in paths:
-        if [p.absolute() for p in paths].count(path.absolute()) > 1:
+        if [os.path.realpath(p) for p in paths].count(os.path.realpath(path)) > 1:
             raise InputError(f"{path} would be written twice: give --log (with its .json), --save-metrics and "
                              "--checkpoint names of their own")
         try:
@@ -1555,7 +1568,8 @@ def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
 
 def run_main(main):
     """Call main() and end the process with the exit status that the README promises."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    for name in (signal.SIGINT, signal.SIGTERM):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
+        signal.signal(name, signal.default_int_handler)
     try:
         sys.exit(main())
     except (InputError, TrainingError, OSError) as error:

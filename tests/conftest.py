@@ -33,3 +33,24 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs the CIFAR-10 images: set CIFAR10_DIR to their folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return {"CIFAR10_DIR": folder, "XDG_CACHE_HOME": folder}
+
+
+@pytest.fixture(scope="session")
+def serial(tmp_path_factory, cache):
+    """serial(*options) → the folder of serial_cnn.py's run with them, made once."""
+    folders = {}
+
+    def run(*options):
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("serial")
+            command = [sys.executable, REPO / "serial_cnn.py", *options, "--checkpoint", "run.npz"]
+            subprocess.run(list(map(str, command)), cwd=folders[options], env=script_environment(**cache), check=True)
+        return folders[options]
+
+    return run

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 REPO = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -114,8 +115,8 @@ def run_usage_line(folder, path, line, *tiny):
     """Run a usage line, with `tiny` appended, in a folder that holds a copy of the script and of common.py alone."""
     needed = REPO.glob("*.py") if path.name == "bench.py" else (path, REPO / "common.py")
     for file in needed:
-        shutil.copy(file, folder)
-    (folder / "bin").mkdir()
+        shutil.copy2(file, folder)  # with its time, which Numba's cache goes by
+    (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (folder / "bin/python").chmod(0o755)
     env = script_environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -151,3 +152,38 @@ def run_on_terminal(folder, script, *args, env=None):
             shown = text + shown[len(text) :]
         lines.append(shown.rstrip())
     return sent.decode(), lines
+
+
+def start_ranks(folder, ranks, script, *args, env=None, **options):
+    """Start mpirun with that many ranks."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    command = [Path(sys.executable).with_name("mpirun"), "-np", ranks, sys.executable, REPO / script, *args]
+    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
+
+
+def mpirun(folder, ranks, script, *args, status=0, timeout=240, **options):
+    """Run a script under mpirun to its end; returns its stdout and stderr."""
+    process = start_ranks(folder, ranks, script, *args, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"exit status {process.returncode}\n{out}{err}"
+    return out, err
+
+
+def ranks_of(process):
+    """The rank processes of a running mpirun, by rank."""
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "PMI_RANK" in p.environ()]
+    return sorted(family, key=lambda p: int(p.environ()["PMI_RANK"]))
+
+
+def assert_same_weights(path, other, tolerance):
+    """Parameters of two checkpoints, apart by at most tolerance × the largest."""
+    ours, theirs = read_npz(path)["params"], read_npz(other)["params"]
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def assert_gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive

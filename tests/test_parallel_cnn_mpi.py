@@ -5,71 +5,26 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
-import psutil
 import pytest
-from helpers import REPO, count_rows, numbers, read_log, read_npz, script_environment, wait_until
+from helpers import (
+    REPO,
+    assert_gone,
+    assert_same_weights,
+    count_rows,
+    mpirun,
+    numbers,
+    ranks_of,
+    read_log,
+    read_npz,
+    script_environment,
+    start_ranks,
+    wait_until,
+)
 
 SCRIPT = "parallel_cnn_mpi.py"
 LOG, SIDECAR = "results/parallel_cnn_mpi.csv", "results/parallel_cnn_mpi.json"
-MPIRUN = Path(sys.executable).with_name("mpirun")
 ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--quiet")
-
-
-def start(folder, ranks, *args, script=REPO / SCRIPT, env=None, **options):
-    """Start mpirun with that many ranks."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    command = [MPIRUN, "-np", ranks, sys.executable, script, *args]
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
-
-
-def mpirun(folder, ranks, *args, status=0, timeout=120, **options):
-    process = start(folder, ranks, *args, **options)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == status, f"exit status {process.returncode}\n{out}{err}"
-    return out, err
-
-
-def ranks_of(process):
-    """The rank processes of a running mpirun, by rank."""
-    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "PMI_RANK" in p.environ()]
-    return sorted(family, key=lambda p: int(p.environ()["PMI_RANK"]))
-
-
-def assert_gone(processes):
-    _, alive = psutil.wait_procs(processes, timeout=5)
-    assert not alive
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return {"CIFAR10_DIR": folder, "XDG_CACHE_HOME": folder}
-
-
-@pytest.fixture(scope="module")
-def serial(tmp_path_factory, cache):
-    """serial(*options) → the folder of serial_cnn.py's run with them, made once."""
-    folders = {}
-
-    def run(*options):
-        if options not in folders:
-            folders[options] = tmp_path_factory.mktemp("serial")
-            command = [sys.executable, REPO / "serial_cnn.py", *options, "--checkpoint", "run.npz"]
-            subprocess.run(list(map(str, command)), cwd=folders[options], env=script_environment(**cache), check=True)
-        return folders[options]
-
-    return run
-
-
-def assert_same_weights(path, other, tolerance):
-    ours, theirs = read_npz(path)["params"], read_npz(other)["params"]
-    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -83,7 +38,7 @@ def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, r
     common = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
               "--lr", 0.01 if dtype == "float64" else 0.001)  # fmt: skip
     reference = serial(*common, "--batch-size", 64)
-    mpirun(tmp_path, ranks, *common, "--global-batch-size", 64, "--checkpoint", "run.npz", env=cache)
+    mpirun(tmp_path, ranks, SCRIPT, *common, "--global-batch-size", 64, "--checkpoint", "run.npz", env=cache)
     assert read_npz(tmp_path / "run.npz")["optimizer_steps"] == 32
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
     ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
@@ -101,7 +56,7 @@ def test_a_rank_without_images_takes_part(tmp_path, serial, cache, options):
     same = tuple(option for option in options if option != "--no-overlap")
     tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 2, "--dtype", "float64", "--quiet")
     reference = serial(*tiny, *same, "--batch-size", 50)
-    mpirun(tmp_path, 4, *tiny, *options, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache)
+    mpirun(tmp_path, 4, SCRIPT, *tiny, *options, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
 
 
@@ -109,13 +64,13 @@ def test_batch_size_is_per_rank_and_the_global_one_is_fixed(tmp_path, cache):
     """Weak scaling by default, strong scaling with one flag."""
     tiny = ("--dataset", "synthetic", "--subset", 120, "--epochs", 1, "--quiet")
     for options, batches in ((("--batch-size", 20), 3), (("--global-batch-size", 20), 6)):
-        mpirun(tmp_path, 2, *tiny, *options, env=cache)
+        mpirun(tmp_path, 2, SCRIPT, *tiny, *options, env=cache)
         rows = read_log(tmp_path / LOG)
         assert [row["value2"] for row in rows if row["type"] == "2"] == [str(batches)] * batches
 
 
 def test_log_has_communication(tmp_path, cache):
-    mpirun(tmp_path, 2, *ODD, "--epochs", 1, env=cache)
+    mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, env=cache)
     rows = read_log(tmp_path / LOG)
     epoch = next(row for row in rows if row["type"] == "0")
     assert 0 < float(epoch["communication"]) < float(epoch["duration"])
@@ -127,7 +82,7 @@ def test_log_has_communication(tmp_path, cache):
 
 
 def test_only_rank_0_speaks_and_writes(tmp_path, cache):
-    out, err = mpirun(tmp_path, 3, *ODD, "--epochs", 1, env=cache)
+    out, err = mpirun(tmp_path, 3, SCRIPT, *ODD, "--epochs", 1, env=cache)
     assert out.count("\n") == 1
     assert err == ""
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
@@ -145,20 +100,20 @@ def test_only_rank_0_speaks_and_writes(tmp_path, cache):
     ],
 )
 def test_bad_input_is_one_line_for_all_ranks(tmp_path, cache, options, message):
-    _, err = mpirun(tmp_path, 2, *ODD, *options, status=2, env=cache)
+    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, *options, status=2, env=cache)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
 
 
 def test_loss_that_explodes_stops_all_ranks(tmp_path, cache):
-    _, err = mpirun(tmp_path, 2, *ODD, "--epochs", 3, "--lr", 1e10, status=1, env=cache)
+    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 3, "--lr", 1e10, status=1, env=cache)
     assert err.startswith("error: the ")
     assert err.count("\n") == 1
 
 
 def run_until_second_epoch(folder, ranks, *options, env):
-    process = start(folder, ranks, *LONG, *options, env=env)
+    process = start_ranks(folder, ranks, SCRIPT, *LONG, *options, env=env)
     wait_until(process, lambda: count_rows(folder / LOG) >= 12)
     return process
 
@@ -171,19 +126,19 @@ LONG = ("--dataset", "synthetic", "--subset", 603, "--lr", 0.001, "--global-batc
 def whole(tmp_path_factory, cache):
     """The folder of an unbroken run of two ranks."""
     folder = tmp_path_factory.mktemp("whole")
-    mpirun(folder, 2, *LONG, env=cache)
+    mpirun(folder, 2, SCRIPT, *LONG, env=cache)
     return folder
 
 
 def assert_resumes(folder, whole, cache):
     """With two ranks bit for bit the weights of the unbroken run; with three, a float32 rounding apart."""
     checkpoint = (folder / "run.npz").read_bytes()
-    mpirun(folder, 2, *LONG, "--resume", env=cache)
+    mpirun(folder, 2, SCRIPT, *LONG, "--resume", env=cache)
     assert read_npz(folder / "run.npz")["params"].tobytes() == read_npz(whole / "run.npz")["params"].tobytes()
     batches = [(row["epoch"], row["value1"]) for row in read_log(folder / LOG) if row["type"] == "2"]
     assert batches == [(str(epoch), str(batch)) for epoch in (1, 2, 3) for batch in range(1, 12)]
     (folder / "run.npz").write_bytes(checkpoint)
-    mpirun(folder, 3, *LONG, "--resume", env=cache)
+    mpirun(folder, 3, SCRIPT, *LONG, "--resume", env=cache)
     assert_same_weights(folder / "run.npz", whole / "run.npz", 1e-4)
 
 
@@ -246,7 +201,7 @@ def broken(folder, what):
 
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(tmp_path, cache):
     script = broken(tmp_path, "raise ZeroDivisionError('on purpose')")
-    _, err = mpirun(tmp_path, 2, *ODD, script=script, status=1, timeout=30, env=cache)
+    _, err = mpirun(tmp_path, 2, script, *ODD, status=1, timeout=30, env=cache)
     assert "[rank 1] Traceback" in err
     assert "[rank 1] ZeroDivisionError: on purpose" in err
 
@@ -255,7 +210,7 @@ def test_weights_that_differ_are_found(tmp_path, cache):
     """One bit of one weight on one rank: the checksum at the end of the epoch stops the run."""
     change = "weights = args[0].params; weights[12345] = script.np.nextafter(weights[12345], script.np.float32(9))"
     script = broken(tmp_path, change)
-    _, err = mpirun(tmp_path, 2, *ODD, "--epochs", 1, script=script, status=1, env=cache)
+    _, err = mpirun(tmp_path, 2, script, *ODD, "--epochs", 1, status=1, env=cache)
     assert "error: after epoch 1 the weights of rank 1 are not those of rank 0" in err
 
 

@@ -12,6 +12,7 @@ from helpers import REPO, run_usage_line, script_environment, usage_lines
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 TINY = {
+    "parallel_cnn_hybrid.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "train_cifar.py": ["--epochs", "1", "--subset", "16", "--batch-size", "8", "--dataset", "synthetic"],
@@ -34,13 +35,19 @@ def all_usage_lines():
     return lines + [("README.md", line) for line in readme_lines()]
 
 
-def run_line(where, line, cwd):
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A folder for all lines that run a script, so that Numba compiles once."""
+    return tmp_path_factory.mktemp("scripts")
+
+
+def run_line(where, line, cwd, scripts):
     """Run a command of the documentation as written, with tiny sizes after its own options."""
     words = shlex.split(line)
     if words[0] in ("python", "mpirun"):
         script = next(word for word in words if word.endswith(".py"))
         device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
-        return run_usage_line(cwd, REPO / script, line, *TINY[script], *device)
+        return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"
     copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
     command = ["make", f"PYTHON={sys.executable}", *words[1:], *TINY_MAKE.get(words[1], [])]
@@ -50,10 +57,10 @@ def run_line(where, line, cwd):
 
 
 @pytest.mark.parametrize(("where", "line"), sorted(set(all_usage_lines())))
-def test_usage_line_runs_as_written(where, line, tmp_path):
+def test_usage_line_runs_as_written(where, line, tmp_path, scripts):
     if line in ("make test", "make setup") or line.startswith("PIP_EXTRA_INDEX_URL"):
         pytest.skip("runs this test, or installs the packages that run it")
-    run_line(where, line, tmp_path)
+    run_line(where, line, tmp_path, scripts)
 
 
 def test_every_script_has_usage_lines_and_is_in_the_readme():

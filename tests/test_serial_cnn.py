@@ -46,13 +46,6 @@ TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 NORMAL = ("--dataset", "synthetic", "--subset", 100, "--batch-size", 30, "--epochs", 2, "--checkpoint", "run.npz")
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Environment in which the synthetic sets are made once for all tests and no user's cache is touched."""
-    folder = tmp_path_factory.mktemp("data")
-    return {"CIFAR10_DIR": folder, "XDG_CACHE_HOME": folder}
-
-
 @pytest.fixture
 def run(run_script, cache):
     """run(*args, status=0, env={...}): the script in tmp_path, with the cache."""

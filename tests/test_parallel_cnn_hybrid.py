@@ -1,0 +1,149 @@
+"""parallel_cnn_hybrid.py: each threaded layer beside its serial one, ranks × threads, numbers of threads."""
+
+import json
+
+import numba
+import numpy as np
+import pytest
+from helpers import assert_gone, assert_same_weights, count_rows, mpirun, ranks_of, start_ranks, wait_until
+
+import parallel_cnn_hybrid as hybrid
+from common import SGD, ConvReLUPool, Dense, WinogradReLUPool, make_cnn, softmax_cross_entropy
+
+SCRIPT = "parallel_cnn_hybrid.py"
+SIDECAR = "results/parallel_cnn_hybrid.json"
+TINY = ("--dataset", "synthetic", "--subset", 60, "--batch-size", 20, "--epochs", 1)
+TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """A number of threads; more than there are cores need NUMBA_NUM_THREADS before Numba starts."""
+    if request.param > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"Numba was started with {numba.config.NUMBA_NUM_THREADS} threads")
+    numba.set_num_threads(request.param)
+    yield request.param
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+LAYERS = {
+    "conv": (hybrid.ThreadedConvReLUPool, ConvReLUPool, (3, 32), (32, 32, 3)),
+    "winograd": (hybrid.ThreadedWinogradReLUPool, WinogradReLUPool, (32, 64), (16, 16, 32)),
+    "dense": (hybrid.ThreadedDense, Dense, (50, 17), (50,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_threaded_layer_is_the_serial_layer(name, dtype, n, threads):
+    """Output, dx, dW and db on random images, with a bias; the second call finds used buffers."""
+    threaded, plain, sizes, shape = LAYERS[name]
+    rng = np.random.default_rng(3)
+    ours, theirs = threaded(*sizes, rng=1, dtype=dtype), plain(*sizes, rng=1, dtype=dtype)
+    ours.b[...] = theirs.b[...] = rng.standard_normal(theirs.b.shape)
+    ours.needs_dx = theirs.needs_dx = name != "conv"
+    for _ in range(2):
+        x = rng.standard_normal((n, *shape)).astype(dtype)
+        out = theirs.forward(x)
+        np.testing.assert_allclose(ours.forward(x), out, atol=TOLERANCE[dtype] * 10)
+        dout = rng.standard_normal(out.shape).astype(dtype)
+        dx = theirs.backward(dout)
+        our_dx = ours.backward(dout)
+        if dx is not None:
+            np.testing.assert_allclose(our_dx, dx, atol=TOLERANCE[dtype] * 10)
+        for a, b in zip(ours.grads(), theirs.grads(), strict=True):
+            np.testing.assert_allclose(a, b, atol=TOLERANCE[dtype] * 100)
+
+
+def test_threaded_convolution_sends_ties_where_the_serial_one_does(threads):
+    """Constant images: all four positions of most pooling windows are equal to the last bit."""
+    ours, theirs = (layer(3, 32, rng=1) for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool))
+    theirs.needs_dx = False
+    x = np.ones((2, 8, 8, 3), np.float32)
+    dout = np.random.default_rng(0).standard_normal(theirs.forward(x).shape).astype(np.float32)
+    ours.forward(x)
+    ours.backward(dout)
+    theirs.backward(dout)
+    np.testing.assert_allclose(ours.dW, theirs.dW, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_threaded_sgd_is_sgd(threads, weight_decay):
+    rng = np.random.default_rng(0)
+    ours, theirs = (make_cnn(1, np.float64) for _ in range(2))
+    steps = hybrid.ThreadedSGD(ours, 0.1, 0.9, weight_decay), SGD(theirs, 0.1, 0.9, weight_decay)
+    for _ in range(3):
+        ours.grads[...] = theirs.grads[...] = rng.standard_normal(ours.grads.shape)
+        for optimizer in steps:
+            optimizer.step(7)
+    np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
+
+
+def test_threads_change_no_result_beyond_rounding():
+    results = []
+    for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        numba.set_num_threads(threads)
+        model = hybrid.make_model(0, np.float64)
+        x = np.random.default_rng(0).standard_normal((9, 32, 32, 3))
+        model.backward(softmax_cross_entropy(model.forward(x), np.arange(9) % 10)[1])
+        results.append(model.grads.copy())
+    for grads in results[1:]:
+        np.testing.assert_allclose(grads, results[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_ranks_and_threads_give_the_serial_weights(tmp_path, serial, cache, ranks, threads, dtype, tolerance):
+    """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps."""
+    same = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
+            "--lr", 0.01 if dtype == "float64" else 0.001)  # fmt: skip
+    reference = serial(*same, "--batch-size", 64)
+    mpirun(tmp_path, ranks, SCRIPT, *same, "--global-batch-size", 64, "--checkpoint", "run.npz",
+           "--num-threads", threads, "--force-threads", env={**cache, "NUMBA_NUM_THREADS": 2})  # fmt: skip
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
+    sidecar = json.loads((tmp_path / SIDECAR).read_text())
+    assert (sidecar["ranks"], sidecar["threads"], sidecar["threading_layer"]) == (ranks, threads, "omp")
+    assert [blas["threads"] for blas in sidecar["blas"]] == [1] * len(sidecar["blas"])  # NumPy's and SciPy's
+
+
+def test_compiling_is_told_and_not_timed(tmp_path, cache):
+    """Into an empty cache: the seconds stand in the sidecar and on a line of their own; training has none of them."""
+    env = {**cache, "NUMBA_CACHE_DIR": tmp_path / "numba"}
+    seconds = []
+    for _ in range(2):
+        out, _ = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", 1, env=env)
+        sidecar = json.loads((tmp_path / SIDECAR).read_text())
+        assert "kernels ready after" in out
+        seconds.append(sidecar["compile_seconds"])
+        assert sidecar["totals"]["train_seconds"] < 5
+    assert seconds[0] > 5
+    assert seconds[1] < seconds[0] / 2  # kept on disk
+
+
+def test_a_rank_takes_no_more_than_its_share_of_the_cores(tmp_path, cache):
+    cores = numba.config.NUMBA_NUM_THREADS
+    out, err = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, env=cache)
+    share = max(1, cores // 2)
+    if cores > 1:
+        assert f"{share} threads a rank instead of {cores}" in err
+    assert f"2 ranks x {share} threads" in out
+    _, err = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, "--force-threads", env=cache)
+    assert "warning: 2 ranks of" in err
+    mpirun(tmp_path, 1, SCRIPT, *TINY, env={**cache, "OMP_NUM_THREADS": 1})
+    assert json.loads((tmp_path / SIDECAR).read_text())["threads"] == 1
+
+
+def test_more_threads_than_numba_was_started_with_is_one_line(tmp_path, cache):
+    _, err = mpirun(tmp_path, 1, SCRIPT, *TINY, "--num-threads", 99, "--force-threads", status=2, env=cache)
+    assert err.splitlines()[-1].startswith("error: 99 threads")
+
+
+def test_a_killed_rank_ends_the_job(tmp_path, cache):
+    process = start_ranks(tmp_path, 2, SCRIPT, "--dataset", "synthetic", "--subset", 2000, "--quiet", env=cache)
+    wait_until(process, lambda: count_rows(tmp_path / "results/parallel_cnn_hybrid.csv") >= 5)
+    ranks = ranks_of(process)
+    ranks[1].kill()
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+    assert_gone(ranks)

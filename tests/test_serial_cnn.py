@@ -604,9 +604,9 @@ def test_interruption_without_a_checkpoint(tmp_path, cache):
 
 
 def test_second_signal_stops_at_once(tmp_path, cache):
-    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 1500, "--batch-size", 1500, env=cache)
+    process = start(tmp_path, SCRIPT, "--dataset", "synthetic", "--subset", 4000, "--batch-size", 4000, env=cache)
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= 3)  # the first epoch, of one batch, is over
-    time.sleep(0.1)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # the second batch takes several times as long
     process.send_signal(signal.SIGINT)

@@ -1100,13 +1100,15 @@ class Run:
             **self._info, "start": time.time(), "end": None, "status": "running", "totals": {},
         }  # fmt: skip
         self._write_sidecar()
-        self.monitor.start()
+        if self.rank == 0:
+            self.monitor.start()
         self._saved = time.monotonic()
         self._display = None if args.quiet or self.rank else Display(args.epochs)
         return self
 
     def __exit__(self, kind, error, _):
-        self.monitor.stop()
+        if self.rank == 0:
+            self.monitor.stop()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._display:

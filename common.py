@@ -8,6 +8,13 @@ Arrays are NHWC: images (N, H, W, C), convolution weights (KH, KW, C_in, C_out),
 dL/dx. The loss is summed over a batch, and so are the gradients; `optimizer.step(count)` divides once by the number of
 images. So any number of ranks, with shards of any size, follows the serial run.
 """
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (said here because what follows would fail without a reason)
+    print(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import csv
@@ -19,7 +26,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time

@@ -9,6 +9,7 @@ results leaves its cache. Dense layers and the optimizer are threaded too: 98 % 
     python parallel_cnn_hybrid.py --num-threads 2 --global-batch-size 128
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -436,8 +437,9 @@ def load_on_all(args, comm):
     data = together(comm, lambda: None if comm.rank else load(args.dataset))
     name = comm.bcast(data and data.name)
     data = together(comm, lambda: data or load(name))
-    for rank, (host, fingerprint) in enumerate(comm.allgather((socket.gethostname(), data.fingerprint))):
-        if fingerprint != comm.bcast(data.fingerprint):
+    found = comm.allgather((socket.gethostname(), data.fingerprint))
+    for rank, (host, fingerprint) in enumerate(found):
+        if fingerprint != found[0][1]:
             raise InputError(f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir")
     return data
 
@@ -553,7 +555,8 @@ def main(argv=None):
         ))  # fmt: skip
         resume_on_all(run, model, optimizer, comm)
         try:
-            with run:
+            with contextlib.ExitStack() as stack:
+                together(comm, lambda: stack.enter_context(run))  # rank 0 opens the log, which may be refused
                 train(model, optimizer, data, args, run, comm)
                 run.finish()
         except Interrupted as stopped:

@@ -10,6 +10,7 @@ still works on the layers below: the large dense layer first, 98 % of all parame
     python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -158,8 +159,9 @@ def load_on_all(args, comm):
     data = together(comm, lambda: None if comm.rank else load(args.dataset))
     name = comm.bcast(data and data.name)
     data = together(comm, lambda: data or load(name))
-    for rank, (host, fingerprint) in enumerate(comm.allgather((socket.gethostname(), data.fingerprint))):
-        if fingerprint != comm.bcast(data.fingerprint):
+    found = comm.allgather((socket.gethostname(), data.fingerprint))
+    for rank, (host, fingerprint) in enumerate(found):
+        if fingerprint != found[0][1]:
             raise InputError(f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir")
     return data
 
@@ -225,7 +227,8 @@ def main(argv=None):
         ))  # fmt: skip
         resume_on_all(run, model, optimizer, comm)
         try:
-            with run:
+            with contextlib.ExitStack() as stack:
+                together(comm, lambda: stack.enter_context(run))  # rank 0 opens the log, which may be refused
                 train(model, optimizer, data, args, run, comm)
                 run.finish()
         except Interrupted as stopped:

@@ -156,6 +156,16 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, 
     assert_resumes(tmp_path, whole, cache)
 
 
+def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
+    """Only rank 0 opens the log; the others must not wait for it for ever."""
+    mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--checkpoint", "run.npz", env=cache)
+    mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--seed", 7, env=cache)  # its log takes the place of the first
+    resume = ("--epochs", 2, "--checkpoint", "run.npz", "--resume")
+    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, *resume, status=2, timeout=30, env=cache)
+    assert "is the log of another run" in err
+    assert err.count("\n") == 1
+
+
 def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     process.send_signal(signal.SIGTERM)

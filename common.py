@@ -18,6 +18,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (said here because what follows wo
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -25,10 +26,12 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,7 +172,6 @@ def _read_python(folder):
 def _download(data_dir):
     """Download the Python layout into data_dir; return what went wrong, or None."""
     import http.client
-    import socket
     import urllib.request
 
     failure = [f"no answer within {DOWNLOAD_TIMEOUT} s"]
@@ -284,10 +286,15 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng([seed, STREAM_ORDER, epoch]).permutation(n)
 
 
+@functools.lru_cache
+def _normalization(dtype):
+    """scale and shift (96,) of a row of pixels, since long rows make fast loops; pixel · scale - shift is wanted."""
+    return np.tile(1 / (255 * np.array(STD)), 32).astype(dtype), np.tile(np.array(MEAN) / STD, 32).astype(dtype)
+
+
 def load_batch(images, labels, index, dtype=np.float32):
     """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised channel by channel with MEAN and STD."""
-    scale = np.tile(1 / (255 * np.array(STD)), 32).astype(dtype)  # one row of pixels: long rows make fast loops
-    shift = np.tile(np.array(MEAN) / STD, 32).astype(dtype)
+    scale, shift = _normalization(np.dtype(dtype))
     x = np.multiply(images[index].reshape(-1, 32, 96), scale, dtype=dtype)
     x -= shift
     return x.reshape(-1, 32, 32, 3), labels[index]
@@ -375,7 +382,7 @@ class Layer:
 class Conv2D(Layer):
     """2-D convolution (cross-correlation, as the field has it) with any kernel size, stride and padding.
 
-    W: (kernel_size, kernel_size, in_channels, out_channels), He-normal; b: (out_channels,), zero.
+    W: (kernel_size, kernel_size, in_channels, out_channels), He-normal; b: (out_channels,), zero, if `bias`.
     Each image's receptive fields are copied to the rows of a matrix (im2col) and multiplied by W: Chellapilla et al.,
     "High Performance Convolutional Neural Networks for Document Processing", 2006. A few images at a time, so that
     the matrix, K² times as large as the image, never leaves the cache; backward() makes it again, which is cheaper
@@ -384,8 +391,11 @@ class Conv2D(Layer):
 
     param_names = ("W", "b")
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1, *, rng=None, dtype=np.float32):
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1, *, bias=True, rng=None,
+                 dtype=np.float32):  # fmt: skip
+        self.kernel_size, self.stride, self.padding, self.has_bias = kernel_size, stride, padding, bias
+        if not bias:
+            self.param_names = ("W",)
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.W, self.b = he_normal(shape, rng, dtype), np.zeros(out_channels, dtype)
         self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
@@ -397,7 +407,8 @@ class Conv2D(Layer):
         for piece in self._pieces():
             y = out[piece].reshape(-1, self.b.size)
             xp.matmul(self._im2col(piece), self.W.reshape(-1, self.b.size), out=y)
-            y += self.b
+            if self.has_bias:
+                y += self.b
         return out
 
     def backward(self, dout):
@@ -405,7 +416,8 @@ class Conv2D(Layer):
         self._start_backward(dout)
         for piece in self._pieces():
             self._add_weight_gradient(self._im2col(piece, backward=True), dout[piece].reshape(-1, self.b.size))
-            self._add_bias_gradient(dout[piece])
+            if self.has_bias:
+                self._add_bias_gradient(dout[piece])
             if self.needs_dx:
                 self._input_gradient(dout[piece], piece)
         return self._dx if self.needs_dx else None
@@ -626,36 +638,33 @@ def winograd_matrices(points, r):
     return AT, G, BT
 
 
-class WinogradReLUPool(ConvReLUPool):
-    """ConvReLUPool by Winograd's minimal filtering F(4×4, 3×3): kernel 3, stride 1, padding 1, H and W multiples of 4.
+class Winograd:
+    """What the layers below share: Winograd's minimal filtering F(4×4, 3×3), kernel 3, stride 1, padding 1.
 
-    A 4×4 tile of the output takes 36 multiplications per pair of channels instead of 144:
+    H and W must be multiples of 4. A 4×4 tile of the output takes 36 multiplications per pair of channels, not 144:
     y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A with the 6×6 tile d of the input; summed over channels, ⊙ is 36 matrix products.
     Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016. On flattened tiles the transforms are
-    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). In float32 the error is 6e-7 of the output's deviation, root
-    mean square, where im2col has 2e-7; the usual points 0, ±1, ±2 would have 1.1e-6 (Barabasz et al., "Error Analysis
-    and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018).
+    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). backward() is all of this transposed. In float32 the error is
+    6e-7 of the output's deviation, root mean square, where im2col has 2e-7; the usual points 0, ±1, ±2 would have
+    1.1e-6 (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural
+    Networks", 2018).
     """
 
-    AT, G, BT = winograd_matrices((0, 3 / 4, -3 / 4, 3 / 2, -3 / 2), 3)
+    POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
+    AT, G, BT = winograd_matrices(POINTS, 3)
     COLUMNS = 512  # of one product in a transform: OpenBLAS does not pack, and is faster, below 10⁶ multiplications
 
-    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
-        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
-
-    def _start_forward(self, x):
+    def _start_tiles(self, x):
+        """Before the forward pass: the transformed kernel U (36, C_in, C_out), the tiles of x, room for V."""
         n, h, w, c = x.shape
         if h % 4 or w % 4:
-            raise ValueError(f"WinogradReLUPool takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool")
-        xp = array_module(x)
+            name = type(self).__name__
+            raise ValueError(f"{name} takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool or Conv2D")
+        xp, self.x_shape = array_module(x), x.shape
         self.B2, self.G2, self.A2 = (xp.asarray(np.kron(m, m), x.dtype) for m in (self.BT, self.G, self.AT))
-        self.U = self._transform_kernel(self.W)
+        self.U = (self.G2 @ self.W.reshape(9, -1)).reshape(36, *self.W.shape[2:])
         self.tiles = self._tiles(self._pad(x))
         self.V = self.scratch("V", (n, 36 * (h // 4) * (w // 4) * c), x)  # a piece's part: (36, tiles, C_in)
-        return self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
-
-    def _transform_kernel(self, W):
-        return (self.G2 @ W.reshape(9, -1)).reshape(36, *W.shape[2:])  # (36, C_in, C_out)
 
     def _tiles(self, padded):
         """All 6×6 tiles of the padded images, 4 apart: (N, 6, 6, H/4, W/4, C), a view."""
@@ -667,6 +676,106 @@ class WinogradReLUPool(ConvReLUPool):
         n, _, _, h, w, c = self.tiles.shape
         return pieces(n, h * w * (36 * c + (36 + 16) * self.b.size) * self.V.itemsize)
 
+    def _filter(self, piece, y):
+        """Set y, as (4, 4, n, H/4, W/4, C_out), to the convolution of a piece of the batch; keep its V = Bᵀ d B."""
+        xp, tiles, V, (k, c_in, c_out) = array_module(y), self.tiles[piece], self.V[piece], self.U.shape
+        d = self.scratch("tiles", (len(tiles), tiles[0].size), tiles)
+        d.reshape(6, 6, len(tiles), *tiles.shape[3:])[...] = tiles.transpose(1, 2, 0, 3, 4, 5)
+        M = self.scratch("M", (len(V), V[0].size // c_in * c_out), V)
+        self._transform(self.B2, d, V)
+        xp.matmul(V.reshape(k, -1, c_in), self.U, out=M.reshape(k, -1, c_out))
+        self._transform(self.A2, M, y)
+
+    def _transform(self, matrix, a, out):
+        """out = matrix @ a, with as many rows of `a` as the matrix has columns."""
+        a, out = a.reshape(matrix.shape[1], -1), out.reshape(matrix.shape[0], -1)
+        for start in range(0, a.shape[1], self.COLUMNS):
+            part = slice(start, start + self.COLUMNS)
+            array_module(a).matmul(matrix, a[:, part], out=out[:, part])
+
+    def _start_backward(self, dout):
+        self.db.fill(0)
+        if self.needs_dx:
+            self._dx = self.scratch("dx", self.x_shape, dout)
+        self._dU = self.scratch("dU", self.U.shape, dout)
+        self._dU.fill(0)
+
+    def _filter_backward(self, piece, dy):
+        """From dy, shaped as _filter's y, add to dU and set the piece's part of dx."""
+        xp, V, (k, c_in, c_out) = array_module(dy), self.V[piece], self.U.shape
+        dM = self.scratch("M", (len(V), V[0].size // c_in * c_out), V)
+        self._transform(self.A2.T, dy, dM)
+        dM = dM.reshape(k, -1, c_out)
+        V_transposed = V.reshape(k, -1, c_in).transpose(0, 2, 1)
+        self._dU += xp.matmul(V_transposed, dM, out=self.scratch("product", self.U.shape, V))
+        if self.needs_dx:
+            dV, d = self.scratch("dV", V.shape, V), self.scratch("tiles", V.shape, V)
+            xp.matmul(dM, self.U.transpose(0, 2, 1), out=dV.reshape(k, -1, c_in))
+            self._transform(self.B2.T, dV, d)
+            self._add_tiles(d, piece)
+
+    def _add_tiles(self, d, piece):
+        """The piece's part of dx = the sum of its overlapping 6×6 tiles d."""
+        n, (h, w, c) = len(d), self.tiles.shape[3:]
+        padded = self.scratch("dx padded", (n, 4 * h + 2, 4 * w + 2, c), d)
+        padded.fill(0)
+        for position, tile in enumerate(d.reshape(36, n, h, w, c)):
+            i, j = divmod(position, 6)
+            padded[:, i:i + 4 * h:4, j:j + 4 * w:4] += tile
+        self._dx[piece] = padded[:, 1:-1, 1:-1]
+
+    def _finish_backward(self):
+        self.dW[...] = (self.G2.T @ self._dU.reshape(36, -1)).reshape(self.W.shape)
+
+
+class WinogradConv2D(Winograd, Conv2D):
+    """Conv2D by Winograd's filtering: kernel 3, stride 1, padding 1, H and W multiples of 4."""
+
+    def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
+
+    def forward(self, x):
+        self._start_tiles(x)
+        out = self.scratch("out", (*x.shape[:3], self.b.size), x)
+        for piece in self._pieces():
+            y = self._y(len(out[piece]), x)
+            self._filter(piece, y)
+            self._by_tiles(out[piece])[...] = y
+            if self.has_bias:
+                out[piece] += self.b
+        return out
+
+    def backward(self, dout):
+        self._start_backward(dout)
+        for piece in self._pieces():
+            dy = self._y(len(dout[piece]), dout)
+            dy[...] = self._by_tiles(dout[piece])
+            if self.has_bias:
+                self._add_bias_gradient(dout[piece])
+            self._filter_backward(piece, dy)
+        self._finish_backward()
+        return self._dx if self.needs_dx else None
+
+    def _y(self, n, like):
+        h, w = self.tiles.shape[3:5]
+        return self.scratch("y", (n, 16 * h * w * self.b.size), like).reshape(4, 4, n, h, w, self.b.size)
+
+    def _by_tiles(self, image):
+        n, h, w, c = image.shape  # → (4, 4, n, H/4, W/4, C_out), a view
+        return image.reshape(n, h // 4, 4, w // 4, 4, c).transpose(2, 4, 0, 1, 3, 5)
+
+
+class WinogradReLUPool(Winograd, ConvReLUPool):
+    """ConvReLUPool by Winograd's filtering: kernel 3, stride 1, padding 1, H and W multiples of 4."""
+
+    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
+
+    def _start_forward(self, x):
+        self._start_tiles(x)
+        n, h, w, _ = x.shape
+        return self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
+
     def _like_planes(self, image):
         n, h, w, c = image.shape  # → (2, 2, n, H/4, W/4, C_out): pooling window within the tile, tile
         return image.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 4, 0, 1, 3, 5)
@@ -677,60 +786,145 @@ class WinogradReLUPool(ConvReLUPool):
         y = self._y.reshape(2, 2, 2, 2, n, h // 2, w // 2, c)  # (4, 4, tile, C_out): row and column within the tile
         return [y[:, i, :, j] for i in (0, 1) for j in (0, 1)]
 
-    def _filter(self, tiles, U, V, y):
-        """Set y, as (4, 4, tile, C_out), to the convolution of `tiles` (n, 6, 6, ...) with U, and V to Bᵀ d B."""
-        xp, (k, c_in, c_out) = array_module(tiles), U.shape
-        d = self.scratch("tiles", (len(tiles), tiles[0].size), tiles)
-        d.reshape(6, 6, len(tiles), *tiles.shape[3:])[...] = tiles.transpose(1, 2, 0, 3, 4, 5)
-        d, V = d.reshape(k, -1), V.reshape(k, -1)
-        M = self.scratch("M", (len(tiles), V.size // len(tiles) // c_in * c_out), V).reshape(k, -1, c_out)
-        for columns in self._columns(d):
-            xp.matmul(self.B2, d[:, columns], out=V[:, columns])
-        xp.matmul(V.reshape(k, -1, c_in), U, out=M)
-        M, y = M.reshape(k, -1), y.reshape(16, -1)
-        for columns in self._columns(M):
-            xp.matmul(self.A2, M[:, columns], out=y[:, columns])
-
-    def _columns(self, a):
-        return (slice(start, start + self.COLUMNS) for start in range(0, a.shape[1], self.COLUMNS))
-
     def _convolve(self, piece):
         planes = self._planes(len(self.out[piece]), self.out)
-        self._filter(self.tiles[piece], self.U, self.V[piece], self._y)
+        self._filter(piece, self._y)
         return planes
 
-    def _start_backward(self, dout):
-        super()._start_backward(dout)
-        self._dU = self.scratch("dU", self.U.shape, dout)
-        self._dU.fill(0)
-        # dx is the convolution of dy with the kernel turned by 180° and its channels swapped
-        self._U_turned = self._transform_kernel(self.W[::-1, ::-1].transpose(0, 1, 3, 2))
-
     def _convolve_backward(self, piece):
-        xp, V, (k, c_in, c_out) = array_module(self._y), self.V[piece], self.U.shape
-        n, (h, w) = len(V), self.tiles.shape[3:5]
-        dM, dy = self.scratch("M", (n, k * h * w * c_out), V).reshape(k, -1), self._y.reshape(16, -1)
-        for columns in self._columns(dM):
-            xp.matmul(self.A2.T, dy[:, columns], out=dM[:, columns])
-        V_transposed = V.reshape(k, -1, c_in).transpose(0, 2, 1)
-        self._dU += xp.matmul(V_transposed, dM.reshape(k, -1, c_out), out=self.scratch("product", self.U.shape, V))
-        if self.needs_dx:
-            padded = self.scratch("dy", (n, 4 * h + 2, 4 * w + 2, c_out), V)  # zero when new: its border stays so
-            inner = padded[:, 1:-1, 1:-1].reshape(n, h, 4, w, 4, c_out)
-            inner[...] = dy.reshape(4, 4, n, h, w, c_out).transpose(2, 3, 0, 4, 1, 5)
-            dx = self.scratch("tiled dx", (n, 16 * h * w * c_in), V)
-            self._filter(self._tiles(padded), self._U_turned, self.scratch("V of dy", (n, k * h * w * c_out), V), dx)
-            tiled = dx.reshape(4, 4, n, h, w, c_in).transpose(2, 3, 0, 4, 1, 5)
-            self._dx[piece].reshape(n, h, 4, w, 4, c_in)[...] = tiled
-
-    def _finish_backward(self):
-        self.dW[...] = (self.G2.T @ self._dU.reshape(36, -1)).reshape(self.W.shape)
+        self._filter_backward(piece, self._y)
 
 
 def pieces(n, bytes_per_image):
     """Slices of n images, each of about CACHE_BYTES, at least one image."""
     step = max(1, CACHE_BYTES // bytes_per_image)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+class BatchNorm2D(Layer):
+    """Normalises each channel over batch and positions: Ioffe and Szegedy, "Batch Normalization", 2015.
+
+    gamma, beta: (channels,). In training the batch's own mean and variance; otherwise the running ones, which move
+    towards the batch's by `momentum` (the variance with n - 1 in the denominator, as in PyTorch).
+    gather(array): the arrays of all ranks that share the batch, stacked; the batch is then that of all ranks, and
+    backward() exact for it. dgamma and dbeta stay this rank's part, like all gradients.
+    """
+
+    param_names, state_names = ("gamma", "beta"), ("running_mean", "running_var")
+    gather = staticmethod(lambda array: array[None])
+
+    def __init__(self, channels, eps=1e-5, momentum=0.1, *, dtype=np.float32):
+        self.eps, self.momentum = eps, momentum
+        self.gamma, self.beta = np.ones(channels, dtype), np.zeros(channels, dtype)
+        self.dgamma, self.dbeta = np.zeros_like(self.gamma), np.zeros_like(self.beta)
+        self.running_mean, self.running_var = np.zeros(channels, dtype), np.ones(channels, dtype)
+
+    def forward(self, x):
+        """x (N, H, W, C) → the same shape."""
+        xp = array_module(x)
+        out = self.scratch("out", x.shape, x)
+        if self.training:
+            mean, var = self._statistics(x)
+        else:
+            mean, var = self.running_mean, self.running_var
+        self.inverse = 1 / xp.sqrt(var + self.eps)
+        self.normal = xp.subtract(x, mean, out=self.scratch("normal", x.shape, x))
+        self.normal *= self.inverse
+        xp.multiply(self.normal, self.gamma, out=out)
+        out += self.beta
+        return out
+
+    def _statistics(self, x):
+        """Mean and variance (C,) of the batch of all ranks; moves the running ones."""
+        xp, channels = array_module(x), x.shape[3]
+        rows = x.reshape(-1, channels)
+        count = len(rows)
+        mean = sum_rows(rows) / max(count, 1)
+        centred = xp.subtract(rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape))
+        squares = sum_rows(xp.square(centred, out=centred))
+        every = self.gather(xp.concatenate([xp.full(1, count, x.dtype), mean, squares]))
+        counts, means = every[:, :1], every[:, 1:1 + channels]
+        self.count = counts.sum()
+        mean = (counts * means).sum(axis=0) / self.count
+        # Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979
+        squares = (every[:, 1 + channels:] + counts * xp.square(means - mean)).sum(axis=0)
+        self.running_mean += self.momentum * (mean - self.running_mean)
+        self.running_var += self.momentum * (squares / (self.count - 1) - self.running_var)
+        return mean, squares / self.count
+
+    def backward(self, dout):
+        """dout (N, H, W, C) → dx; sets dgamma and dbeta. After a forward pass in training mode."""
+        xp, dx = array_module(dout), self.scratch("dx", dout.shape, dout)
+        rows, product = dout.reshape(-1, dout.shape[3]), dx.reshape(-1, dout.shape[3])
+        xp.multiply(dout, self.normal, out=dx)
+        self.dgamma[...], self.dbeta[...] = sum_rows(product), sum_rows(rows)
+        dgamma, dbeta = self.gather(xp.stack([self.dgamma, self.dbeta])).sum(axis=0)
+        # dx = gamma / deviation (dout - dbeta / count - normal dgamma / count)
+        xp.multiply(self.normal, -dgamma / self.count, out=dx)
+        dx += dout
+        dx -= dbeta / self.count
+        dx *= self.gamma * self.inverse
+        return dx
+
+
+def sum_rows(rows):
+    """The sum (C,) of rows (n, C), by BLAS."""
+    return array_module(rows).ones(len(rows), rows.dtype) @ rows
+
+
+class GlobalAvgPool(Layer):
+    """The mean over all positions: (N, H, W, C) → (N, C)."""
+
+    def forward(self, x):
+        self.x_shape = x.shape
+        return x.mean(axis=(1, 2))
+
+    def backward(self, dout):
+        _, h, w, _ = self.x_shape
+        dx = self.scratch("dx", self.x_shape, dout)
+        dx[...] = (dout / (h * w))[:, None, None]
+        return dx
+
+
+class BasicBlock(Layer):
+    """ReLU(BN(conv3×3(ReLU(BN(conv3×3(x))))) + shortcut(x)): He et al., "Deep Residual Learning", 2015, figure 2.
+
+    The first convolution has the stride; the shortcut is x, or BN(conv1×1(x)) where stride or channels change.
+    conv: the class of the 3×3 convolutions with stride 1.
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32):
+        conv, options = conv or WinogradConv2D, {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
+        first = conv(in_channels, out_channels, **options) if stride == 1 else Conv2D(
+            in_channels, out_channels, stride=stride, **options)  # fmt: skip
+        self.branch = [first, BatchNorm2D(out_channels, dtype=dtype), ReLU(),
+                       conv(out_channels, out_channels, **options), BatchNorm2D(out_channels, dtype=dtype)]  # fmt: skip
+        self.shortcut, self.relu = [], ReLU()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = [Conv2D(in_channels, out_channels, 1, stride, 0, **options),
+                             BatchNorm2D(out_channels, dtype=dtype)]  # fmt: skip
+
+    def leaves(self):
+        for part in (*self.branch, *self.shortcut):
+            yield from part.leaves()
+
+    def forward(self, x):
+        y, shortcut = x, x
+        for part in self.branch:
+            y = part.forward(y)
+        for part in self.shortcut:
+            shortcut = part.forward(shortcut)
+        y += shortcut
+        return self.relu.forward(y)
+
+    def backward(self, dout):
+        dsum = dx = self.relu.backward(dout)
+        for part in reversed(self.branch):
+            dx = part.backward(dx)
+        for part in reversed(self.shortcut):
+            dsum = part.backward(dsum)
+        dx += dsum
+        return dx
 
 
 class Flatten(Layer):
@@ -813,7 +1007,7 @@ class Model:
         size = sum(p.size for layer in self.layers for p in layer.params())
         dtype = next(p.dtype for layer in self.layers for p in layer.params())
         self.params, self.grads = aligned_zeros((size,), dtype, xp), aligned_zeros((size,), dtype, xp)
-        self.slices, start = [], 0  # each layer's part of the buffers
+        self.slices, self._places, start = [], [], 0  # each layer's part of the buffers, each parameter's
         for layer in self.layers:
             first = start
             for leaf in layer.leaves():
@@ -825,8 +1019,15 @@ class Model:
                     self.params[part] = value.reshape(-1)
                     setattr(leaf, name, self.params[part].reshape(value.shape))
                     setattr(leaf, "d" + name, self.grads[part].reshape(value.shape))
+                    self._places.append((leaf, "d" + name, part, value.shape))
                     start = part.stop
             self.slices.append(slice(first, start))
+
+    def move_grads(self, buffer):
+        """Keep the gradients in `buffer`, as large as `grads`: memory that processes share, for instance."""
+        self.grads = buffer
+        for leaf, name, part, shape in self._places:
+            setattr(leaf, name, buffer[part].reshape(shape))
 
     def forward(self, x):
         for layer in self.layers:
@@ -845,6 +1046,13 @@ class Model:
         for layer in self.layers:
             for leaf in layer.leaves():
                 leaf.training = training
+
+    def gather_statistics(self, gather):
+        """Let BatchNorm2D take its statistics over all ranks: gather(array) → (ranks, ...)."""
+        for layer in self.layers:
+            for leaf in layer.leaves():
+                if isinstance(leaf, BatchNorm2D):
+                    leaf.gather = gather
 
     def state(self):
         """Arrays that a checkpoint needs besides `params`: running statistics."""
@@ -866,6 +1074,30 @@ def make_cnn(seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=Winogra
         ReLU(),
         dense(256, 10, rng=rng, dtype=dtype),
     ], xp)
+
+
+def make_resnet18(seed=42, dtype=np.float32, xp=np, conv=None):
+    """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
+
+    A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first of each stage but
+    the first with stride 2. conv: a class in the place of WinogradConv2D.
+    """
+    rng = np.random.default_rng(seed)
+    layers = [Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for stride in (1 if width == 64 else 2, 1):
+            layers.append(BasicBlock(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
+            channels = width
+    return Model([*layers, GlobalAvgPool(), Dense(512, 10, rng=rng, dtype=dtype)], xp)
+
+
+MODELS = ("cnn", "resnet18")
+
+
+def make_model(name, seed=42, dtype=np.float32, xp=np):
+    """The network that --model names, one of MODELS."""
+    return {"cnn": make_cnn, "resnet18": make_resnet18}[name](seed, dtype, xp)
 
 
 def evaluate(model, images, labels, batch_size=100, reduce=lambda sums: None):
@@ -894,7 +1126,8 @@ def evaluate(model, images, labels, batch_size=100, reduce=lambda sums: None):
 class Optimizer:
     """step(count) divides the summed gradients by count and updates the model's flat parameter buffer in place.
 
-    `slots` are the arrays that a checkpoint needs, by name. The buffers are walked in pieces that stay in the cache.
+    grads: the sums, if they are not in the model's own buffer. `slots` are the arrays that a checkpoint needs, by name.
+    The buffers are walked in pieces that stay in the cache.
     """
 
     PIECE = 64 * 1024  # elements
@@ -905,9 +1138,9 @@ class Optimizer:
         self.slots = {name: aligned_zeros(model.params.shape, dtype, xp) for name in slots}
         self._g = aligned_zeros((self.PIECE,), dtype, xp)
 
-    def step(self, count):
+    def step(self, count, grads=None):
         self.steps += 1
-        w, grads = self.model.params, self.model.grads
+        w, grads = self.model.params, self.model.grads if grads is None else grads
         for start in range(0, len(w), self.PIECE):
             part = slice(start, min(start + self.PIECE, len(w)))
             g = array_module(w).multiply(grads[part], 1 / count, out=self._g[:part.stop - part.start])
@@ -948,11 +1181,11 @@ class Adam(Optimizer):
         w -= self.lr / (1 - beta1**self.steps) * xp.divide(m, g, out=g)
 
 
-def make_optimizer(model, args):
-    """The optimizer that --optimizer, --lr, --momentum and --weight-decay ask for."""
+def make_optimizer(model, args, sgd=SGD, adam=Adam):
+    """The optimizer that --optimizer, --lr, --momentum and --weight-decay ask for, of one of these classes."""
     if args.optimizer == "adam":
-        return Adam(model, args.lr, weight_decay=args.weight_decay)
-    return SGD(model, args.lr, args.momentum, args.weight_decay)
+        return adam(model, args.lr, weight_decay=args.weight_decay)
+    return sgd(model, args.lr, args.momentum, args.weight_decay)
 
 
 def get_arrays(model, optimizer):
@@ -976,7 +1209,7 @@ def set_arrays(model, optimizer, arrays):
 # Run log, resource monitor, checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
-TRAIN, VALIDATE, BATCH = 0, 1, 2  # record types of the log
+TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # record types of the log
 LOG_COLUMNS = (
     "type", "epoch", "start", "loading", "duration", "value1", "value2", "loss", "images_per_s", "cpu_percent",
     "ram_mb", "gpu_percent", "gpu_mem_mb", "forward", "backward", "communication",
@@ -1067,7 +1300,8 @@ class Run:
 
     SAME_WHEN_RESUMED = (
         "model", "dtype", "optimizer", "lr", "momentum", "weight_decay", "seed", "batch_size", "subset",
-        "amp",
+        "amp", "augment", "nesterov", "schedule", "schedule_epochs", "warmup", "label_smoothing",
+        "micro_batches", "image_size",
     )  # fmt: skip
 
     def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
@@ -1165,6 +1399,33 @@ class Run:
             self.save_checkpoint()
             self._clock += time.perf_counter() - pause  # not training time
 
+    def end_loading(self, images, loading):
+        """Count a batch that was only loaded, and after the last one its epoch: rows without loss and accuracies."""
+        self.batch += 1
+        sums = self.sums
+        sums.update(images=sums["images"] + images, loading=sums["loading"] + loading,
+                    duration=time.perf_counter() - self._clock)  # fmt: skip
+        self._row(BATCH, value1=self.batch, value2=self.batches, **self.monitor.latest())
+        if self.signal:
+            self._interrupt()
+        if self.batch == self.batches:
+            self.monitor.sample()
+            self._row(TRAIN, **self.monitor.summary(self._first_sample))
+            self.totals["train_seconds"] += sums["duration"]
+            self.totals["train_images"] += sums["images"]
+            self.batch = 0
+            if self._display:
+                self._display.close()
+
+    def record_fetch(self, kind, start, loading, duration, images):
+        """The row of a data set that was fetched before the training: FETCH_TRAIN or FETCH_VALIDATE."""
+        self._write_row(kind, epoch=0, start=start, loading=loading, duration=duration, value1=images)
+
+    def check_signal(self):
+        """Stop here, between two batches, if a signal has come: for one who has to wait for the next batch."""
+        if self.signal:
+            self._interrupt()
+
     def end_training(self):
         """The epoch's training is over; what follows until end_epoch() is its validation."""
         sums = self.sums
@@ -1202,16 +1463,19 @@ class Run:
         self._write_results()
         if self.rank:
             return
-        args, data, best = self.args, self.data, int(np.argmax(self.history["test_acc"]))
+        args, data, totals = self.args, self.data, self.sidecar["totals"]
         name = {"synthetic": "SYNTHETIC DATA, not CIFAR-10"}.get(data.name, data.name)
-        if not args.quiet:
+        result = f"{totals['train_images']:,} images loaded"
+        if self.history["test_acc"]:
+            best = int(np.argmax(self.history["test_acc"]))
+            result = f"best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1})"
+        if self.history["test_acc"] and not args.quiet:
             header = ("epoch", "train loss", "train acc", "test loss", "test acc", "seconds", "images/s")
             rows = [[str(i + 1), *(f"{self.history[m][i]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))]
                     for i in range(len(self.history["test_acc"]))]
             print(f"\n{self.script}: {args.model}, {name}, {len(data.y_train):,} images\n{table(header, rows)}")
-        totals = self.sidecar["totals"]
-        print(f"{self.script}: best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1}), "
-              f"{totals['train_seconds']:.1f} s of training, {totals['images_per_s']:,.0f} images/s, "
+        print(f"{self.script}: {result}, {totals['train_seconds']:.1f} s"
+              f"{' of training' if self.history['test_acc'] else ''}, {totals['images_per_s']:,.0f} images/s, "
               f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}", flush=True)
 
     def _check_finite(self, loss, what):
@@ -1230,7 +1494,7 @@ class Run:
 
     def _write_row(self, kind, **values):
         if self.rank == 0:
-            values.update(type=kind, epoch=self.epoch)
+            values = {"epoch": self.epoch, **values, "type": kind}
             cells = (values.get(column, "") for column in LOG_COLUMNS)
             self._log.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
             self._log_file.flush()
@@ -1507,6 +1771,225 @@ def blas_warning():
             return (f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, which is up to "
                     "twice as fast" + (": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else ""))
     return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch: what its scripts share
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_torch_resnet(name, cifar_stem=True):
+    """torchvision's ResNet of that name: (N, 3, H, W) → logits (N, 10).
+
+    The CIFAR stem is a 3×3 convolution with stride 1 and no pooling: He et al., "Deep Residual Learning", 2015, §4.2.
+    """
+    from torch import nn
+
+    model = getattr(import_torchvision().models, name)(num_classes=10)
+    if cifar_stem:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def make_torch_optimizer(model, args):
+    """SGD or Adam, its state made at once, so that a checkpoint holds the same arrays before and after a step."""
+    import torch
+
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                                    nesterov=getattr(args, "nesterov", False))  # fmt: skip
+    for p in model.parameters():
+        like_p = ("exp_avg", "exp_avg_sq") if args.optimizer == "adam" else ("momentum_buffer",)
+        optimizer.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in like_p}
+        if args.optimizer == "adam":
+            optimizer.state[p]["step"] = torch.zeros(())
+    return optimizer
+
+
+def get_torch_state(model, optimizer):
+    """The tensors that a checkpoint needs besides the parameters: {name: tensor}."""
+    tensors = {f"buffer_{name}": buffer for name, buffer in model.named_buffers()}
+    for i, p in enumerate(model.parameters()):
+        tensors.update({f"optimizer_{name}_{i}": tensor for name, tensor in optimizer.state[p].items()})
+    return tensors
+
+
+def get_torch_arrays(model, optimizer):
+    """What a checkpoint holds of a PyTorch model and its optimizer: {name: array}; "params" is one flat array."""
+    arrays = {name: tensor.cpu().numpy() for name, tensor in get_torch_state(model, optimizer).items()}
+    arrays["params"] = np.concatenate([p.detach().cpu().numpy().reshape(-1) for p in model.parameters()])
+    return arrays
+
+
+def set_torch_arrays(model, optimizer, arrays):
+    """Put back what get_torch_arrays() returned."""
+    import torch
+
+    params, start = torch.from_numpy(arrays["params"]), 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(params[start:start + p.numel()].view(p.shape))  # in place: p keeps its device and memory format
+            start += p.numel()
+    for name, tensor in get_torch_state(model, optimizer).items():
+        tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MPI ranks: what the scripts need besides their lesson. comm: an mpi4py communicator.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def share(n, rank, size):
+    """This rank's slice of n items: the first n % size ranks have one more than the others. It may be empty."""
+    start = rank * (n // size) + min(rank, n % size)
+    return slice(start, start + n // size + (rank < n % size))
+
+
+def check_launcher(comm):
+    """Raise InputError if mpirun belongs to another MPI than mpi4py, so that every rank believes that it is alone."""
+    from mpi4py import MPI
+
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
+        if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
+            library = MPI.Get_library_version().split("\n")[0].strip("\0")
+            raise InputError(f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another MPI "
+                             f"than mpi4py, which uses {library}. Take the mpirun beside python: .venv/bin/mpirun")
+
+
+def stop_all_on_error(comm):
+    """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort."""
+
+    def hook(kind, error, trace):
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        lines = "".join(f"[rank {comm.rank}] {line}\n" for line in lines.splitlines())
+        print(lines, end="", file=sys.__stderr__, flush=True)
+        comm.Abort(1)
+
+    sys.excepthook = hook
+
+
+def together(comm, action):
+    """Call action() on every rank and return its result; an InputError on any rank is raised on all of them."""
+    result, problem = None, None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems = [text for text in comm.allgather(problem) if text]
+    if problems:
+        raise InputError(problems[0])
+    return result
+
+
+def load_on_all(args, comm):
+    """The data on every rank; rank 0 first, which downloads and prepares files that the others then find."""
+
+    def load(dataset):
+        return load_cifar10(args.data_dir, dataset, args.subset, args.seed)
+
+    data = together(comm, lambda: None if comm.rank else load(args.dataset))
+    name = comm.bcast(data and data.name)
+    data = together(comm, lambda: data or load(name))
+    found = comm.allgather((socket.gethostname(), data.fingerprint))
+    for rank, (host, fingerprint) in enumerate(found):
+        if fingerprint != found[0][1]:
+            raise InputError(f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir")
+    return data
+
+
+def resume_on_all(run, model, optimizer, comm):
+    """Give all ranks what rank 0 has read from the checkpoint."""
+    position = (run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps)
+    run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps = comm.bcast(position)
+    for array in (model.params, *model.state(), *optimizer.slots.values()):
+        comm.Bcast(array)
+
+
+def check_equal(model, comm, epoch):
+    """Raise TrainingError unless all ranks hold the same weights, bit for bit."""
+    digests = comm.allgather(hashlib.blake2b(model.params.data, digest_size=16).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise TrainingError(f"after epoch {epoch} the weights of rank {different[0]} are not those of rank 0")
+
+
+def report_communication(run, comm):
+    """Put the mean over the ranks into the log's column, and least, mean and greatest into the sidecar."""
+    seconds = comm.allgather(run.sums.get("communication", 0.0))
+    run.sums["communication"] = sum(seconds) / comm.size
+    totals = run.totals.setdefault("communication_seconds", {"min": 0.0, "mean": 0.0, "max": 0.0})
+    for name, value in (("min", min(seconds)), ("mean", sum(seconds) / comm.size), ("max", max(seconds))):
+        totals[name] += value
+
+
+@contextlib.contextmanager
+def running_on_all(run, model, optimizer, comm):
+    """Enter `run` on all ranks, with what rank 0 has read from a checkpoint, and end it on all of them."""
+    resume_on_all(run, model, optimizer, comm)
+    try:
+        with contextlib.ExitStack() as stack:
+            together(comm, lambda: stack.enter_context(run))  # rank 0 opens the log, which may be refused
+            yield
+    except Interrupted as stopped:
+        if not run.args.checkpoint or run.signal == "SIGINT":
+            raise
+        print(stopped, flush=True)  # SIGTERM is how clusters say that the time is over: no failure
+    except OSError as error:  # on this rank alone: the others would wait for ever
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        comm.Abort(1)
+
+
+def add_rank_options(parser):
+    """The options that the MPI scripts have in common beside those of make_parser()."""
+    add = parser.add_argument
+    add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
+    add("--global-batch-size", type=number(int, 1, 10**6), metavar="N",
+        help="images per step of all ranks together (default: ranks x --batch-size)")  # fmt: skip
+    add("--no-overlap", dest="overlap", action="store_false",
+        help="wait for the sum of each slice before the backward pass goes on")  # fmt: skip
+    add("--reduce", choices=("auto", "shared", "messages"), default="auto",
+        help="sum gradients in memory that the ranks of a machine share, or by messages; auto: shared where the "
+             "machines have equal numbers of ranks (default: %(default)s)")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Child processes, for the scripts that start others
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_mpirun():
+    """The mpirun beside this Python, which belongs to its mpi4py, else the first in PATH."""
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if not mpirun:
+        raise InputError("there is no mpirun: run make setup")
+    return mpirun
+
+
+def stop_processes(processes, patience=3.0):
+    """End processes (Popen) and all that they have started: SIGTERM, which mpirun hands on to its ranks, then SIGKILL.
+
+    patience: seconds that they have for each.
+    """
+    import psutil
+
+    family = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            family += [parent, *parent.children(recursive=True)]
+        process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=patience)
+    for relative in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            relative.kill()
+    psutil.wait_procs(alive, timeout=patience)
+    for process in processes:
+        process.wait()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,71 +10,149 @@ still works on the layers below: the large dense layer first, 98 % of all parame
     python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz
 """
 
-import contextlib
-import hashlib
 import math
 import os
-import socket
 import sys
 import time
-import traceback
 
 import numpy as np
 from mpi4py import MPI
 
 from common import (
+    MODELS,
     InputError,
-    Interrupted,
     Run,
-    TrainingError,
+    add_rank_options,
     blas_warning,
+    check_equal,
+    check_launcher,
     count_correct,
     epoch_order,
     evaluate,
     get_arrays,
     limit_blas_threads,
     load_batch,
-    load_cifar10,
-    make_cnn,
+    load_on_all,
+    make_model,
     make_optimizer,
     make_parser,
-    number,
+    report_communication,
     run_main,
+    running_on_all,
     set_arrays,
+    share,
     softmax_cross_entropy,
+    stop_all_on_error,
+    together,
 )
 
 
-def share(n, rank, size):
-    """This rank's slice of n items: the first n % size ranks have one more than the others. It may be empty."""
-    start = rank * (n // size) + min(rank, n % size)
-    return slice(start, start + n // size + (rank < n % size))
-
-
 class Reducer:
-    """Sums arrays over all ranks, in place, while the caller goes on computing.
+    """Sums the gradients of all ranks with MPI messages while the backward pass goes on.
 
-    start(array) may be called for one part of the gradients after the other; wait() returns when all sums are there.
-    overlap=False: start() itself waits. seconds: time spent in MPI calls so far.
+    start(part) is called when that slice of model.grads is complete; after wait() `total` has the sums over all ranks.
+    start_sums(array) does the same, in place, for a small array. overlap=False: start() itself waits.
+    seconds: time spent in these functions so far.
     """
 
-    def __init__(self, comm, overlap=True):
-        self.comm, self.overlap, self.requests, self.seconds = comm, overlap, [], 0.0
+    name = "messages"
 
-    def start(self, array):
+    def __init__(self, comm, model, overlap=True):
+        self.comm, self.overlap, self.requests, self.seconds = comm, overlap, [], 0.0
+        self.total = model.grads
+
+    def start(self, part):
         started = time.perf_counter()
-        if self.overlap:
-            self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, array))
-            MPI.Request.Testall(self.requests)  # MPI moves data only while one of its functions runs
-        else:
-            self.comm.Allreduce(MPI.IN_PLACE, array)
+        self._start(part)
+        if not self.overlap:
+            self._wait()
+        self.seconds += time.perf_counter() - started
+
+    def start_sums(self, sums):
+        started = time.perf_counter()
+        self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, sums))
         self.seconds += time.perf_counter() - started
 
     def wait(self):
         started = time.perf_counter()
+        self._wait()
+        self.seconds += time.perf_counter() - started
+
+    def gather(self, array):
+        """The arrays of all ranks, stacked, for statistics of the global batch."""
+        started = time.perf_counter()
+        stacked = np.empty((self.comm.size, *array.shape), array.dtype)
+        self.comm.Allgather(array, stacked)
+        self.seconds += time.perf_counter() - started
+        return stacked
+
+    def _start(self, part):
+        self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[part]))
+        MPI.Request.Testall(self.requests)  # MPI moves data only while one of its functions runs
+
+    def _wait(self):
         MPI.Request.Waitall(self.requests)
         self.requests.clear()
-        self.seconds += time.perf_counter() - started
+
+
+class SharedMemoryReducer(Reducer):
+    """The same where ranks share a machine: nothing is sent, each adds up its share of a slice from all ranks' memory.
+
+    The ranks' gradients and `total` lie in a window of shared memory: Hoefler et al., "MPI + MPI: a new hybrid approach
+    to parallel programming with MPI plus shared memory", 2013. On several machines, which must have equal numbers of
+    ranks, each share is then summed over the machines by messages, all shares at once.
+    """
+
+    name = "shared"
+
+    def __init__(self, comm, model, overlap=True):
+        super().__init__(comm, model, overlap)
+        self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.same_share = comm.Split(self.machine.rank)  # one rank of each machine
+        dtype, n = model.grads.dtype, model.grads.size
+        size = -(-model.grads.nbytes // 64) * 64  # whole cache lines
+        mine = size if self.machine.rank else 2 * size  # rank 0 has room for `total`
+        self.window = MPI.Win.Allocate_shared(mine, dtype.itemsize, comm=self.machine)
+        memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
+        self.grads = [np.frombuffer(m, dtype, n) for m in memory]
+        self.total = np.frombuffer(memory[0], dtype, n, offset=size)
+        self.window.Lock_all(MPI.MODE_NOCHECK)
+        self.summing = []  # slices that this rank has completed, and the request that tells that all ranks have
+        model.move_grads(self.grads[self.machine.rank])
+
+    def _start(self, part):
+        self.window.Sync()  # what this rank wrote is now seen by the others
+        self.summing.append((part, self.machine.Ibarrier()))
+        while self.summing and self.summing[0][1].Test():
+            self._sum()
+
+    def _wait(self):
+        while self.summing:
+            self.summing[0][1].Wait()
+            self._sum()
+        super()._wait()
+        self.window.Sync()
+        self.machine.Barrier()  # all shares are there, and nobody reads this rank's gradients any more
+
+    def _sum(self):
+        part, _ = self.summing.pop(0)
+        mine = share(part.stop - part.start, self.machine.rank, self.machine.size)
+        mine = slice(part.start + mine.start, part.start + mine.stop)
+        self.window.Sync()
+        self.total[mine] = self.grads[0][mine]
+        for grads in self.grads[1:]:
+            self.total[mine] += grads[mine]
+        if self.same_share.size > 1:
+            self.requests.append(self.same_share.Iallreduce(MPI.IN_PLACE, self.total[mine]))
+
+
+def make_reducer(comm, model, args):
+    sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
+    equal = min(sizes) == max(sizes)
+    if args.reduce == "shared" and not equal:
+        raise InputError("--reduce shared: the machines have different numbers of ranks: use --reduce messages")
+    shared = args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1)
+    return (SharedMemoryReducer if shared else Reducer)(comm, model, args.overlap)
 
 
 def train_step(model, optimizer, x, labels, count, reducer, stop=None):
@@ -86,20 +164,19 @@ def train_step(model, optimizer, x, labels, count, reducer, stop=None):
     started, waited = time.perf_counter(), reducer.seconds
     logits = model.forward(x)
     loss, dlogits = softmax_cross_entropy(logits, labels)
-    forward = time.perf_counter()
+    forward = time.perf_counter() - (reducer.seconds - waited)
     sums = np.array([loss, *count_correct(logits, labels), bool(stop)], np.float64)
-    reducer.start(sums)
-    model.backward(dlogits, on_grad_ready=lambda part: reducer.start(model.grads[part]))
+    reducer.start_sums(sums)
+    model.backward(dlogits, on_grad_ready=reducer.start)
     backward = time.perf_counter() - (reducer.seconds - waited)
     reducer.wait()
-    optimizer.step(count)
+    optimizer.step(count, reducer.total)
     return sums, forward - started, backward - forward
 
 
-def train(model, optimizer, data, args, run, comm):
+def train(model, optimizer, data, args, run, reducer, comm):
     """Train for args.epochs epochs on data; everything measured goes to run."""
     n, size = len(data.y_train), args.global_batch_size
-    reducer = Reducer(comm, args.overlap)
     for epoch in range(run.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
         run.start_epoch(epoch, math.ceil(n / size))
@@ -116,92 +193,13 @@ def train(model, optimizer, data, args, run, comm):
         report_communication(run, comm)
         run.end_training()
         test = share(len(data.y_test), comm.rank, comm.size)
-        total = Reducer(comm, overlap=False).start
-        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test], reduce=total), stop=False)
-
-
-def report_communication(run, comm):
-    """Put the mean over the ranks into the log's column, and least, mean and greatest into the sidecar."""
-    seconds = comm.allgather(run.sums.get("communication", 0.0))
-    run.sums["communication"] = sum(seconds) / comm.size
-    totals = run.totals.setdefault("communication_seconds", {"min": 0.0, "mean": 0.0, "max": 0.0})
-    for name, value in (("min", min(seconds)), ("mean", sum(seconds) / comm.size), ("max", max(seconds))):
-        totals[name] += value
-
-
-def check_equal(model, comm, epoch):
-    """Raise TrainingError unless all ranks hold the same weights, bit for bit."""
-    digests = comm.allgather(hashlib.blake2b(model.params.data, digest_size=16).hexdigest())
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise TrainingError(f"after epoch {epoch} the weights of rank {different[0]} are not those of rank 0")
-
-
-def together(comm, action):
-    """Call action() on every rank and return its result; an InputError on any rank is raised on all of them."""
-    result, problem = None, None
-    try:
-        result = action()
-    except InputError as error:
-        problem = str(error)
-    problems = [text for text in comm.allgather(problem) if text]
-    if problems:
-        raise InputError(problems[0])
-    return result
-
-
-def load_on_all(args, comm):
-    """The data on every rank; rank 0 first, which downloads and prepares files that the others then find."""
-
-    def load(dataset):
-        return load_cifar10(args.data_dir, dataset, args.subset, args.seed)
-
-    data = together(comm, lambda: None if comm.rank else load(args.dataset))
-    name = comm.bcast(data and data.name)
-    data = together(comm, lambda: data or load(name))
-    found = comm.allgather((socket.gethostname(), data.fingerprint))
-    for rank, (host, fingerprint) in enumerate(found):
-        if fingerprint != found[0][1]:
-            raise InputError(f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir")
-    return data
-
-
-def resume_on_all(run, model, optimizer, comm):
-    """Give all ranks what rank 0 has read from the checkpoint."""
-    position = (run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps)
-    run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps = comm.bcast(position)
-    for array in (model.params, *model.state(), *optimizer.slots.values()):
-        comm.Bcast(array)
-
-
-def check_launcher(comm):
-    """Raise InputError if mpirun belongs to another MPI than mpi4py, so that every rank believes that it is alone."""
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
-        if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
-            library = MPI.Get_library_version().split("\n")[0].strip("\0")
-            raise InputError(f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another MPI "
-                             f"than mpi4py, which uses {library}. Take the mpirun beside python: .venv/bin/mpirun")
-
-
-def stop_all_on_error(comm):
-    """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort."""
-
-    def hook(kind, error, trace):
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        lines = "".join(f"[rank {comm.rank}] {line}\n" for line in lines.splitlines())
-        print(lines, end="", file=sys.__stderr__, flush=True)
-        comm.Abort(1)
-
-    sys.excepthook = hook
+        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test],
+                                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums)), stop=False)  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser = make_parser("parallel_cnn_mpi", __doc__)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
-    parser.add_argument("--global-batch-size", type=number(int, 1, 10**6), metavar="N",
-                        help="images per step of all ranks together (default: ranks x --batch-size)")  # fmt: skip
-    parser.add_argument("--no-overlap", dest="overlap", action="store_false",
-                        help="wait for the sum of each slice before the backward pass goes on")  # fmt: skip
+    parser = make_parser("parallel_cnn_mpi", __doc__, MODELS)
+    add_rank_options(parser)
     args = parser.parse_args(argv)
     args.global_batch_size = args.global_batch_size or args.batch_size * MPI.COMM_WORLD.size
     return args
@@ -218,26 +216,19 @@ def main(argv=None):
     if warning := blas_warning():
         print(warning, file=sys.stderr)
     data = load_on_all(args, comm)
-    model = make_cnn(args.seed, np.dtype(args.dtype))
+    model = make_model(args.model, args.seed, np.dtype(args.dtype))
     optimizer = make_optimizer(model, args)
+    reducer = make_reducer(comm, model, args)
+    model.gather_statistics(reducer.gather)
     with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
         run = together(comm, lambda: Run(
             args, "parallel_cnn_mpi", data, lambda: get_arrays(model, optimizer),
-            lambda arrays: set_arrays(model, optimizer, arrays), {"ranks": comm.size}, comm.rank,
+            lambda arrays: set_arrays(model, optimizer, arrays), {"ranks": comm.size, "reduce": reducer.name},
+            comm.rank,
         ))  # fmt: skip
-        resume_on_all(run, model, optimizer, comm)
-        try:
-            with contextlib.ExitStack() as stack:
-                together(comm, lambda: stack.enter_context(run))  # rank 0 opens the log, which may be refused
-                train(model, optimizer, data, args, run, comm)
-                run.finish()
-        except Interrupted as stopped:
-            if not args.checkpoint or run.signal == "SIGINT":
-                raise
-            print(stopped, flush=True)  # SIGTERM is how clusters say that the time is over: no failure
-        except OSError as error:  # on this rank alone: the others would wait for ever
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            comm.Abort(1)
+        with running_on_all(run, model, optimizer, comm):
+            train(model, optimizer, data, args, run, reducer, comm)
+            run.finish()
 
 
 if __name__ == "__main__":

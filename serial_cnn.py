@@ -1,4 +1,4 @@
-"""Train a CNN on CIFAR-10 on one core with NumPy alone: the baseline of every speed-up in this repository.
+"""Train a CNN or ResNet-18 on CIFAR-10 on one core with NumPy alone: the baseline of every speed-up in this repository.
 
 A fair baseline is a fast one. The layers (common.py) work through the batch in pieces that stay in the cache, fuse
 convolution, bias, ReLU and pooling, and reuse every buffer; BLAS is held to one thread, whatever the environment says.
@@ -7,6 +7,7 @@ The parallel scripts follow this loop line by line: `diff serial_cnn.py parallel
     python serial_cnn.py
     python serial_cnn.py --epochs 2 --subset 5000 --batch-size 64 --lr 0.02
     python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000 --epochs 1
+    python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
     python serial_cnn.py --checkpoint results/serial.ckpt.npz            # Ctrl-C, then add --resume
 """
 
@@ -17,6 +18,7 @@ import time
 import numpy as np
 
 from common import (
+    MODELS,
     Run,
     blas_warning,
     count_correct,
@@ -26,7 +28,7 @@ from common import (
     limit_blas_threads,
     load_batch,
     load_cifar10,
-    make_cnn,
+    make_model,
     make_optimizer,
     make_parser,
     run_main,
@@ -65,7 +67,7 @@ def train(model, optimizer, data, args, run):
 
 
 def parse_args(argv=None):
-    parser = make_parser("serial_cnn", __doc__)
+    parser = make_parser("serial_cnn", __doc__, MODELS)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -76,7 +78,7 @@ def main(argv=None):
     if warning := blas_warning():
         print(warning, file=sys.stderr)
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    model = make_cnn(args.seed, np.dtype(args.dtype))
+    model = make_model(args.model, args.seed, np.dtype(args.dtype))
     optimizer = make_optimizer(model, args)
     with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
         with Run(args, "serial_cnn", data, lambda: get_arrays(model, optimizer),

@@ -30,9 +30,12 @@ def script_environment(**changes):
 
 def start(folder, script, *args, env=None, **options):
     """Start a script in `folder`; returns the Popen. options: of Popen (default: stdout and stderr as text pipes)."""
+    return start_command(folder, [sys.executable, REPO / script, *args], env, **options)
+
+
+def start_command(folder, command, env=None, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    command = [sys.executable, str(REPO / script), *map(str, args)]
-    return subprocess.Popen(command, cwd=folder, env=script_environment(**(env or {})), **options)
+    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
 
 
 def finish(process, status=0, timeout=60):
@@ -107,13 +110,15 @@ def assert_same_run(folder, reference, script, checkpoint="run.npz"):
 def usage_lines(path):
     """The command lines in a script's docstring, which are its indented lines, without their comments."""
     doc = ast.get_docstring(ast.parse(Path(path).read_text()), clean=False)
-    lines = re.findall(r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|make) .*)$", doc, re.MULTILINE)
+    lines = re.findall(r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|torchrun|make) .*)$", doc, re.MULTILINE)
     return [shlex.join(shlex.split(line, comments=True)) for line in lines]
 
 
 def run_usage_line(folder, path, line, *tiny):
     """Run a usage line, with `tiny` appended, in a folder that holds a copy of the script and of common.py alone."""
-    needed = REPO.glob("*.py") if path.name == "bench.py" else (path, REPO / "common.py")
+    named = [REPO / word for word in shlex.split(line) if word.endswith(".py")]
+    starts_others = path.name in ("bench.py", "demo.py", "run_experiments.py")
+    needed = REPO.glob("*.py") if starts_others else (*named, REPO / "common.py")
     for file in needed:
         shutil.copy2(file, folder)  # with its time, which Numba's cache goes by
     (folder / "bin").mkdir(exist_ok=True)
@@ -126,17 +131,24 @@ def run_usage_line(folder, path, line, *tiny):
     return done
 
 
-def run_on_terminal(folder, script, *args, env=None):
-    """Run a script on a terminal of 120 columns: all that it sent, and the lines that stand there at the end."""
+def start_on_terminal(folder, script, *args, env=None, columns=120, lines=40):
+    """Start a script with a terminal of its own; returns the Popen and our end of the terminal, where 3 is Ctrl-C."""
     import fcntl
     import pty
     import struct
     import termios
 
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
-    process = start(folder, script, *args, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+    process = start(folder, script, *args, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
     os.close(theirs)
+    return process, ours
+
+
+def run_on_terminal(folder, script, *args, env=None, status=0, **size):
+    """Run a script on a terminal: all that it sent, and the lines that stand there at the end."""
+    process, ours = start_on_terminal(folder, script, *args, env=env, **size)
     sent = b""
     try:
         while part := os.read(ours, 65536):
@@ -144,7 +156,7 @@ def run_on_terminal(folder, script, *args, env=None):
     except OSError:  # how Linux says that the other side is closed
         pass
     os.close(ours)
-    assert process.wait(60) == 0, sent.decode()
+    assert process.wait(60) == status, sent.decode()
     lines = []
     for line in sent.decode().replace("\r\n", "\n").split("\n"):
         shown = ""
@@ -154,11 +166,10 @@ def run_on_terminal(folder, script, *args, env=None):
     return sent.decode(), lines
 
 
-def start_ranks(folder, ranks, script, *args, env=None, **options):
-    """Start mpirun with that many ranks."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    command = [Path(sys.executable).with_name("mpirun"), "-np", ranks, sys.executable, REPO / script, *args]
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
+def start_ranks(folder, ranks, script, *args, env=None, before=(), launch=(), **options):
+    """Start mpirun with that many ranks. before: what stands before mpirun; launch: further options of it."""
+    mpirun = [Path(sys.executable).with_name("mpirun"), "-np", ranks, *launch]
+    return start_command(folder, [*before, *mpirun, sys.executable, REPO / script, *args], env, **options)
 
 
 def mpirun(folder, ranks, script, *args, status=0, timeout=240, **options):

@@ -28,20 +28,23 @@ import common
 from common import (
     SGD,
     Adam,
+    BasicBlock,
+    BatchNorm2D,
     Conv2D,
     ConvReLUPool,
     Dataset,
     Dense,
     Flatten,
+    GlobalAvgPool,
     InputError,
     Interrupted,
-    Layer,
     MaxPool2D,
     Model,
     ReLU,
     ResourceMonitor,
     Run,
     TrainingError,
+    WinogradConv2D,
     WinogradReLUPool,
     count_correct,
     epoch_order,
@@ -52,6 +55,7 @@ from common import (
     make_cnn,
     make_optimizer,
     make_parser,
+    make_resnet18,
     make_synthetic,
     set_arrays,
     softmax_cross_entropy,
@@ -167,6 +171,85 @@ def test_gradient_winograd_relu_pool(shape):
     rng = np.random.default_rng(shape)
     layer = randomized(WinogradReLUPool(shape[3], 3, rng=rng, dtype=np.float64), rng)
     check_gradients(layer, rng.standard_normal(shape), rng)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 1), (2, 8, 4, 3), (3, 4, 12, 2)])
+def test_gradient_winograd_conv2d(shape, bias):
+    rng = np.random.default_rng(shape)
+    layer = WinogradConv2D(shape[3], 3, bias=bias, rng=rng, dtype=np.float64)
+    assert len(layer.params()) == 1 + bias
+    check_gradients(randomized(layer, rng) if bias else layer, rng.standard_normal(shape), rng)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_winograd_conv2d_is_conv2d(n, dtype):
+    """More images than fit into a piece, and none; the second call finds used buffers."""
+    rng, tolerance = np.random.default_rng(n), 1e-12 if dtype is np.float64 else 2e-5
+    ours, theirs = (layer(32, 48, rng=1, dtype=dtype) for layer in (WinogradConv2D, Conv2D))
+    for _ in range(2):
+        x, dout = (rng.standard_normal((n, 16, 8, c)).astype(dtype) for c in (32, 48))
+        assert_close(ours.forward(x), theirs.forward(x), tolerance)
+        assert_close(ours.backward(dout), theirs.backward(dout), tolerance)
+        for a, b in zip(ours.grads(), theirs.grads(), strict=True):
+            assert_close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 2, 1, 3), (5, 1, 1, 1)])
+def test_gradient_batch_norm(shape):
+    rng = np.random.default_rng(shape)
+    layer = BatchNorm2D(shape[3], dtype=np.float64)
+    layer.gamma[...], layer.beta[...] = rng.standard_normal((2, shape[3]))
+    check_gradients(layer, 2 + 3 * rng.standard_normal(shape), rng)
+
+
+def test_gradient_global_avg_pool():
+    rng = np.random.default_rng(0)
+    check_gradients(GlobalAvgPool(), rng.standard_normal((2, 3, 4, 5)), rng)
+
+
+@pytest.mark.parametrize("conv", [Conv2D, WinogradConv2D])
+@pytest.mark.parametrize(("channels", "stride"), [((2, 2), 1), ((2, 3), 1), ((2, 3), 2)])
+def test_gradient_basic_block(channels, stride, conv):
+    rng = np.random.default_rng([*channels, stride])
+    layer = BasicBlock(*channels, stride, conv=conv, rng=rng, dtype=np.float64)
+    check_gradients(layer, rng.standard_normal((2, 8, 8, channels[0])), rng)
+
+
+def test_batch_norm_over_ranks_is_that_of_the_whole_batch():
+    """Three shards of unequal size, one of them empty, each in a thread of its own: outputs, gradients, statistics."""
+    rng = np.random.default_rng(0)
+    x, dout = 5 + rng.standard_normal((7, 2, 3, 4)), rng.standard_normal((7, 2, 3, 4))
+    whole = BatchNorm2D(4, dtype=np.float64)
+    out, dx = whole.forward(x), whole.backward(dout)
+    parts, met, places = [slice(0, 4), slice(4, 4), slice(4, 7)], threading.Barrier(3, timeout=10), [None] * 3
+    layers = [BatchNorm2D(4, dtype=np.float64) for _ in parts]
+    results = [None] * 3
+
+    def rank(r):
+        def gather(array):
+            places[r] = array.copy()
+            met.wait()
+            stacked = np.stack(places)
+            met.wait()
+            return stacked
+
+        layers[r].gather = gather
+        results[r] = layers[r].forward(x[parts[r]]).copy(), layers[r].backward(dout[parts[r]]).copy()
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_close(np.concatenate([result[0] for result in results]), out, 1e-12)
+    assert_close(np.concatenate([result[1] for result in results]), dx, 1e-12)
+    assert_close(sum(layer.dgamma for layer in layers), whole.dgamma, 1e-12)
+    assert_close(sum(layer.dbeta for layer in layers), whole.dbeta, 1e-12)
+    for layer in layers:
+        assert_close(layer.running_mean, whole.running_mean, 1e-12)
+        assert_close(layer.running_var, whole.running_var, 1e-12)
 
 
 POOLS = [(2, None), (2, 1), (3, None), (3, 2), (3, 1), (1, 2), (2, 3)]  # overlapping, with leftovers, with gaps
@@ -582,6 +665,56 @@ def test_fifty_steps_are_pytorchs(torch, images, dtype, name, weight_decay):
             torch.nn.utils.vector_to_parameters(mine, net.parameters())
 
 
+def resnet18_to_torch(torch, model):
+    """torchvision's ResNet-18 with the CIFAR stem, in float64, with the weights and statistics of ours."""
+    net = common.import_torchvision().models.resnet18(num_classes=10)
+    net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    stem, norm, _, *blocks, _, dense = model.layers
+    pairs = [(net.conv1, stem), (net.bn1, norm), (net.fc, dense)]
+    for theirs, ours in zip((b for i in (1, 2, 3, 4) for b in getattr(net, f"layer{i}")), blocks, strict=True):
+        conv1, bn1, _, conv2, bn2 = ours.branch
+        pairs += [(theirs.conv1, conv1), (theirs.bn1, bn1), (theirs.conv2, conv2), (theirs.bn2, bn2)]
+        pairs += zip(theirs.downsample or (), ours.shortcut, strict=True)
+    for theirs, ours in pairs:
+        if isinstance(ours, BatchNorm2D):
+            arrays = {"weight": ours.gamma, "bias": ours.beta, "running_mean": ours.running_mean,
+                      "running_var": ours.running_var}  # fmt: skip
+        else:
+            arrays = {"weight": ours.W.transpose(3, 2, 0, 1) if ours.W.ndim == 4 else ours.W.T}
+            if theirs.bias is not None:
+                arrays["bias"] = ours.b
+        for name, array in arrays.items():
+            getattr(theirs, name).data = torch.tensor(array.copy())
+    assert len(pairs) == sum(hasattr(m, "weight") for m in net.modules())
+    return net
+
+
+def test_resnet18_trains_as_pytorchs(torch, images):
+    """Five steps in float64 from the same weights: losses, every parameter, running statistics, and an evaluation."""
+    model = make_resnet18(0, np.float64)
+    assert model.params.size == 11_173_962
+    net, optimizer = resnet18_to_torch(torch, model), SGD(model, lr=0.01, momentum=0.9)
+    theirs = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    for step in range(5):
+        x, labels = load_batch(*images, np.arange(6 * step, 6 * step + 6), np.float64)
+        loss, dlogits = softmax_cross_entropy(model.forward(x), labels)
+        model.backward(dlogits)
+        optimizer.step(6)
+        their_loss = torch.nn.functional.cross_entropy(
+            net(torch.tensor(x.transpose(0, 3, 1, 2).copy())), torch.tensor(labels.astype(np.int64)))  # fmt: skip
+        theirs.zero_grad()
+        their_loss.backward()
+        theirs.step()
+        assert loss / 6 == pytest.approx(their_loss.item(), rel=1e-8)
+    for (name, wanted), ours in zip(net.state_dict().items(), resnet18_to_torch(torch, model).state_dict().values(),
+                                    strict=True):  # fmt: skip
+        if not name.endswith("num_batches_tracked"):
+            assert_close(ours, wanted, 1e-8)
+    model.train(False)
+    net.eval()
+    assert_close(model.forward(x), net(torch.tensor(x.transpose(0, 3, 1, 2).copy())).detach(), 1e-8)
+
+
 def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     """Both convolutions by im2col, which adds in the order of PyTorch's, and a learning rate at which training is calm:
     losses within 1e-4 (relative) and parameters within 1e-4 after 50 steps that start from each side's own weights.
@@ -683,60 +816,14 @@ def test_evaluate_is_the_mean_over_all_images(images):
     assert 0 < loading < 1
 
 
-class BatchNorm(Layer):
-    """Ioffe and Szegedy, 2015: a leaf with parameters and with state that is kept but not trained."""
-
-    param_names, state_names = ("gamma", "beta"), ("running_mean", "running_var")
-
-    def __init__(self, channels):
-        self.gamma, self.beta = np.linspace(0.5, 1.5, channels), np.linspace(-0.2, 0.3, channels)
-        self.running_mean, self.running_var = np.zeros(channels), np.ones(channels)
-
-    def forward(self, x):
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
-            self.running_mean += 0.1 * (mean - self.running_mean)
-            self.running_var += 0.1 * (var - self.running_var)
-        self.deviation = np.sqrt(var + 1e-5)
-        self.normal = (x - mean) / self.deviation
-        return self.gamma * self.normal + self.beta
-
-    def backward(self, dout):
-        self.dbeta[...], self.dgamma[...] = dout.sum(axis=(0, 1, 2)), (dout * self.normal).sum(axis=(0, 1, 2))
-        count = dout.size // dout.shape[3]
-        return self.gamma / self.deviation * (dout - (self.dbeta + self.normal * self.dgamma) / count)
-
-
-class ResidualBlock(Layer):
-    """ReLU(x + Conv(ReLU(BatchNorm(Conv(x))))): a composite, whose leaves() are its parts."""
-
-    def __init__(self, channels, rng):
-        self.branch = [Conv2D(channels, channels, rng=rng, dtype=np.float64), BatchNorm(channels), ReLU(),
-                       Conv2D(channels, channels, rng=rng, dtype=np.float64)]  # fmt: skip
-        self.relu = ReLU()
-
-    def leaves(self):
-        for part in self.branch:
-            yield from part.leaves()
-
-    def forward(self, x):
-        y = x
-        for part in self.branch:
-            y = part.forward(y)
-        return self.relu.forward(x + y)
-
-    def backward(self, dout):
-        dsum = dbranch = self.relu.backward(dout)
-        for part in reversed(self.branch):
-            dbranch = part.backward(dbranch)
-        return dsum + dbranch
-
-
 def small_resnet(seed=0):
     rng = np.random.default_rng(seed)
-    return Model([Conv2D(3, 4, rng=rng, dtype=np.float64), ResidualBlock(4, rng), MaxPool2D(3), Flatten(),
-                  Dense(16, 5, rng=rng, dtype=np.float64)])  # fmt: skip
+    model = Model([Conv2D(3, 4, rng=rng, dtype=np.float64), BasicBlock(4, 4, conv=Conv2D, rng=rng, dtype=np.float64),
+                   MaxPool2D(3), Flatten(), Dense(16, 5, rng=rng, dtype=np.float64)])  # fmt: skip
+    for leaf in model.layers[1].leaves():
+        if isinstance(leaf, BatchNorm2D):
+            leaf.gamma[...], leaf.beta[...] = np.linspace(0.5, 1.5, 4), np.linspace(-0.2, 0.3, 4)
+    return model
 
 
 def test_a_composite_layer_with_state_has_a_place_in_a_model():
@@ -744,7 +831,7 @@ def test_a_composite_layer_with_state_has_a_place_in_a_model():
     rng, model = np.random.default_rng(1), small_resnet()
     x, labels = rng.standard_normal((3, 6, 6, 3)), np.array([0, 1, 4])
     block = model.layers[1]
-    assert [p.shape for p in block.params()] == [(3, 3, 4, 4), (4,), (4,), (4,), (3, 3, 4, 4), (4,)]
+    assert [p.shape for p in block.params()] == 2 * [(3, 3, 4, 4), (4,), (4,)]
     assert all(np.shares_memory(p, model.params) for p in block.params())
     assert all(np.shares_memory(g, model.grads) for g in block.grads())
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_gone, assert_same_weights, count_rows, mpirun, ranks_of, start_ranks, wait_until
 
 import parallel_cnn_hybrid as hybrid
-from common import SGD, ConvReLUPool, Dense, WinogradReLUPool, make_cnn, softmax_cross_entropy
+from common import SGD, Adam, ConvReLUPool, Dense, WinogradReLUPool, make_cnn, softmax_cross_entropy
 
 SCRIPT = "parallel_cnn_hybrid.py"
 SIDECAR = "results/parallel_cnn_hybrid.json"
@@ -68,15 +68,29 @@ def test_threaded_convolution_sends_ties_where_the_serial_one_does(threads):
     np.testing.assert_allclose(ours.dW, theirs.dW, atol=1e-4)
 
 
+def test_sizes_that_the_kernels_cannot_take_are_named():
+    """The kernels do not check their bounds."""
+    for layer, channels in ((hybrid.ThreadedConvReLUPool, (3, 48)), (hybrid.ThreadedWinogradReLUPool, (16, 32)),
+                            (hybrid.ThreadedWinogradReLUPool, (32, 48))):  # fmt: skip
+        with pytest.raises(ValueError, match="multiples of 32"):
+            layer(*channels)
+    for layer, channels, size in ((hybrid.ThreadedConvReLUPool, (3, 32), 9),
+                                  (hybrid.ThreadedWinogradReLUPool, (32, 32), 10)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"not {size}x{size}"):
+            layer(*channels).forward(np.zeros((1, size, size, channels[0]), np.float32))
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_threaded_sgd_is_sgd(threads, weight_decay):
+@pytest.mark.parametrize(("threaded", "plain"), [(hybrid.ThreadedSGD, SGD), (hybrid.ThreadedAdam, Adam)])
+def test_threaded_optimizer_is_the_serial_one(threads, threaded, plain, weight_decay):
     rng = np.random.default_rng(0)
     ours, theirs = (make_cnn(1, np.float64) for _ in range(2))
-    steps = hybrid.ThreadedSGD(ours, 0.1, 0.9, weight_decay), SGD(theirs, 0.1, 0.9, weight_decay)
+    optimizers = threaded(ours, 0.1, weight_decay=weight_decay), plain(theirs, 0.1, weight_decay=weight_decay)
     for _ in range(3):
-        ours.grads[...] = theirs.grads[...] = rng.standard_normal(ours.grads.shape)
-        for optimizer in steps:
-            optimizer.step(7)
+        sums = rng.standard_normal(ours.grads.shape)
+        theirs.grads[...] = sums
+        optimizers[0].step(7, sums)  # not in the model's own buffer, as a Reducer may have them
+        optimizers[1].step(7)
     np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
 
 

@@ -1,6 +1,9 @@
 """parallel_cnn_mpi.py under a real mpirun: the serial weights whatever the ranks, and what happens when one dies."""
 
 import json
+import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,14 +53,32 @@ def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, r
     assert json.loads((tmp_path / SIDECAR).read_text())["ranks"] == ranks
 
 
-@pytest.mark.parametrize("options", [(), ("--no-overlap",), ("--optimizer", "adam")], ids=["", "no-overlap", "adam"])
-def test_a_rank_without_images_takes_part(tmp_path, serial, cache, options):
+@pytest.mark.parametrize("same", [(), ("--optimizer", "adam")], ids=["sgd", "adam"])
+@pytest.mark.parametrize("overlap", [(), ("--no-overlap",)], ids=["overlap", "no-overlap"])
+@pytest.mark.parametrize("reduce", ["shared", "messages"])
+def test_a_rank_without_images_takes_part(tmp_path, serial, cache, same, overlap, reduce):
     """Batches of 50, 50, 50, 50 and 3 images on four ranks: the last leaves a rank with none."""
-    same = tuple(option for option in options if option != "--no-overlap")
     tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 2, "--dtype", "float64", "--quiet")
     reference = serial(*tiny, *same, "--batch-size", 50)
-    mpirun(tmp_path, 4, SCRIPT, *tiny, *options, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache)
+    mpirun(tmp_path, 4, SCRIPT, *tiny, *same, *overlap, "--reduce", reduce, "--global-batch-size", 50, "--checkpoint",
+           "run.npz", env=cache)  # fmt: skip
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    assert json.loads((tmp_path / SIDECAR).read_text())["reduce"] == reduce
+
+
+def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache):
+    """Batches of 4, 4 and 2 images on three ranks: weights and running statistics are the serial run's."""
+    tiny = ("--model", "resnet18", "--dataset", "synthetic", "--subset", 10, "--epochs", 1, "--dtype", "float64",
+            "--quiet")  # fmt: skip
+    reference = serial(*tiny, "--batch-size", 4)
+    mpirun(tmp_path, 3, SCRIPT, *tiny, "--global-batch-size", 4, "--checkpoint", "run.npz", env=cache)
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    ours, theirs = read_npz(tmp_path / "run.npz"), read_npz(reference / "run.npz")
+    statistics = [name for name in ours if name.startswith("state")]
+    assert len(statistics) == 2 * 20
+    for name in statistics:
+        assert abs(ours[name] - theirs[name]).max() < 1e-10 * abs(theirs[name]).max()
+    assert read_log(tmp_path / LOG)[-1]["value1"] == read_log(reference / "results/serial_cnn.csv")[-1]["value1"]
 
 
 def test_batch_size_is_per_rank_and_the_global_one_is_fixed(tmp_path, cache):
@@ -231,3 +252,95 @@ def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert "\nerror: mpirun started 4 ranks, but each is alone" in done.stderr  # after mpi4py's own warning
+
+
+HOSTS = ("10.231.77.1", "10.231.77.2")
+
+
+class TwoHosts:
+    """Two network namespaces, joined by a veth pair: MPI calls them two machines, and only TCP joins them."""
+
+    def __init__(self, folder):
+        self.names = [f"cnn-{os.getpid()}-{i}" for i in range(2)]
+        cases = "".join(f"{host}) name={name};;" for host, name in zip(HOSTS, self.names, strict=True))
+        self.shell = folder / "shell"  # called like ssh: [options] host command...
+        self.shell.write_text("#!/bin/sh\nwhile [ ${1#-} != $1 ]; do shift; done\n"
+                              f'case $1 in {cases} esac; shift\nexec ip netns exec $name sh -c "$*"\n')  # fmt: skip
+        self.shell.chmod(0o755)
+
+    def __enter__(self):
+        first, second = self.names
+        try:
+            for command in (
+                f"netns add {first}", f"netns add {second}",
+                f"link add net0 netns {first} type veth peer name net0 netns {second}",
+                *(f"-n {name} addr add {host}/24 dev net0" for name, host in zip(self.names, HOSTS, strict=True)),
+                *(f"-n {name} link set {link} up" for name in self.names for link in ("lo", "net0")),
+            ):  # fmt: skip
+                subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
+            deadline = time.monotonic() + 10
+            while not all(self._is_up(name) for name in self.names):  # the kernel takes up to a second
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.__exit__()
+            pytest.skip(f"needs two network namespaces (root and Debian's iproute2): {getattr(error, 'stderr', error)}")
+        return self
+
+    def _is_up(self, name):
+        command = ["ip", "-n", name, "link", "show", "net0"]
+        return "state UP" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def __exit__(self, *_):
+        for name in self.names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def options(self, ranks_per_host):
+        """For start_ranks: mpirun on the first host, ranks on both; UCX_TLS: no messages through shared memory."""
+        launch = f"-launcher ssh -launcher-exec {shlex.quote(str(self.shell))} -hosts {','.join(HOSTS)} "
+        launch += f"-ppn {ranks_per_host} -genv UCX_TLS tcp,self"
+        return {"before": ("ip", "netns", "exec", self.names[0]), "launch": tuple(shlex.split(launch))}
+
+    def received(self):
+        """Bytes that have come to the first host."""
+        command = ["ip", "netns", "exec", self.names[0], "cat", "/sys/class/net/net0/statistics/rx_bytes"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    with TwoHosts(tmp_path) as hosts:
+        yield hosts
+
+
+@pytest.mark.parametrize(("ranks", "per_host", "reduce"),
+                         [(4, 2, "shared"), (4, 2, "messages"), (3, 2, "messages"), (2, 1, "messages")])  # fmt: skip
+def test_two_hosts_give_the_serial_weights(tmp_path, two_hosts, serial, cache, ranks, per_host, reduce):
+    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 1, "--dtype", "float64", "--quiet")
+    reference = serial(*tiny, "--batch-size", 50)
+    choice = () if ranks == 3 else ("--reduce", reduce)  # left to itself with unequal hosts it sends messages
+    mpirun(tmp_path, ranks, SCRIPT, *tiny, *choice, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache,
+           timeout=60, **two_hosts.options(per_host))  # fmt: skip
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    sidecar = json.loads((tmp_path / SIDECAR).read_text())
+    assert (sidecar["ranks"], sidecar["reduce"]) == (ranks, reduce)
+    assert two_hosts.received() > 5 * 4 * read_npz(tmp_path / "run.npz")["params"].size  # half of each sum at least
+
+
+def test_hosts_with_unequal_ranks_cannot_share(tmp_path, two_hosts, cache):
+    _, err = mpirun(tmp_path, 3, SCRIPT, *ODD, "--reduce", "shared", status=2, timeout=60, env=cache,
+                    **two_hosts.options(2))  # fmt: skip
+    assert err.startswith("error: --reduce shared: the machines have different numbers of ranks")
+    assert err.count("\n") == 1
+
+
+def test_a_killed_rank_on_another_host_ends_the_job(tmp_path, two_hosts, cache):
+    process = start_ranks(tmp_path, 2, SCRIPT, *LONG, env=cache, **two_hosts.options(1))
+    wait_until(process, lambda: count_rows(tmp_path / LOG) >= 3)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    ranks[1].kill()
+    process.communicate(timeout=10)
+    assert process.returncode != 0
+    assert_gone(ranks)

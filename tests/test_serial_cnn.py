@@ -577,6 +577,22 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
     assert_same_run(tmp_path, reference(optimizer), "serial_cnn")
 
 
+def test_resume_with_running_statistics(tmp_path, cache):
+    """ResNet-18, killed in its second epoch: parameters, velocity and BatchNorm's statistics, to the last bit."""
+    options = ("--model", "resnet18", "--dataset", "synthetic", "--subset", 8, "--batch-size", 4, "--epochs", 2,
+               "--checkpoint", "run.npz", "--checkpoint-every", 0)  # fmt: skip
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    finish(start(tmp_path / "whole", SCRIPT, *options, env=cache))
+    process = start(tmp_path / "parts", SCRIPT, *options, env=cache)
+    wait_until(process, lambda: count_rows(tmp_path / "parts" / LOG) >= 4 + 1)
+    process.kill()
+    finish(process, status=-signal.SIGKILL)
+    assert read_npz(tmp_path / "parts" / "run.npz")["state0"].any()
+    finish(start(tmp_path / "parts", SCRIPT, *options, "--resume", env=cache))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", "serial_cnn")
+
+
 def test_interruption_in_the_last_batch_of_an_epoch(tmp_path, cache):
     options = ("--dataset", "synthetic", "--subset", 600, "--batch-size", 600, "--epochs", 2, "--checkpoint", "run.npz")
     for folder in ("whole", "parts"):

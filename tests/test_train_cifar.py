@@ -1,7 +1,9 @@
 """train_cifar.py: the networks, the step beside a plain PyTorch one, mixed precision, log, resume, bad input."""
 
+import copy
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, count_rows, script_environment, wait_until
+from helpers import REPO, assert_one_error_line, count_rows, script_environment, wait_until
+from PIL import Image
 from torch.nn import functional as F
 
 import train_cifar
@@ -50,10 +53,20 @@ def test_cifar_stem_keeps_the_resolution():
     assert shapes == [(1, 64, 32, 32), (1, 512, 4, 4)]
 
 
-def test_load_batch_normalises_into_channels_last():
+CPU = torch.device("cpu")
+SETUP = train_cifar.Setup(CPU, None, None, train_cifar.Loader(0), train_cifar.World())
+
+
+def load(images, labels, index, draws=None, device=CPU):
+    return train_cifar.finish_batch(
+        *train_cifar.make_batch(train_cifar.Arrays(images, labels), draws, device, index), CPU
+    )
+
+
+def test_batch_is_normalised_into_channels_last():
     images, labels, *_ = make_synthetic(20)
     index = np.array([3, 17, 5])
-    x, y = train_cifar.load_batch(images, labels, index, torch.device("cpu"))
+    x, y = load(images, labels, index)
     expected = (images[index] / 255 - np.array(MEAN)) / np.array(STD)
     assert x.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
@@ -63,13 +76,13 @@ def test_load_batch_normalises_into_channels_last():
 def test_step_is_the_plain_pytorch_step():
     """channels_last changes the memory, not the computation: three steps equal those of the tutorial's loop."""
     images, labels, *_ = make_synthetic(8)
-    x, y = train_cifar.load_batch(images, labels, np.arange(8), torch.device("cpu"))
+    x, y = load(images, labels, np.arange(8))
     torch.manual_seed(1)
     ours = train_cifar.make_model("resnet18").to(memory_format=torch.channels_last).double()
     plain = train_cifar.make_model("resnet18").double()
     plain.load_state_dict(ours.state_dict())
     args = train_cifar.parse_args(["--lr", "0.01", "--weight-decay", "0.001", "--subset", "8", "--device", "cpu"])
-    optimizer = train_cifar.make_optimizer(ours, args)
+    optimizer = train_cifar.make_torch_optimizer(ours, args)
     reference = torch.optim.SGD(plain.parameters(), 0.01, 0.9, weight_decay=0.001)
     for _ in range(3):
         loss, logits, phases = train_cifar.train_step(ours, optimizer, x.double(), y)
@@ -94,7 +107,7 @@ def test_evaluation_leaves_the_model_as_it_was():
     images, labels, *_ = make_synthetic(20)
     model = train_cifar.make_model("resnet18")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss, top1, top5, loading = train_cifar.evaluate(model, images, labels, torch.device("cpu"), batch_size=8)
+    loss, top1, top5, loading = train_cifar.evaluate(model, train_cifar.Arrays(images, labels), SETUP, batch_size=8)
     assert model.training
     assert 0 <= top1 <= top5 <= 1
     assert loss > 0
@@ -115,7 +128,7 @@ def test_choose_amp(monkeypatch):
 
 def test_bfloat16_step_is_near_the_float32_step():
     images, labels, *_ = make_synthetic(16)
-    x, y = train_cifar.load_batch(images, labels, np.arange(16), torch.device("cpu"))
+    x, y = load(images, labels, np.arange(16))
     torch.manual_seed(1)
     model = train_cifar.make_model("cnn")
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -154,7 +167,10 @@ def test_cpu_default_is_small_and_says_so():
     assert (args.epochs, args.subset) == (3, None)
 
 
-@pytest.mark.parametrize("options", [(), ("--optimizer", "adam", "--amp", "bf16")], ids=["sgd", "adam-bf16"])
+@pytest.mark.parametrize("options", [
+    ("--schedule", "one-cycle", "--nesterov", "--label-smoothing", 0.1, "--workers", 2),
+    ("--optimizer", "adam", "--amp", "bf16", "--workers", 0),
+], ids=["sgd", "adam-bf16"])  # fmt: skip
 def test_interrupted_run_resumes_bit_for_bit(run_script, tmp_path, options):
     """SIGINT in the first epoch, then --resume: parameters, running statistics and optimizer of an unbroken run."""
     tiny = (*TINY[:-1], "resnet18", "--epochs", 2, "--quiet", *options)
@@ -183,6 +199,9 @@ def test_interrupted_run_resumes_bit_for_bit(run_script, tmp_path, options):
         (("--model", "vgg"), "invalid choice"),
         (("--epochs", 0), "--epochs"),
         (("--resume",), "--checkpoint"),
+        (("--load-only", "--source", "synthetic-batch"), "--load-only"),
+        (("--nesterov", "--optimizer", "adam"), "--nesterov"),
+        (("--accuracy", 90), "--accuracy"),
     ],
 )
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
@@ -200,6 +219,254 @@ def test_loss_that_explodes_stops_the_run(run_script, tmp_path):
     assert done.stderr.startswith("error: the loss is ")
     assert "step" in done.stderr
     assert json.loads((tmp_path / "results/train_cifar.json").read_text())["status"].startswith("failed")
+
+
+# -- augmentation and sources ------------------------------------------------------------------------------------------
+
+
+def plain_augment(image, draw):
+    """One image, step by step: pad, crop, flip."""
+    flip, dy, dx = draw // 81, draw // 9 % 9, draw % 9
+    crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[dy:dy + 32, dx:dx + 32]
+    return crop[:, ::-1] if flip else crop
+
+
+def test_augmentation_is_crop_and_flip():
+    """All 162 draws against the plain form, in NumPy and in the PyTorch form that a GPU runs."""
+    images, draws = make_synthetic(162)[0], np.arange(162, dtype=np.uint8)
+    expected = np.stack([plain_augment(image, int(draw)) for image, draw in zip(images, draws, strict=True)])
+    np.testing.assert_array_equal(train_cifar.augment(images, draws), expected)
+    ours = train_cifar.augment_tensor(torch.from_numpy(images), torch.from_numpy(draws))
+    np.testing.assert_array_equal(ours.numpy(), expected)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
+    draws = [train_cifar.draw_augmentation(n, seed, epoch) for n, seed, epoch in
+             ((50_000, 1, 1), (1000, 1, 1), (1000, 1, 2), (1000, 2, 1))]  # fmt: skip
+    np.testing.assert_array_equal(draws[0][:1000], draws[1])  # not of the size of the set
+    assert (draws[1] != draws[2]).mean() > 0.9
+    assert (draws[1] != draws[3]).mean() > 0.9
+    counts = np.bincount(draws[0], minlength=162)
+    assert len(counts) == 162
+    assert counts.min() > 200  # 50,000 / 162 = 309, deviation 18
+
+
+def test_batches_for_a_gpu_are_those_for_a_cpu():
+    """The part that runs on a GPU, here on the CPU: uint8 images, augmented and normalised after they were moved."""
+    images, labels, *_ = make_synthetic(50)
+    index, draws = np.arange(40)[::-1].copy(), train_cifar.draw_augmentation(50, 1, 1)
+    x, y = load(images, labels, index, draws)
+    for source in (train_cifar.Arrays(images, labels), train_cifar.OnDevice(train_cifar.Arrays(images, labels), CPU)):
+        batch = train_cifar.make_batch(source, draws, torch.device("cuda"), index)
+        assert batch[0].dtype in (np.uint8, torch.uint8)
+        other_x, other_y = train_cifar.finish_batch(*batch, CPU)
+        torch.testing.assert_close(other_x, x, atol=1e-6, rtol=1e-6)
+        assert torch.equal(other_y, y)
+        assert other_x.is_contiguous(memory_format=torch.channels_last)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_folder_in_the_order_of_the_numbers(tmp_path):
+    images = make_synthetic(12)[0]
+    for i in range(12):
+        save(tmp_path / f"{i}_{i % 10}.png", images[i])  # "10_0.png" sorts before "2_2.png"
+    (tmp_path / "notes.txt").write_text("no picture")
+    folder = train_cifar.Folder(tmp_path, subset=11)
+    found, labels = folder.read(np.arange(11))
+    np.testing.assert_array_equal(found, images[:11])
+    assert labels.tolist() == [*range(10), 0]
+
+
+def test_class_folders_alternate(tmp_path):
+    images = make_synthetic(6)[0]
+    for i in range(6):
+        save(tmp_path / ("airplane", "bird")[i % 2] / f"{i}.png", images[i])
+    found, labels = train_cifar.Folder(tmp_path).read(np.arange(6))
+    np.testing.assert_array_equal(found, images)
+    assert labels.tolist() == [0, 1] * 3
+
+
+def test_jpeg_and_grey_pictures(tmp_path):
+    pixels = np.repeat(np.arange(0, 256, 8, np.uint8)[:, None, None] * np.ones((1, 32, 1), np.uint8), 3, axis=2)
+    save(tmp_path / "0_3.jpg", pixels, quality=95)
+    save(tmp_path / "1_4.png", pixels[..., 0])
+    found, labels = train_cifar.Folder(tmp_path).read(np.arange(2))
+    assert np.abs(found[0].astype(int) - pixels).max() < 5
+    np.testing.assert_array_equal(found[1], np.repeat(pixels[..., :1], 3, axis=2))
+    assert labels.tolist() == [3, 4]
+
+
+def empty(folder):
+    pass
+
+
+def unnamed(folder):
+    save(folder / "train/cat.png", np.zeros((32, 32, 3), np.uint8))
+
+
+def eleven(folder):
+    save(folder / "train/0_10.png", np.zeros((32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("make", "words"), [(empty, "no pictures there"), (unnamed, "cat.png"), (eleven, "over 9")])
+def test_bad_folder_is_one_line(run_script, tmp_path, make, words):
+    make(tmp_path)
+    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, status=2)
+    assert_one_error_line(done.stderr)
+    assert words in done.stderr
+
+
+def test_subset_larger_than_the_folder(run_script, tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "0_1.png", make_synthetic(1)[0][0])
+    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--subset", 9, status=2)
+    assert_one_error_line(done.stderr)
+    assert "there are 1 training images" in done.stderr
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def foreign(path):
+    path.write_bytes(b"no picture")
+
+
+def missing(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def large(path):
+    save(path, np.zeros((64, 48, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(truncated, "decoded"), (foreign, "decoded"), (missing, "cannot be read"), (large, "48x64 pixels")],
+)
+def test_picture_that_cannot_be_used_is_named(run_script, tmp_path, damage, words):
+    for i in range(4):
+        for split in ("train", "test"):
+            save(tmp_path / split / f"{i}_{i}.png", make_synthetic(4)[0][i])
+    damage(tmp_path / "train/2_2.png")
+    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, "--model", "cnn",
+                      status=1)  # fmt: skip
+    assert_one_error_line(done.stderr)
+    assert "train/2_2.png" in done.stderr
+    assert words in done.stderr
+
+
+# -- training options --------------------------------------------------------------------------------------------------
+
+
+def options(*words):
+    return train_cifar.parse_args(["--device", "cpu", "--subset", "10", *map(str, words)])
+
+
+def test_one_cycle_is_that_of_pytorch():
+    args, steps = options("--schedule", "one-cycle", "--lr", 0.4), 200
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=steps + 1, cycle_momentum=False)
+    for step in range(steps + 1):
+        ours = train_cifar.learning_rate(args, step / steps)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=0.08, abs=1e-4)  # its phases end on whole steps
+        if step < steps:
+            optimizer.step()
+            theirs.step()
+
+
+def test_cosine_and_warm_up():
+    args = options("--schedule", "cosine", "--lr", 0.4, "--warmup", 0.2)
+    rates = [train_cifar.learning_rate(args, part) for part in (0, 0.1, 0.2, 0.6, 1)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+    assert train_cifar.learning_rate(options("--lr", 0.4), 0.7) == 0.4
+    assert train_cifar.learning_rate(options("--lr", 0.4, "--warmup", 0.5), 0.25) == pytest.approx(0.2)
+
+
+def test_label_smoothing_nesterov_and_weight_reach_pytorch():
+    x, y = load(*make_synthetic(8)[:2], np.arange(8))
+    args = options("--nesterov", "--weight-decay", 0.01, "--lr", 0.1, "--label-smoothing", 0.1)
+    torch.manual_seed(1)
+    model = train_cifar.make_model("cnn")
+    plain = copy.deepcopy(model)
+    optimizer = train_cifar.make_torch_optimizer(model, args)
+    reference = torch.optim.SGD(plain.parameters(), 0.1, 0.9, weight_decay=0.01, nesterov=True)
+    for _ in range(2):
+        train_cifar.train_step(model, optimizer, x, y, smoothing=args.label_smoothing, weight=0.5)
+        reference.zero_grad()
+        (F.cross_entropy(plain(x), y, label_smoothing=0.1) / 2).backward()
+        reference.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_up_leaves_no_trace():
+    torch.manual_seed(1)
+    model = train_cifar.make_model("resnet18")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_cifar.warm_up(model, model, [2, 3], SETUP)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_accuracy_ends_the_run_and_tells_the_time(run_script, tmp_path):
+    run_script("train_cifar.py", *TINY, "--epochs", 30, "--accuracy", 0.01)
+    sidecar = json.loads((tmp_path / "results/train_cifar.json").read_text())
+    assert sidecar["totals"]["final_accuracy"] >= 0.01
+    rows = list(csv.DictReader(open(tmp_path / "results/train_cifar.csv")))
+    epochs = int(rows[-1]["epoch"])
+    assert epochs < 30
+    seconds = sum(float(row["duration"]) for row in rows if row["type"] == "0")
+    assert sidecar["totals"]["seconds_to_accuracy"] == pytest.approx(seconds, rel=1e-3)
+
+
+def test_seeds_are_runs_of_their_own(run_script, tmp_path):
+    done = run_script("train_cifar.py", *TINY, "--epochs", 1, "--seeds", 3, "--seed", 5, "--checkpoint", "w.ckpt.npz")
+    summary = json.loads((tmp_path / "results/train_cifar_seeds.json").read_text())["final_accuracy"]
+    sidecars = [json.loads((tmp_path / f"results/train_cifar_seed{s}.json").read_text()) for s in (5, 6, 7)]
+    values = [sidecar["totals"]["final_accuracy"] for sidecar in sidecars]
+    assert summary["values"] == values
+    assert summary["mean"] == pytest.approx(np.mean(values))
+    assert summary["std"] == pytest.approx(np.std(values, ddof=1))
+    assert "± " in done.stdout
+    params = [np.load(tmp_path / f"w_seed{s}.ckpt.npz")["params"] for s in (5, 6, 7)]
+    assert not np.array_equal(params[0], params[1])
+    assert [sidecar["seed"] for sidecar in sidecars] == [5, 6, 7]
+
+
+def test_synthetic_batch_waits_for_nothing(run_script, tmp_path):
+    run_script("train_cifar.py", "--source", "synthetic-batch", "--model", "cnn", "--subset", 200, "--batch-size", 32,
+               "--epochs", 1, "--threads", 1)  # fmt: skip
+    rows = list(csv.DictReader(open(tmp_path / "results/train_cifar.csv")))
+    assert [row["type"] for row in rows] == ["2"] * 7 + ["0", "1"]
+    assert rows[6]["value1"] == rows[6]["value2"] == "7"
+    sidecar = json.loads((tmp_path / "results/train_cifar.json").read_text())
+    assert sidecar["threads"] == 1
+    assert sidecar["totals"]["train_images"] == 200
+    assert sidecar["dataset"] == "synthetic"
+
+
+def test_one_batch_is_the_same_tensor_every_time():
+    source = train_cifar.OneBatch(100, 32, 1)
+    batches = list(train_cifar.Loader(0).batches(source, np.split(np.arange(96), 3), None, CPU))
+    assert [len(y) for _, y in batches] == [32] * 3
+    assert len({x.data_ptr() for x, _ in batches}) == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+def test_compile_trains_like_eager(run_script, tmp_path):
+    """The same parameters, in a checkpoint of the same form."""
+    tiny = (*TINY, "--subset", 32, "--epochs", 1, "--amp", "off", "--lr", 0.001, "--threads", 1)
+    run_script("train_cifar.py", *tiny, "--checkpoint", "eager.npz")
+    run_script("train_cifar.py", *tiny, "--checkpoint", "compiled.npz", "--compile", timeout=240)
+    with np.load(tmp_path / "eager.npz") as eager, np.load(tmp_path / "compiled.npz") as compiled:
+        assert set(eager.files) == set(compiled.files)
+        np.testing.assert_allclose(compiled["params"], eager["params"], atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,243 @@
+"""demo.py: real trainings, on a real terminal and without one, interrupted by real signals."""
+
+import math
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+from helpers import (
+    assert_gone,
+    assert_one_error_line,
+    finish,
+    ranks_of,
+    run_on_terminal,
+    script_environment,
+    start,
+    start_on_terminal,
+)
+
+import demo
+from common import available_cores, stop_processes
+
+TINY = ("--dataset", "synthetic", "--epochs", 1, "--subset", 256)
+LONG = ("--dataset", "synthetic", "--epochs", 1000, "--subset", 640)
+ENDING = "\033[0m\033[?25h\033[?1049l"  # colours off, cursor on, the terminal's own screen again
+
+
+@pytest.fixture
+def env(cache, tmp_path):
+    """An environment whose temporary folder is empty, so that what stays in it is seen."""
+    (tmp_path / "temporary").mkdir()
+    return {**cache, "TMPDIR": tmp_path / "temporary", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+
+
+def left_over(tmp_path):
+    return [p.name for p in (tmp_path / "temporary").iterdir() if p.name.startswith("demo-")]
+
+
+def read_until(terminal, text, timeout=90):
+    """What the terminal gets until `text` stands in it."""
+    got, deadline = "", time.monotonic() + timeout
+    while text not in got:
+        assert time.monotonic() < deadline, got
+        got += os.read(terminal, 65536).decode(errors="replace")
+    return got
+
+
+def rest(terminal):
+    got = b""
+    try:
+        while part := os.read(terminal, 65536):
+            got += part
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    return got.decode(errors="replace")
+
+
+def table_rows(text):
+    """{name: (seconds, images/s, speed-up, efficiency in %)} of the table at the end."""
+    rows = re.findall(r"^ *(serial|MPI|hybrid)  .*?([\d.]+) s +([\d,]+) +([\d.]+) +(\d+)%", text, re.M)
+    return {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in rows}
+
+
+def test_piped_it_prints_plain_lines_and_measured_speed_ups(tmp_path, env):
+    out, err = finish(start(tmp_path, "demo.py", *TINY, "--dtype", "float64", env=env), timeout=240)
+    assert err == ""
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+    assert out.startswith("SYNTHETIC DATA, not CIFAR-10, 256 images, 1 epoch, batch 64 in all\n")
+    for script in demo.NAMES:
+        assert re.search(rf"^{script} .*100%  epoch 1/1 done, [\d.]+ s  [\d,]+ images/s  loss [\d.]+$", out, re.M)
+    rows = table_rows(out)
+    assert list(rows) == ["serial", "MPI", "hybrid"]
+    assert rows["serial"][2:] == [1.0, 100]
+    for name, cores in (("MPI", 2), ("hybrid", None)):
+        _, images_per_s, speedup, efficiency = rows[name]
+        assert speedup == pytest.approx(images_per_s / rows["serial"][1], abs=0.01)
+        if cores:
+            assert efficiency == pytest.approx(100 * speedup / cores, abs=0.8)
+    difference = re.search(r"in 4\s+steps:\s+MPI\s+(\S+),\s+hybrid\s+(\S+)\.", out)
+    assert all(0 <= float(d) < 1e-8 for d in difference.groups())
+    assert left_over(tmp_path) == []
+
+
+def test_on_a_terminal_of_80_by_24(tmp_path, env):
+    sent, lines = run_on_terminal(tmp_path, "demo.py", *TINY, columns=80, lines=24, env={**env, "NO_COLOR": 1})
+    before, live = sent.split("\033[?1049h\033[?25l")
+    live, after = live.split(ENDING)
+    assert before == ""
+    assert "\033" not in after
+    assert set(re.findall(r"\033\[[^A-Za-z]*[A-Za-z]", live)) <= {"\033[H", "\033[K", "\033[J"}  # no colours
+    frames = [re.sub(r"\033\[\w|\r", "", frame).split("\n") for frame in live.split("\033[H")[1:]]
+    assert len(frames) > 3
+    assert all(len(frame) <= 24 and max(map(len, frame)) <= 80 for frame in frames)
+    assert any("waiting" in line for line in frames[0])
+    assert sum("done" in line for line in frames[-1]) == 1  # the line below the three panels
+    assert frames[-1][-4].count("images/s") == 3
+    assert any("⠀" < c <= "⣿" for line in frames[-1] for c in line)  # a curve
+    shown = after.replace("\r", "").split("\n")
+    assert len(shown) <= 24
+    assert max(map(len, shown)) <= 80
+    assert list(table_rows("\n".join(lines))) == ["serial", "MPI", "hybrid"]
+
+
+def test_terminal_that_is_too_small(tmp_path, env):
+    sent, lines = run_on_terminal(tmp_path, "demo.py", *TINY, columns=40, lines=10, env=env)
+    assert "60 columns x 18 lines are needed" in sent
+    assert "│" not in sent
+    assert list(table_rows("\n".join(lines))) == ["serial", "MPI", "hybrid"]
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP"])
+def test_interrupted_on_a_terminal(tmp_path, env, how):
+    """While serial runs, and while MPI's ranks do: nothing stays behind, neither on the terminal nor on the machine."""
+    options = LONG if how == "Ctrl-C" else (*TINY[:-2], "--subset", 640)
+    process, terminal = start_on_terminal(tmp_path, "demo.py", *options, columns=80, lines=24, env=env)
+    sent = read_until(terminal, "images/s")
+    assert "\033[36m" in sent  # colours
+    if how != "Ctrl-C":
+        while len(ranks_of(process)) < 2:
+            sent += os.read(terminal, 65536).decode(errors="replace")
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= (1 if how == "Ctrl-C" else 3)
+    if how == "Ctrl-C":
+        os.write(terminal, b"\x03")
+    else:
+        process.send_signal(getattr(signal, how))
+    sent += rest(terminal)
+    os.close(terminal)
+    assert process.wait(20) == 130
+    assert_gone(family)
+    assert sent.count("\033[?1049h") == sent.count("\033[?1049l") == 1
+    name = "SIGINT" if how == "Ctrl-C" else how
+    assert sent.endswith(f"{ENDING}interrupted by {name}\r\n")
+    assert left_over(tmp_path) == []
+
+
+def test_children_that_do_not_obey_are_killed(tmp_path):
+    code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); print(1, flush=True); time.sleep(60)"
+    process = psutil.Popen([os.sys.executable, "-c", code], stdout=-1, start_new_session=True)
+    process.stdout.readline()
+    family = [process, *process.children(recursive=True)]
+    assert len(family) == 2
+    stop_processes([process], patience=0.5)
+    assert_gone(family)
+
+
+def test_dumb_terminal_gets_plain_lines(tmp_path, env):
+    process, terminal = start_on_terminal(tmp_path, "demo.py", *LONG, "--ascii", env={**env, "TERM": "dumb"})
+    sent = read_until(terminal, "images/s")
+    os.write(terminal, b"\x03")
+    sent += rest(terminal)
+    os.close(terminal)
+    assert process.wait(20) == 130
+    assert "\033" not in sent
+    assert sent.replace("^C", "").isascii()
+    assert ".........." in sent  # the bar
+    assert sent.endswith("interrupted by SIGINT\r\n")
+
+
+def test_failing_script_is_named_and_ends_the_demo(tmp_path, env):
+    process = start(tmp_path, "demo.py", *TINY, "--batch-size", 8, "--lr", "1e30", env=env)
+    out, err = finish(process, status=1)
+    assert_one_error_line(err)
+    assert "serial_cnn.py ended with exit status 1" in err
+    assert "try a smaller --lr" in err
+    assert "speed-up" not in out
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--subset", 0), "--subset"), (("--ranks", 0), "--ranks"), (("--epochs", "many"), "--epochs"),
+    (("--dataset", "cifar10"), "no CIFAR-10"), (("--at-once", "--ranks", 1000, *TINY), "--at-once"),
+])  # fmt: skip
+def test_bad_input_is_one_line(run_script, tmp_path, options, message):
+    done = run_script("demo.py", *options, status=2, env={"TMPDIR": tmp_path})
+    assert_one_error_line(done.stderr)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.glob("demo-*"))
+
+
+@pytest.mark.skipif(len(available_cores()) < 5, reason="needs five cores")
+def test_at_once_each_has_cores_of_its_own(tmp_path, env):
+    process = start(tmp_path, "demo.py", *LONG, "--at-once", env=env)
+    while len(children := psutil.Process(process.pid).children()) < 3:
+        time.sleep(0.01)
+    cores = [set(child.cpu_affinity()) for child in children]
+    process.send_signal(signal.SIGTERM)
+    finish(process, status=130)
+    assert sorted(map(len, cores))[:2] == [1, 2]
+    assert sum(map(len, cores)) == len(set.union(*cores)) == len(available_cores())
+
+
+def log_line(kind, epoch, duration, batch, loss):
+    return f"{kind},{epoch},0,0.1,{duration},{batch},2,{loss},100.0,,,,,,,\n"
+
+
+def test_log_is_read_as_it_grows(tmp_path):
+    """Rows that are torn in the middle, and seconds that start anew in each epoch."""
+    args = demo.parse_args(["--epochs", "2"])
+    training = demo.Training("serial_cnn.py", [], [], tmp_path, args)
+    training.read()  # no log yet
+    text = "type,epoch,start,loading,duration,value1,value2,loss,images_per_s\n"
+    text += log_line(2, 1, 0.5, 1, 2.5) + log_line(2, 1, 1.0, 2, 2.0) + log_line(0, 1, 1.0, 0.1, 2.25)
+    text += log_line(1, 1, 0.3, 0.1, 2.1) + log_line(2, 2, 0.75, 1, 1.5)
+    for end in range(0, len(text) + 1, 7):
+        training.log.write_text(text[:end])
+        training.read()
+    training.log.write_text(text)
+    training.read()
+    assert training.losses == [2.5, 2.0, 1.5]
+    assert training.seconds == [0.5, 1.0, 1.75]
+    assert training.progress() == 0.75
+    assert training.expected_seconds() == pytest.approx(1.75 / 0.75)
+    assert (training.epoch, training.batch, training.batches) == (2, 1, 2)
+
+
+def test_curve_is_drawn_where_the_values_are():
+    assert demo.curve([3.0, 1.6, 0.1], 3, 3.0, unicode=False) == ["** ", " **", "  *"]
+    assert demo.curve([2.9, 0.1, None, None], 1, 3.0, unicode=True) == ["⢹ "]  # U+28B9: ⠁ and the whole right column
+    assert demo.curve([math.inf, 99.0, -1.0], 2, 3.0, unicode=False) == [" **", "  *"]  # cut off at the edges
+
+
+def test_column_means(tmp_path):
+    training = demo.Training("serial_cnn.py", [], [], tmp_path, demo.parse_args([]))
+    training.seconds, training.losses = [0.1, 0.4, 2.5, 4.0], [3.0, 2.0, 1.5, 1.0]
+    assert demo.column_means(training, 4, 4.0) == [2.5, None, 1.5, 1.0]
+
+
+@pytest.mark.parametrize(("settings", "unicode"), [
+    ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, True), ({"LC_ALL": "C", "TERM": "xterm"}, False),
+    ({"LC_ALL": "C.UTF-8", "TERM": "linux"}, False), ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, False),
+])  # fmt: skip
+def test_unicode_only_where_it_can_be_shown(tmp_path, settings, unicode):
+    import subprocess
+    import sys
+
+    code = "import sys, demo; print(demo.Style(sys.stdout).unicode)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=demo.HERE, env=script_environment(**settings),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout == f"{unicode}\n"

@@ -2,7 +2,7 @@
 # `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-cifar serial bench lint test clean
+.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments bench lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -13,10 +13,11 @@ READY := .venv/.ready
 endif
 
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+S3_DATA = # options of train_cifar.py --export
 OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: EPOCHS=2 SUBSET=5000 ARGS='--batch-size 64', PYTHON=python3 (use its packages, make no .venv)"
 
 setup: $(READY)  ## install everything into .venv, CuPy too where there is an NVIDIA driver
@@ -24,8 +25,28 @@ setup: $(READY)  ## install everything into .venv, CuPy too where there is an NV
 train-cifar: $(READY)  ## train ResNet-50 on CIFAR-10 with PyTorch
 	$(PYTHON) train_cifar.py $(OPTIONS)
 
+train-cifar-s3: $(READY)  ## the same with the images in an S3 server on this machine, which it starts
+	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
+	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --source s3://cifar10 $(OPTIONS)
+
+s3-server: $(READY)  ## serve CIFAR-10 over S3 on this machine until Ctrl-C
+	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
+	$(PYTHON) s3_server.py
+
+s3-upload: $(READY)  ## put CIFAR-10 into TO=s3://bucket/prefix, as pictures and as shards
+	$(PYTHON) train_cifar.py --export $(or $(TO),$(error say where to: make s3-upload TO=s3://bucket/prefix)) $(S3_DATA)
+
+split-cores: $(READY)  ## ResNet-50 on CPU, forward and backward on separate cores: train, then compare
+	$(PYTHON) train_resnet50_split_cores.py $(OPTIONS)
+
 serial: $(READY)  ## train the CNN from scratch on one core with NumPy
 	$(PYTHON) serial_cnn.py $(OPTIONS)
+
+demo: $(READY)  ## watch serial, MPI and hybrid train in the terminal, then their speed-ups
+	$(PYTHON) demo.py $(OPTIONS)
+
+experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--suite all" runs all suites
+	$(PYTHON) run_experiments.py $(OPTIONS)
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) bench.py $(ARGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from common import Dataset, make_synthetic
+from common import Dataset, available_cores, make_synthetic
 
 KEYS = {"name", "ours", "peer", "unit", "ratio", "ratio_min", "ratio_max", "n"}
 
@@ -19,7 +19,7 @@ def data():
 
 
 def test_quick_run_writes_table_and_json(run_script, tmp_path):
-    done = run_script("bench.py", "--quick", "--only", "batch 32", "--dataset", "synthetic")
+    done = run_script("bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic")
     rows = json.loads((tmp_path / "results/bench.json").read_text())
     assert [set(row) for row in rows] == [KEYS]
     row = rows[0]
@@ -29,6 +29,19 @@ def test_quick_run_writes_table_and_json(run_script, tmp_path):
     assert row["ratio_min"] * 0.5 < row["ours"] / row["peer"] < row["ratio_max"] * 2
     assert row["name"] in done.stdout
     assert "kernels" in done.stdout  # the BLAS kernel in use is named
+
+
+@pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
+@pytest.mark.parametrize(("name", "more"), [("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
+                                            ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"})])  # fmt: skip
+def test_rows_of_processes_under_mpirun(run_script, tmp_path, name, more):
+    done = run_script("bench.py", "--quick", "--only", name, "--dataset", "synthetic")
+    (row,) = json.loads((tmp_path / "results/bench.json").read_text())
+    assert set(row) == KEYS | more
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
+    assert 0 < row["communication"] < 1
+    assert row.get("efficiency", row["ratio"] / 2) == row["ratio"] / 2
+    assert row["name"] in done.stdout
 
 
 def test_both_sides_do_the_same_work(data, monkeypatch):
@@ -68,6 +81,20 @@ def test_train_cifar_row_uses_what_the_script_uses(data):
     assert logits.shape == (16, 10)
     assert np.isfinite(loss.item())
     assert np.isfinite(contest.peer())
+
+
+def test_both_sides_load_the_same_images_augmented(data):
+    """Batches of one form and distribution, each image once in an epoch."""
+    ours, theirs = bench.our_batches(data, 32, workers=1), bench.torchvision_batches(data, 32)
+    for batches in (ours, theirs):
+        (x, y), (x2, y2) = next(batches), next(batches)
+        assert x.shape == (32, 3, 32, 32)
+        assert x.dtype is torch.float32
+        assert y.dtype is torch.int64
+        assert torch.bincount(torch.cat([y, y2]), minlength=10).tolist() == np.bincount(data.y_train).tolist()
+        assert torch.cat([x, x2]).mean().item() == pytest.approx(0.0, abs=0.4)
+    contest = bench.loading_contest(data, 32)
+    assert [len(batch[1]) for batch in (contest.ours(), contest.peer())] == [32, 32]
 
 
 @pytest.mark.parametrize(("options", "message"), [(("--only", "nothing"), "no such row"), (("--pairs", 3), "--pairs")])

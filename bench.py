@@ -55,6 +55,7 @@ from common import (
     load_cifar10,
     make_cnn,
     make_model,
+    make_torch_optimizer,
     number,
     run_main,
     share,
@@ -121,19 +122,15 @@ def threads_contest(data, batch_size, threads):
 def train_cifar_contest(data, model_name, batch_size):
     """train_cifar.py's training (channels_last, --amp auto) against the usual one (NCHW, float32, DataLoader), CPU.
 
-    Both load and augment their batches; on all cores.
+    Both load and augment their batches; on all cores. Ours is in a process of its own, because it sets malloc.
     """
     threads = len(available_cores())
     x, labels = load_batch(data.x_train, data.y_train, np.arange(batch_size))
     step, flops = pytorch_step(model_name, x, labels, channels_last=False)
     theirs = torchvision_batches(data, batch_size)
-    model = train_cifar.make_model(model_name).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
-    amp, batches = train_cifar.choose_amp("auto", torch.device("cpu")), our_batches(data, batch_size, workers=1)
+    ours = Worker(data, "train_cifar", 1, batch_size, "--model", model_name, "--epochs", 1)
     name = f"train_cifar.py, {model_name}, batch {batch_size}, {threads} cores"
-    return Contest(name, batch_size, threads,
-                   lambda: train_cifar.train_step(model, optimizer, *next(batches), amp),
-                   lambda: step(*next(theirs)), flops)  # fmt: skip
+    return Contest(name, batch_size, threads, ours, lambda: step(*next(theirs)), flops)
 
 
 def loading_contest(data, batch_size):
@@ -199,7 +196,7 @@ def pytorch_step(model_name, x, labels, channels_last, wrap=lambda model: model)
 class Worker:
     """A training step in processes of its own, under mpirun, which sleep until they are told to run for some seconds.
 
-    kind: "mpi", "hybrid" or "ddp"; images: in a step of all ranks together; options: of the script.
+    kind: "mpi", "hybrid", "ddp" or "train_cifar"; images: in a step of all ranks together; options: of the script.
     """
 
     def __init__(self, data, kind, ranks, images, *options):
@@ -237,7 +234,10 @@ def work(spec, data):
     torch.set_num_threads(1)
     mine = np.arange(spec["images"])[share(spec["images"], comm.rank, comm.size)]
     x, labels = load_batch(data.x_train, data.y_train, mine)
-    step, waited = (ddp_step if spec["kind"] == "ddp" else ranks_step)(spec, x, labels, comm)
+    if spec["kind"] == "train_cifar":
+        step, waited = train_cifar_step(spec, data), lambda: 0.0
+    else:
+        step, waited = (ddp_step if spec["kind"] == "ddp" else ranks_step)(spec, x, labels, comm)
     for _ in range(3):
         step()
     answer, per_second = "ready", comm.bcast(5 / timed(step, 5))
@@ -288,6 +288,17 @@ def ddp_step(_, x, labels, comm):
     torch.distributed.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     step, _ = pytorch_step("cnn", x, labels, channels_last=True, wrap=torch.nn.parallel.DistributedDataParallel)
     return step, lambda folder=folder: 0.0  # the folder lasts as long as the function
+
+
+def train_cifar_step(spec, data):
+    """A step of train_cifar.py on all cores, with the loading of its batch by one worker."""
+    args = train_cifar.parse_args(spec["options"])
+    train_cifar.keep_freed_memory()
+    torch.set_num_threads(len(available_cores()))
+    model = train_cifar.make_model(args.model).to(memory_format=torch.channels_last)
+    optimizer = make_torch_optimizer(model, args)
+    amp, batches = train_cifar.choose_amp(args.amp, torch.device("cpu")), our_batches(data, spec["images"], workers=1)
+    return lambda: train_cifar.train_step(model, optimizer, *next(batches), amp)
 
 
 def sgemm():

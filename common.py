@@ -1778,6 +1778,20 @@ def blas_warning():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def keep_freed_memory():
+    """Let glibc's malloc keep and reuse what was freed, for all threads alike.
+
+    By default it returns large blocks to the system, and more of them in threads than in the main one; each time they
+    are taken again, the kernel clears their pages, which can cost half of a float32 step. See mallopt(3).
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
+            libc.mallopt(parameter, value)
+
+
 def make_torch_resnet(name, cifar_stem=True):
     """torchvision's ResNet of that name: (N, 3, H, W) → logits (N, 10).
 
@@ -1794,19 +1808,22 @@ def make_torch_resnet(name, cifar_stem=True):
 
 
 def make_torch_optimizer(model, args):
-    """SGD or Adam, its state made at once, so that a checkpoint holds the same arrays before and after a step."""
+    """SGD or Adam, its state made at once, so that a checkpoint holds the same arrays before and after a step.
+
+    Fused: one pass over a tensor instead of one for each operation, a quarter of the time on a CPU.
+    """
     import torch
 
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-                                    nesterov=getattr(args, "nesterov", False))  # fmt: skip
+                                    nesterov=getattr(args, "nesterov", False), fused=True)  # fmt: skip
     for p in model.parameters():
         like_p = ("exp_avg", "exp_avg_sq") if args.optimizer == "adam" else ("momentum_buffer",)
         optimizer.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in like_p}
         if args.optimizer == "adam":
-            optimizer.state[p]["step"] = torch.zeros(())
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
     return optimizer
 
 

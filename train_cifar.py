@@ -63,6 +63,7 @@ from common import (
     epoch_order,
     get_torch_arrays,
     get_torch_state,
+    keep_freed_memory,
     load_cifar10,
     make_parser,
     make_synthetic,
@@ -1139,6 +1140,7 @@ def main(argv=None):
         raise
     if args.export:
         return export(args)
+    keep_freed_memory()
     world, amp = join_world(args), choose_amp(args.amp, torch.device(args.device))
     args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[amp]
     args.global_batch_size = args.batch_size * world.size

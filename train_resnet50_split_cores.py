@@ -23,7 +23,6 @@ images/s, split 20.0, pipelined 25.9 (97 % of its bound: backward takes 2.2 × a
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import math
 import os
@@ -53,6 +52,7 @@ from common import (
     cpu_model,
     epoch_order,
     get_torch_arrays,
+    keep_freed_memory,
     load_cifar10,
     make_parser,
     make_torch_optimizer,
@@ -912,20 +912,8 @@ def check_args(args):
     choose_split(args)
 
 
-def keep_memory():
-    """Let glibc's malloc keep and reuse what was freed, for all threads alike.
-
-    By default it returns large blocks to the system, and more of them in threads than in the main one; each time they
-    are taken again, the kernel clears their pages, which can cost half of a float32 step. See mallopt(3).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
-            libc.mallopt(parameter, value)
-
-
 def main(argv=None):
-    keep_memory()
+    keep_freed_memory()
     args = parse_args(argv)
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:

@@ -75,12 +75,18 @@ def test_rate_counts_whole_calls():
 
 
 def test_train_cifar_row_uses_what_the_script_uses(data):
-    contest = bench.train_cifar_contest(data, "cnn", 16)
-    torch.set_num_threads(1)
-    loss, logits, _ = contest.ours()
+    step = bench.train_cifar_step({"options": ["--model", "cnn", "--lr", "0.001"], "images": 16}, data)
+    loss, logits, _ = step()
     assert logits.shape == (16, 10)
     assert np.isfinite(loss.item())
+
+
+def test_train_cifar_row_has_a_process_of_its_own(data):
+    contest = bench.train_cifar_contest(data, "cnn", 16)
+    assert contest.ours.rate(0.01) > 0
     assert np.isfinite(contest.peer())
+    contest.ours.stop()
+    assert contest.ours.process.returncode == 0
 
 
 def test_both_sides_load_the_same_images_augmented(data):

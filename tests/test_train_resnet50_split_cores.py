@@ -493,7 +493,7 @@ def test_benchmark_compares_all_modes(run_script, tmp_path):
 )  # fmt: skip
 def test_no_options_mean_a_small_run_and_the_comparison(monkeypatch, options, done, sizes):
     calls = []
-    monkeypatch.setattr(split_cores, "keep_memory", lambda: None)
+    monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(split_cores, "choose_split", lambda args: Split((0,), (1,)))
     monkeypatch.setattr(split_cores, "available_cores", lambda: [0, 1])
     monkeypatch.setattr(split_cores, "load_cifar10", lambda data_dir, dataset, subset, seed: subset)

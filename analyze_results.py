@@ -7,20 +7,22 @@ Prints the tables; writes them as CSV, the plots as PNG and SVG, and analysis.js
     python analyze_results.py --results-dir results --output-dir results/analysis
     python analyze_results.py results/serial_cnn.csv results/parallel_cnn_mpi.csv --output-dir results/analysis
 
-±: half of the 95 % interval of a mean over the repeats, by Student's t with n − 1 degrees of freedom; nothing for n = 1.
-Speed-up and efficiency: repeats are run interleaved, so repeat i of a configuration is divided by repeat i of its
-reference, and mean and interval are those of the n ratios. Speed-up S: images/s against the same work on one core (MPI:
-serial_cnn.py; hybrid: one rank of one thread); strong scaling: T(1)/T(p); weak scaling: the scaled speed-up. Efficiency:
-S/p, p = ranks × threads. Serial fraction of strong scaling: (1/S − 1/p) / (1 − 1/p) (Karp and Flatt 1990); Amdahl's law
-1/S = s + (1 − s)/p is fitted to all p at once by least squares in 1/S, each repeat by itself. Repeats of different
-machines or data sets are never averaged or divided by each other; different commits are marked.
+±: half of the 95 % interval of a mean over n repeats: t(0.975, n − 1) · s / √n, nothing for n = 1.
+Speed-up S: images/s against the same work on one core (MPI: serial_cnn.py; hybrid: one rank of one thread). Repeats run
+interleaved, so repeat i is divided by repeat i of the reference; mean and interval are those of the n ratios. Strong
+scaling: T(1)/T(p), the batch is the same; weak scaling: the scaled speed-up, the batch grows with p = ranks × threads.
+Efficiency: S/p. Karp–Flatt: the serial fraction (1/S − 1/p) / (1 − 1/p) of each p. Amdahl's law 1/S = s + (1 − s)/p is
+fitted to all p at once by least squares in 1/S, each repeat by itself.
+Runs of different machines or data sets are never averaged or divided by each other; different commits are marked.
 """
 
 import csv
+import datetime
 import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ import numpy as np
 from common import BATCH, FETCH_TRAIN, LOG_COLUMNS, TRAIN, VALIDATE, InputError, Parser, atomic_write, run_main, table
 
 SUITES = ("parallel", "hardware", "loading", "split")
+FROM_SCRATCH = ("serial_cnn", "parallel_cnn_mpi", "parallel_cnn_hybrid", "gpu_scratch")  # with the same weights
 PHASES = ("loading", "forward", "backward", "communication", "update")
 QUANTITIES = {  # label, unit, digits
     "n": ("repeats", "", 0),
@@ -111,6 +114,15 @@ class Log:
         cells = zip(LOG_COLUMNS, line.split(","), strict=True)
         return {name: float(cell) if cell else None for name, cell in cells}
 
+    def steps(self):
+        """How many batches the complete epochs had, and the rows of the last one of each."""
+        complete, last, count = {int(row["epoch"]) for row in self.epochs[TRAIN]}, {}, 0
+        for line in self.batch_lines:
+            epoch = line.split(",", 2)[1]
+            if epoch.isdigit() and int(epoch) in complete:
+                count, last[epoch] = count + 1, line
+        return count, [self._parse(line) for line in last.values()]
+
     def batches(self):
         """The rows of batches, parsed; lines that are not numbers are left out."""
         rows = []
@@ -154,7 +166,7 @@ def read_sidecar(log, warn):
 
 
 def make_run(suite, name, repeat, path, warn, entry=None, settings=None):
-    """A RunResult. entry, settings: of run_experiments.py's index, which knows what a source's pictures were made of."""
+    """A RunResult. entry, settings: of the index, which knows what data set the pictures of a source were made of."""
     log, sidecar, entry = Log(path, warn), read_sidecar(path, warn), entry or {}
     from_memory = (sidecar.get("arguments") or {}).get("source", "builtin") == "builtin"
     data = sidecar if from_memory or not settings else settings
@@ -251,8 +263,7 @@ def measure(run):
     """{quantity: number} of a run, from its log; use of RAM, CPU and GPU from its sidecar where it has them."""
     train, validate, totals = run.log.epochs[TRAIN], run.log.epochs[VALIDATE], run.sidecar.get("totals") or {}
     seconds = sum(row["duration"] for row in train)
-    complete = {int(row["epoch"]) for row in train}
-    steps = sum(int(line.split(",", 2)[1]) in complete for line in run.log.batch_lines)
+    steps, last = run.log.steps()
     result = {
         "seconds": seconds,
         "images_per_s": sum(row["duration"] * row["images_per_s"] for row in train) / seconds,
@@ -272,16 +283,21 @@ def measure(run):
     for group, share in (totals.get("idle") or {}).items():
         result[f"idle_{group}"] = percent(share)
     if steps:
-        result.update(step_ms=1000 * seconds / steps, **phases(train, seconds, steps))
+        result.update(step_ms=1000 * seconds / steps, **phases(last, steps))
     return result
 
 
-def phases(train, seconds, steps):
-    """Milliseconds and share of a step in each phase. update: what the logged phases leave; without it they overlap."""
-    result, rest = {}, seconds
+def phases(rows, steps):
+    """Milliseconds and share of a step in each phase. update: what the logged phases leave; without it they overlap.
+
+    rows: the last batch's of each epoch. They are of rank 0 alone and add up, while communication in an epoch's own row
+    is a mean over the ranks.
+    """
+    result, rest = {}, sum(row["duration"] for row in rows)
+    seconds = rest
     for phase in PHASES[:-1]:
-        if all(row[phase] is not None for row in train):
-            spent = sum(row[phase] for row in train)
+        if all(row[phase] is not None for row in rows):
+            spent = sum(row[phase] for row in rows)
             rest -= spent
             result.update({f"{phase}_ms": 1000 * spent / steps, f"{phase}_share": percent(spent / seconds)})
     if "forward_ms" in result and rest >= 0:
@@ -324,6 +340,10 @@ class Configuration:
         found = self.estimates.get(quantity)
         return found.value if found else None
 
+    def half(self, quantity):
+        found = self.estimates.get(quantity)
+        return found.half if found else None
+
     def curves(self, kind, column):
         """(repeats, epochs) of a column of the epochs' rows; cut to the shortest."""
         rows = [[row[column] for row in run.log.epochs[kind] if row[column] is not None] for run in self.runs]
@@ -332,7 +352,7 @@ class Configuration:
     def comparable(self):
         """Trainings of which this is the same are the same computation: they may differ by rounding alone."""
         get, script = self.arguments.get, self.sidecar.get("script", "")
-        kind = "scratch" if script in ("serial_cnn", "parallel_cnn_mpi", "parallel_cnn_hybrid", "gpu_scratch") else script
+        kind = "scratch" if script in FROM_SCRATCH else script
         names = ("model", "lr", "momentum", "optimizer", "weight_decay", "seed", "subset", "epochs", "amp", "augment",
                  "dtype", "image_size", "schedule", "label_smoothing", "nesterov")  # fmt: skip
         order = get("s3_mode") if str(get("source")).startswith("s3:") and get("s3_mode") == "shards" else None
@@ -413,6 +433,22 @@ def add_batches(configurations):
             c.put(quantity, estimate({r: 1000 * float(function(w)) for r, w in waits.items() if len(w)}))
 
 
+def add_alone(configurations):
+    """What --load-only has measured, also with the training from the same source by as many workers."""
+    by_name = {(c.suite, c.name): c for c in configurations}
+    for c in configurations:
+        if "train_loss" not in c.estimates:
+            training = by_name.get((c.suite, c.name.replace("-load", "-train")), c)
+            for each in (c, training):
+                each.put("alone_images_per_s", c.estimates["images_per_s"])
+
+
+def waiting_rows(members):
+    """The configurations that train, and those that only load where no training has their numbers."""
+    training = {c.name for c in members if "train_loss" in c.estimates}
+    return [c for c in members if c.name in training or c.name.replace("-load", "-train") not in training]
+
+
 def batch_waits(rows):
     """Seconds that each batch was waited for."""
     before, waits = {}, []
@@ -433,7 +469,7 @@ SCALING = ("ranks", "threads", "batch", "n", "images_per_s", "speedup", "efficie
 LEARNING = ("n", "batch", "train_loss", "test_loss", "train_accuracy", "test_accuracy", "loss_difference",
             "accuracy_difference")  # fmt: skip
 LOADING = ("workers", "n", "epoch_seconds", "epoch_loading", "first_loading_share", "later_loading_share",
-           "batch_loading_ms", "batch_loading_max_ms", "fetch_seconds")  # fmt: skip
+           "batch_loading_ms", "batch_loading_max_ms", "alone_images_per_s", "fetch_seconds")  # fmt: skip
 SPLIT = ("n", "images_per_s", "speedup_over_all", "speedup_over_split", "step_ms", "forward_ms", "backward_ms",
          "update_ms", "idle_forward", "idle_backward")  # fmt: skip
 STEP = ("step_ms", *(f"{phase}_ms" for phase in PHASES), *(f"{phase}_share" for phase in PHASES))
@@ -447,9 +483,7 @@ TABLES = {  # kind: title, caption, quantities
     "step": ("a step", "Seconds of the epochs divided by steps. Update and rest: what the logged phases leave of the "
              "step; empty where phases overlap.", STEP),
     "loading": ("waiting for data", "Waiting for data during training, per epoch (record type 0) and per batch (type "
-                "2).", LOADING),
-    "alone": ("loading alone", "The same loading without a training.", ("workers", "n", "alone_images_per_s", "ram_mb",
-                                                                        "cpu_percent", "fetch_seconds")),
+                "2); alone: the same loading without a training.", LOADING),
     "modes": ("modes", "Idle: the share of the training in which a group's cores computed nothing.", SPLIT),
 }  # fmt: skip
 
@@ -468,7 +502,7 @@ class Report:
         """A row for each configuration; a quantity that none of them has is left out."""
         title, caption, quantities = TABLES[kind]
         chosen = [q for q in quantities if any(cell(c, q) is not None for c in configurations)]
-        spread = {q for q in chosen if any(q in c.estimates and c.estimates[q].half is not None for c in configurations)}
+        spread = {q for q in chosen if any(c.half(q) is not None for c in configurations)}
         columns = [{"key": "configuration", "label": "configuration", "unit": "", "digits": None}]
         for quantity in chosen:
             label, unit, digits = QUANTITIES[quantity]
@@ -481,7 +515,7 @@ class Report:
             for quantity in chosen:
                 row.append(cell(c, quantity))
                 if quantity in spread:
-                    row.append(c.estimates[quantity].half if quantity in c.estimates else None)
+                    row.append(c.half(quantity))
             rows.append(row)
         self.tables.append({"name": f"{suite}_{kind}", "title": f"{suite}: {title}", "caption": caption,
                             "columns": columns, "rows": rows})  # fmt: skip
@@ -511,9 +545,7 @@ def tabulate(report, suite, members):
     if suite == "parallel":
         report.add_table(suite, "scaling", members)
     if suite in ("loading", "files"):
-        report.add_table(suite, "loading", trained or members)
-    if alone := [c for c in members if "alone_images_per_s" in c.estimates]:
-        report.add_table(suite, "alone", alone)
+        report.add_table(suite, "loading", waiting_rows(members))
     if suite == "split":
         report.add_table(suite, "modes", members)
 
@@ -537,9 +569,11 @@ def collect_facts(report, configurations):
 
 
 def number_text(value, digits):
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else f"{value:,.{digits}f}"
+    """A cell as text, with that many decimals or as few as leave four digits."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    whole = len(f"{abs(value):.0f}")
+    return f"{value:,.{max(0, min(digits, 4 - whole))}f}" if abs(value) >= 1 else f"{value:.{digits}f}"
 
 
 def print_table(content):
@@ -566,14 +600,16 @@ WIDTH = 7.0  # inches, of every figure
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f7f7f")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = "osD^v<>Pp*Xh"
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 SHADES = ("#1f2933", "#6b8fb5", "#b9d3ea", "#f2c48d", "#ffffff")
+HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 STYLE = {
-    "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7, "axes.grid": True, "grid.color": "0.9",
-    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
-    "svg.hashsalt": "analyze_results", "figure.dpi": 150, "legend.frameon": False, "hatch.linewidth": 0.5,
-    "lines.markersize": 4, "errorbar.capsize": 2,
+    "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7, "axes.grid": True,
+    "grid.color": "0.9", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "lines.markersize": 4, "errorbar.capsize": 2, "hatch.linewidth": 0.5, "savefig.dpi": 150,
+    "svg.fonttype": "none", "svg.hashsalt": "analyze_results",
 }  # fmt: skip
+WHISKERS = "; whiskers: 95 % intervals"
+BAR = {"edgecolor": "0.2", "linewidth": 0.6, "error_kw": {"elinewidth": 0.8}}
 
 
 class Plotter:
@@ -583,8 +619,9 @@ class Plotter:
         import matplotlib
 
         matplotlib.use("Agg")
+        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
         matplotlib.rcParams.update(STYLE)
-        self.report, self.folder, self.notes = report, folder, ""
+        self.report, self.folder, self.suite, self.notes = report, folder, "", ""
 
     def figure(self, height, rows=1, columns=1, **options):
         from matplotlib.figure import Figure
@@ -592,304 +629,277 @@ class Plotter:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
-    def save(self, figure, name, title, caption, alt):
-        figure.supxlabel(self.notes, fontsize=6.5, color="0.25", wrap=True)
+    def save(self, figure, name, title, caption, columns=3, whiskers=False, said=""):
+        """Write a figure; its legend, in that many columns, is of all that is named in any panel.
+
+        whiskers: whether it shows intervals; said: a line that stands in the picture itself.
+        """
+        notes = self.notes if whiskers else self.notes.replace(WHISKERS, "")
+        named = {}
+        for ax in figure.axes:
+            named.update({name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)})
+        if named:
+            columns = min(columns, len(named))
+            figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns)
+        figure.supxlabel("\n".join(filter(None, (said, notes))), fontsize=6.5, color="0.25")
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once for both files
+        name = f"{self.suite}_{name}"
         for kind, metadata in (("png", None), ("svg", {"Date": None})):
             with atomic_write(self.folder / "figures" / f"{name}.{kind}") as file:
                 figure.savefig(file, format=kind, metadata=metadata)
-        self.report.figures.append({"name": name, "title": title, "caption": f"{caption} {self.notes}", "alt": alt})
-
-    def legend(self, figure, axes, columns=3):
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, max(len(labels), 1)))
+        caption = f"{caption} {' '.join(notes.split())}."
+        self.report.figures.append({"name": name, "title": title, "caption": caption, "alt": f"{title}: {caption}"})
 
 
-def describe(report, configurations, machines):
+def describe(members, machines):
     """The line below a suite's figures: machines, data, repeats, and everything that a reader must not overlook."""
-    texts, runs = [], [run for c in configurations for run in c.runs]
+    lines, runs = [], [run for c in members for run in c.runs]
     for number, machine in enumerate(machines, 1):
-        mine = [run for run in runs if run.machine == machine]
-        if mine:
+        if mine := [run for run in runs if run.machine == machine]:
             _, cpu, cores, dataset, _ = machine
-            images = sorted({run.sidecar.get("train_images") or 0 for run in mine})
-            sizes = "/".join(f"{n:,}" for n in images)
+            sizes = "/".join(f"{n:,}" for n in sorted({run.sidecar.get("train_images") or 0 for run in mine}))
             data = "SYNTHETIC DATA" if dataset == "synthetic" else dataset
             place = f"{cpu}, {cores} cores; {data}, {sizes} images" if cpu else "machine and data set unknown"
-            texts.append(place if len(machines) == 1 else f"[{number}] {place}")
-    repeats = sorted({c.n for c in configurations})
-    count = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
-    texts.append(f"n = {count}" + ("; bars: 95 % intervals" if repeats[-1] > 1 else ""))
-    lines = ["; ".join(texts)]
-    if crowded := [c.name for c in configurations if c.oversubscribed]:
+            lines.append(place if len(machines) == 1 else f"[{number}] {place}")
+    repeats = sorted({c.n for c in members})
+    lines[-1] += f"; n = {' to '.join(map(str, repeats[:1] + repeats[1:][-1:]))}"
+    lines[-1] += WHISKERS if repeats[-1] > 1 else ""
+    if crowded := [c.name for c in members if c.oversubscribed]:
         lines.append(f"OVERSUBSCRIBED (more ranks × threads than cores): {', '.join(crowded)}")
-    commits = {run.sidecar.get("git_commit") for run in runs} - {None}
-    if len(commits) > 1:
+    if len(commits := {run.sidecar.get("git_commit") for run in runs} - {None}) > 1:
         lines.append(f"{len(commits)} DIFFERENT COMMITS: {', '.join(sorted(c[:8] for c in commits))}")
-    import textwrap
-
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 120))
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, 125))
 
 
-def errors(configurations, quantity):
-    return [c.estimates[quantity].half or 0 for c in configurations]
+def halves(members, quantity):
+    return np.array([c.half(quantity) or 0 for c in members])
 
 
-def families(configurations, scaling):
-    """{label: configurations by cores} of suite parallel, each line beginning at its own run on one core."""
-    single = {c.base: c for c in configurations if c.base in ("serial", "hybrid-1x1-strong")}
+def families(members, scaling):
+    """{label: configurations by cores} of suite parallel; a line begins at its own run on one core."""
+    single = {c.base: c for c in members if c.base in ("serial", "hybrid-1x1-strong")}
     found = {}
-    for c in configurations:
+    for c in members:
         if c.scaling == scaling and c.cores > 1 and "speedup" in c.estimates:
             label = "MPI" if c.base.startswith("mpi") else f"hybrid, {c.ranks} rank{'s' * (c.ranks != 1)}"
             found.setdefault(label, []).append(c)
-    for label, members in found.items():
-        start = single.get("serial" if label == "MPI" else "hybrid-1x1-strong" if label == "hybrid, 1 rank" else "")
-        members[:] = sorted([*([start] if start else []), *members], key=lambda c: c.cores)
+    for label, line in found.items():
+        start = single.get({"MPI": "serial", "hybrid, 1 rank": "hybrid-1x1-strong"}.get(label))
+        line[:] = sorted([*([start] if start else []), *line], key=lambda c: c.cores)
     return found
 
 
-def plot_scaling(plot, suite, configurations, quantity):
-    """Strong and weak scaling against cores, with the ideal line and, for speed-ups, Amdahl's law."""
-    members = [c for c in configurations if c.environment == 1]
-    labels = sorted({label for s in ("strong", "weak") for label in families(members, s)})
+def plot_scaling(plot, members, quantity):
+    """Strong and weak scaling over cores with the ideal line, and what Amdahl's law or Karp and Flatt make of it."""
+    members = [c for c in members if c.environment == 1]
+    lines = {s: families(members, s) for s in ("strong", "weak")}
+    labels, most = sorted({*lines["strong"], *lines["weak"]}), max(c.cores for c in members)
     if not labels:
         return
-    figure, axes = plot.figure(3.2, 1, 2, sharey=True)
-    most = max(c.cores for c in members)
-    for ax, scaling in zip(axes[0], ("strong", "weak"), strict=True):
+    panels = [("strong", quantity), ("weak", quantity)] + [("strong", "serial_fraction")] * (quantity == "efficiency")
+    figure, axes = plot.figure(2.9, 1, len(panels))
+    for ax, (scaling, shown) in zip(axes[0], panels, strict=True):
         p = np.linspace(1, most, 50)
-        ax.plot(p, p if quantity == "speedup" else np.full(50, 100), color="0.6", lw=1, label="ideal")
-        for label, line in families(members, scaling).items():
-            plot_family(ax, line, quantity, labels.index(label), label)
-        if scaling == "strong" and quantity == "speedup":
+        if shown != "serial_fraction":
+            ax.plot(p, p if shown == "speedup" else np.full(50, 100), color="0.6", lw=1, label="ideal")
+        highest = max(most if shown == "speedup" else 100, *(c.get(shown) or 0 for c in members))
+        for label, line in lines[scaling].items():
+            shift = 0.012 * most * (labels.index(label) - (len(labels) - 1) / 2)
+            plot_family(ax, [c for c in line if shown in c.estimates], shown, labels.index(label), label, shift)
+        if scaling == "strong" and shown == "speedup":
             for (family, fit), style in zip(fit_amdahl(members).items(), LINES[1:], strict=False):
-                s = fit.value / 100
-                name = "MPI" if family == "mpi" else family
-                ax.plot(p, 1 / (s + (1 - s) / p), ls=style, color="0.45", lw=1, label=f"Amdahl, {name}: s = {fit.value:.1f} %")
-        ax.set(title=f"{scaling} scaling", xlabel="cores used (ranks × threads)", xticks=sorted({c.cores for c in members}))
-    axes[0][0].set_ylabel("speed-up" if quantity == "speedup" else "efficiency (%)")
-    axes[0][0].set_ylim(bottom=0)
-    plot.legend(figure, axes[0][0], 4)
-    word = "Speed-up" if quantity == "speedup" else "Efficiency"
-    best = max((c for c in members if quantity in c.estimates and c.cores > 1), key=lambda c: c.get(quantity))
-    plot.save(figure, f"{suite}_{quantity}", f"{word}, strong and weak scaling",
-              f"{word} against the same work on one core. Hollow: oversubscribed.",
-              f"{word} over cores for {', '.join(labels)}; the highest is {best.get(quantity):.2f} ({best.name}).")
+                s, name = fit.value / 100, family.replace("mpi", "MPI")
+                if 0 <= s <= 1:
+                    ax.plot(p, 1 / (s + (1 - s) / p), ls=style, color="0.45", lw=1,
+                            label=f"Amdahl, {name}: s = {fit.value:.1f} %")
+        title = "Karp–Flatt" if shown == "serial_fraction" else f"{scaling} scaling"
+        name = {"speedup": "speed-up", "efficiency": "efficiency (%)", "serial_fraction": "serial fraction (%)"}[shown]
+        ax.set(title=title, xlabel="cores (ranks × threads)", ylabel=name, xticks=sorted({c.cores for c in members}))
+        ax.set_ylim(min(0, *(c.get(shown) or 0 for c in members)), 1.3 * highest)
+    word = {"speedup": "Speed-up", "efficiency": "Efficiency"}[quantity]
+    plot.save(figure, quantity, f"{word}, strong and weak scaling", f"{word} against the same work on one core: "
+              "serial_cnn.py for MPI, one rank of one thread for hybrid. Hollow: oversubscribed.", 4, whiskers=True)  # fmt: skip
 
 
-def plot_family(ax, line, quantity, number, label):
-    """A line with error bars; what was oversubscribed is hollow."""
-    x, y = [c.cores for c in line], [c.get(quantity) for c in line]
-    color = COLORS[1:][number % 7]
-    ax.errorbar(x, y, errors(line, quantity), ls=LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)],
-                color=color, label=label)
-    hollow = [(c.cores, c.get(quantity)) for c in line if c.oversubscribed]
-    if hollow:
-        ax.plot(*zip(*hollow, strict=True), ls="", marker=MARKERS[number % len(MARKERS)], color=color, mfc="white", zorder=5)
+def plot_family(ax, line, quantity, number, label, shift):
+    """A line with whiskers; what was oversubscribed is hollow. shift: along the axis, so that whiskers stand apart."""
+    style = {"marker": MARKERS[number % len(MARKERS)], "color": COLORS[1:][number % 7]}
+    x, y = np.array([c.cores + shift * (c.cores > 1) for c in line]), np.array([c.get(quantity) for c in line])
+    ax.errorbar(x, y, halves(line, quantity), ls=LINES[number % len(LINES)], elinewidth=0.8, label=label, **style)
+    hollow = [c.oversubscribed for c in line]
+    ax.plot(x[hollow], y[hollow], ls="", mfc="white", zorder=5, **style)
 
 
-def bars(ax, configurations, quantity, shade=1, hatch="", digits=None):
-    """Horizontal bars with error bars and the number behind each; a configuration without the quantity has none."""
-    y = [i for i, c in enumerate(configurations) if quantity in c.estimates]
-    members = [configurations[i] for i in y]
-    values, half = np.array([c.get(quantity) for c in members]), np.array(errors(members, quantity))
-    ax.barh(y, values, 0.7, color=SHADES[shade], hatch=hatch, edgecolor="0.2", linewidth=0.6,
-            xerr=half if half.any() else None, error_kw={"elinewidth": 0.8})
-    label, unit, default = QUANTITIES[quantity]
-    for position, value, width in zip(y, values, half, strict=True):
-        ax.annotate(number_text(value, default if digits is None else digits), (value + width, position), (3, 0),
-                    textcoords="offset points", va="center", fontsize=6.5)
-    ax.set_xlabel(f"{label} ({unit})" if unit else label)
-    ax.set_xlim(0, 1.25 * max(values + half, default=1) or 1)
-    ax.grid(visible=False, axis="y")
-    name_rows(ax, configurations)
+def bars(ax, members, quantity, place=0, places=1, log=False):
+    """Horizontal bars, whiskers and numbers, the place-th of `places` in each row; a row without the number is empty.
+
+    A whisker that would leave the bars small is cut, and written behind its number.
+    """
+    rows = np.array([i for i, c in enumerate(members) if quantity in c.estimates])
+    having = [members[i] for i in rows]
+    values, half = np.array([c.get(quantity) for c in having]), halves(having, quantity)
+    height, limit, digits = 0.78 / places, (4 if log else 2) * values.max(), QUANTITIES[quantity][2]
+    positions = rows + height * (place - (places - 1) / 2)
+    ax.barh(positions, values, height, color=SHADES[place + 1], hatch=HATCHES[place + 1] if places > 1 else "",
+            xerr=half if half.any() else None, label=QUANTITIES[quantity][0] if places > 1 else None, **BAR)  # fmt: skip
+    for position, value, width in zip(positions, values, half, strict=True):
+        cut = value + width > limit
+        text = number_text(value, digits) + (f" ± {number_text(width, digits)}" if cut else "")
+        ax.annotate(text, (value if cut else value + width, position), (4, 0), textcoords="offset points", va="center",
+                    fontsize=6, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+    return values.min(), min((values + half).max(), limit)
 
 
-def name_rows(ax, configurations):
-    names = [c.name + (" *" if c.oversubscribed else "") for c in configurations]
+def plot_bars(plot, members, name, title, caption, panels, columns=2, log=()):
+    """Panels (axis label, quantities) of bars that share their rows; quantities that nobody has are left out."""
+    there = {q for c in members for q in c.estimates}
+    panels = [(label, [q for q in quantities if q in there]) for label, quantities in panels]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return
+    columns = min(columns, len(panels))
+    lines, most = math.ceil(len(panels) / columns), max(len(quantities) for _, quantities in panels)
+    figure, axes = plot.figure(0.6 + lines * (0.45 + (0.1 + 0.12 * most) * len(members)), lines, columns, sharey=True)
+    for ax, (label, quantities) in zip(axes.flat, panels, strict=False):
+        scale = set(quantities) <= set(log)
+        ranges = [bars(ax, members, q, i, len(quantities), scale) for i, q in enumerate(quantities)]
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if scale and low > 0:
+            ax.set(xscale="log", xlim=(low / 3, high * (high / low) ** 0.25 * 2))
+        else:
+            ax.set_xlim(0, 1.35 * high or 1)
+            ax.locator_params(axis="x", nbins=8 // columns + 1)
+        ax.set_xlabel(label + ", logarithmic" * scale)
+        ax.grid(visible=False, axis="y")
+    for ax in list(axes.flat)[len(panels):]:
+        ax.set_visible(False)
+    name_rows(axes[0][0], members)
+    plot.save(figure, name, title, caption, whiskers=True)
+
+
+def short_name(configuration):
+    return re.sub("-(train|load)( |$)", r"\2", configuration.name)
+
+
+def name_rows(ax, members):
+    names = [short_name(c) + " *" * c.oversubscribed for c in members]
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
 
 
-def plot_throughput(plot, suite, configurations):
-    members = [c for c in configurations if "images_per_s" in c.estimates]
-    figure, axes = plot.figure(1.0 + 0.24 * len(members))
-    bars(axes[0][0], members, "images_per_s", digits=0)
-    best = max(members, key=lambda c: c.get("images_per_s"))
-    star = " *: oversubscribed." if any(c.oversubscribed for c in members) else ""
-    plot.save(figure, f"{suite}_throughput", f"Throughput, {suite}", f"Training images per second.{star}",
-              f"Bars of throughput; the highest is {best.get('images_per_s'):,.0f} images/s ({best.name}).")
-
-
-def plot_step(plot, suite, configurations):
+def plot_step(plot, members):
     """Where a step's time goes, as shares; a configuration whose phases overlap has no such sum."""
-    members = [c for c in configurations if "update_share" in c.estimates]
+    members = [c for c in members if "update_share" in c.estimates]
     if not members:
         return
-    figure, axes = plot.figure(1.3 + 0.26 * len(members))
+    figure, axes = plot.figure(1.2 + 0.24 * len(members))
     ax, left = axes[0][0], np.zeros(len(members))
     for phase, shade, hatch in zip(PHASES, SHADES, HATCHES, strict=True):
         values = np.array([c.get(f"{phase}_share") or 0 for c in members])
         if values.any():
-            ax.barh(range(len(members)), values, 0.7, left, color=shade, hatch=hatch, edgecolor="0.2", linewidth=0.6,
-                    label=QUANTITIES[f"{phase}_share"][0].removesuffix(" share"))
+            ax.barh(range(len(members)), values, 0.7, left, color=shade, hatch=hatch, **BAR,
+                    label=QUANTITIES[f"{phase}_share"][0].removesuffix(" share"))  # fmt: skip
         left += values
     for i, c in enumerate(members):
-        ax.annotate(f"{c.get('step_ms'):,.1f} ms", (100, i), (3, 0), textcoords="offset points", va="center", fontsize=6.5)
+        ax.annotate(number_text(c.get("step_ms"), 2) + " ms", (100, i), (4, 0), textcoords="offset points", va="center",
+                    fontsize=6)  # fmt: skip
     ax.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))
     ax.grid(visible=False, axis="y")
     name_rows(ax, members)
-    plot.legend(figure, ax, 5)
-    plot.save(figure, f"{suite}_step", f"Where a step's time goes, {suite}",
-              "Shares of a training step; behind each bar the step in milliseconds. Communication has waiting for other "
-              "ranks in it; update and rest is what the logged phases leave.",
-              "Stacked bars of loading, forward, backward, communication, update and rest.")
+    plot.save(figure, "step", f"Where a step's time goes, {plot.suite}", "Shares of a training step of rank 0, behind "
+              "them the whole step. Communication has waiting for other ranks in it.", 5)  # fmt: skip
 
 
-def plot_curves(plot, suite, configurations):
-    """Loss and accuracy over the epochs; lines that lie on each other are nested, the first one widest."""
-    groups = comparable_groups([c for c in configurations if c.curves(VALIDATE, "loss").size])
+def plot_curves(plot, members):
+    """Loss and accuracy over the epochs; a colour is one computation, its first line a broad band below the others."""
+    groups = comparable_groups([c for c in members if c.curves(VALIDATE, "loss").size])
     if not groups:
         return
     members = [c for group in groups for c in group]
-    figure, axes = plot.figure(3.0 + 0.15 * math.ceil(len(members) / 3), 1, 2)
-    for number, group in enumerate(groups):
-        for place, c in enumerate(group):
-            style = {"color": COLORS[number % 8], "ls": LINES[place % len(LINES)], "marker": MARKERS[place % len(MARKERS)],
-                     "lw": max(2.8 - 0.6 * place, 0.8), "ms": max(7 - place, 3), "mfc": "none", "label": c.name}
-            for ax, kind, column, factor in ((axes[0][0], TRAIN, "loss", 1), (axes[0][1], VALIDATE, "value1", 100)):
+    figure, axes = plot.figure(2.8 + 0.14 * math.ceil(len(members) / 3), 1, 2)
+    panels = ((TRAIN, "loss", 1, "training loss"), (VALIDATE, "value1", 100, "test accuracy (%)"))
+    for ax, (kind, column, factor, label) in zip(axes[0], panels, strict=True):
+        for number, group in enumerate(groups):
+            for place, c in enumerate(group):
                 values = factor * c.curves(kind, column).mean(0)
-                ax.plot(range(1, len(values) + 1), values, **style)
-    for ax, title, label in zip(axes[0], ("training", "validation"), ("mean loss", "test accuracy (%)"), strict=True):
-        ax.set(title=title, xlabel="epoch", ylabel=label)
+                style = {"lw": 4, "alpha": 0.35, "ls": "-"} if place == 0 else {"lw": 1.1, "ls": LINES[place % 6]}
+                every = max(len(values) // 8, 1)  # markers of one colour stand at different epochs
+                ax.plot(range(1, len(values) + 1), values, color=COLORS[number % 8], marker=MARKERS[place % 12],
+                        mfc="none", markevery=(place % every, every), ms=4 + place % 4, label=short_name(c), **style)
+        ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    plot.legend(figure, axes[0][0])
-    worst = max((c for c in members if "loss_difference" in c.estimates), key=lambda c: c.get("loss_difference"), default=None)
-    said = "No two of them compute the same." if worst is None else (
-        f"Those of one colour compute the same; their losses differ by {worst.get('loss_difference'):.1e} at most "
-        f"({worst.name}), their accuracies by {max(c.get('accuracy_difference') or 0 for c in members):.2f} points.")
-    axes[0][0].annotate(f"largest difference: {worst.get('loss_difference'):.1e}" if worst else "", (0.98, 0.97),
-                        xycoords="axes fraction", ha="right", va="top", fontsize=7)
-    plot.save(figure, f"{suite}_curves", f"Loss and accuracy, {suite}", said, f"Loss and test accuracy over epochs. {said}")
+    said = "No two compute the same."
+    if same := [c for c in members if "loss_difference" in c.estimates]:
+        worst = max(same, key=lambda c: c.get("loss_difference"))
+        said = (f"One colour computes the same. Largest difference: {worst.get('loss_difference'):.2g} in training or test "
+                f"loss ({worst.name}), {max(c.get('accuracy_difference') for c in same):.2g} points in accuracy.")
+    plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
 
-def plot_hardware(plot, suite, configurations):
-    """Throughput, memory, processor and accuracy, each configuration one row in all panels."""
-    quantities = [q for q in ("images_per_s", "ram_mb", "cpu_percent", "gpu_percent", "gpu_mem_mb", "test_accuracy")
-                  if any(q in c.estimates for c in configurations)]  # fmt: skip
-    columns = 2
-    rows = math.ceil(len(quantities) / columns)
-    figure, axes = plot.figure(0.8 + rows * (0.6 + 0.2 * len(configurations)), rows, columns, sharey=True)
-    for ax, quantity in zip(axes.flat, quantities, strict=False):
-        bars(ax, configurations, quantity, digits=0 if quantity != "test_accuracy" else 1)
-        if quantity == "images_per_s":
-            ax.set_xscale("log")
-            values = [c.get(quantity) for c in configurations]
-            ax.set_xlim(min(values) / 2, 4 * max(values))
-            ax.set_xlabel("throughput (images/s, logarithmic)")
-    for ax in list(axes.flat)[len(quantities):]:
-        ax.set_visible(False)
-    plot.save(figure, f"{suite}_use", "Throughput and use of resources",
-              "RAM, CPU and GPU use are means (memory: peaks) over the run, of rank 0 and its children; 100 % CPU is one core.",
-              f"Bars of {', '.join(QUANTITIES[q][0] for q in quantities)} for each configuration.")
-
-
-def plot_loading(plot, suite, configurations):
-    """Seconds of an epoch and how many of them were waiting for data; beside it the loading alone."""
-    trained = [c for c in configurations if "train_loss" in c.estimates]
-    alone = [c for c in configurations if "alone_images_per_s" in c.estimates]
-    panels = [p for p in ((trained, "epoch"), (alone, "alone")) if p[0]]
-    figure, axes = plot.figure(1.2 + 0.24 * max(len(p[0]) for p in panels), 1, len(panels))
-    for ax, (members, kind) in zip(axes[0], panels, strict=True):
-        if kind == "alone":
-            bars(ax, members, "alone_images_per_s", 1)
-            continue
-        bars(ax, members, "epoch_seconds", 4, digits=2)
-        ax.barh(range(len(members)), [c.get("epoch_loading") for c in members], 0.7, color=SHADES[1], hatch="////",
-                edgecolor="0.2", linewidth=0.6, label="of it waiting for data")
-        ax.set_xlabel("an epoch of training (s)")
-        plot.legend(figure, ax)
-    plot.save(figure, f"{suite}_epoch", "Loading against total",
-              "Seconds of an epoch (record type 0) and the part of it in which the training waited for data; at the right "
-              "the same source without training." if len(panels) == 2 else "Seconds of an epoch and the waiting in it.",
-              "Bars of seconds per epoch and of the waiting in them, for each source and number of workers.")
-
-
-def plot_batches(plot, suite, configurations):
+def plot_batches(plot, members):
     """Total and waiting time over the batches of the first epoch of the first repeat, a panel for each source."""
     sources = {}
-    for c in configurations:
+    for c in members:
         if "train_loss" in c.estimates and c.runs[0].log.batch_lines:
             sources.setdefault(re.sub(r"-\d+-workers.*", "", c.name), []).append(c)
     if not sources:
         return
-    columns = min(2, len(sources))
-    rows = math.ceil(len(sources) / columns)
-    figure, axes = plot.figure(1.0 + 1.7 * rows, rows, columns, sharey=True)
-    for ax, (source, members) in zip(axes.flat, sources.items(), strict=False):
-        for number, c in enumerate(members):
+    lines, columns = math.ceil(len(sources) / 2), min(2, len(sources))
+    figure, axes = plot.figure(0.9 + 1.6 * lines, lines, columns, sharey=True)
+    for ax, (source, found) in zip(axes.flat, sources.items(), strict=False):
+        for number, c in enumerate(found):
             batches = c.runs[0].log.batches()
             batches = [row for row in batches if row["epoch"] == batches[0]["epoch"]]
-            label = f"{c.workers} workers" if "-workers" in c.name else None
-            x = [row["value1"] for row in batches]
-            style = {"color": COLORS[number % 8], "marker": MARKERS[number % 12], "markevery": max(len(x) // 8, 1), "mfc": "none"}
-            ax.plot(x, [row["duration"] for row in batches], "-", label=f"total{', ' + label if label else ''}", **style)
-            ax.plot(x, [max(row["loading"], 1e-6) for row in batches], ":", label=f"waiting{', ' + label if label else ''}", **style)
+            style = {"color": COLORS[number % 8], "marker": MARKERS[number % 12], "mfc": "none",
+                     "markevery": max(len(batches) // 8, 1)}  # fmt: skip
+            of = f", {c.workers} worker{'s' * (c.workers != 1)}" if "-workers" in c.name else ""
+            for column, line, word in (("duration", "-", "total"), ("loading", ":", "waiting")):
+                ax.plot([row["value1"] for row in batches], [max(row[column], 1e-6) for row in batches], line,
+                        label=word + of, **style)  # fmt: skip
         ax.set(title=source, yscale="log", xlabel="batch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("seconds since\nthe epoch began")
     for ax in list(axes.flat)[len(sources):]:
         ax.set_visible(False)
-    plot.legend(figure, axes[0][0], 4)
-    plot.save(figure, f"{suite}_batches", "Loading against total, batch by batch",
-              "First epoch of the first repeat (record type 2): seconds since the epoch began, and of them waiting for data.",
-              "Lines of total and waiting time over the batches, for each source.")
-
-
-def plot_split(plot, suite, configurations):
-    """Speed against mode `all`, forward and backward of a step, idle cores."""
-    figure, axes = plot.figure(1.0 + 0.4 * len(configurations), 1, 3, sharey=True)
-    rows = np.arange(len(configurations))
-    if any("speedup_over_all" in c.estimates for c in configurations):
-        bars(axes[0][0], configurations, "speedup_over_all")
-        axes[0][0].axvline(1, color="0.4", ls="--", lw=0.8)
-    for ax, pair, label in ((axes[0][1], ("forward_ms", "backward_ms"), "of a step (ms)"),
-                            (axes[0][2], ("idle_forward", "idle_backward"), "idle (%)")):  # fmt: skip
-        for offset, quantity, shade, hatch in zip((-0.19, 0.19), pair, (1, 2), ("////", "...."), strict=True):
-            ax.barh(rows + offset, [c.get(quantity) or 0 for c in configurations], 0.36, color=SHADES[shade], hatch=hatch,
-                    edgecolor="0.2", linewidth=0.6, label=quantity.replace("idle_", "").replace("_ms", ""),
-                    xerr=[(c.estimates[quantity].half or 0) if quantity in c.estimates else 0 for c in configurations],
-                    error_kw={"elinewidth": 0.8})
-        ax.set_xlabel(label)
-        ax.set_xlim(left=0)
-        ax.grid(visible=False, axis="y")
-    if not any("idle_forward" in c.estimates for c in configurations):
-        axes[0][2].set_visible(False)
-    name_rows(axes[0][0], configurations)
-    plot.legend(figure, axes[0][1])
-    plot.save(figure, f"{suite}_modes", "Forward and backward pass on separate cores",
-              "Speed against mode all; forward and backward pass of a step; share of the time in which the cores of each "
-              "group computed nothing.", "Bars for each mode: speed, phases, idle share.")
+    plot.save(figure, "batches", "Loading against total, batch by batch", "First epoch of the first repeat (record "
+              "type 2): seconds since the epoch began, and of them waiting for data.",
+              max(map(len, sources.values())))  # fmt: skip
 
 
 def plot_suite(plot, suite, members):
+    """The figures of a suite."""
+    plot.suite = suite
+    throughput = ("throughput (images/s)", ["images_per_s"])
     if suite == "parallel":
-        plot_scaling(plot, suite, members, "speedup")
-        plot_scaling(plot, suite, members, "efficiency")
+        plot_scaling(plot, members, "speedup")
+        plot_scaling(plot, members, "efficiency")
     if suite in ("parallel", "files"):
-        plot_throughput(plot, suite, members)
+        star = " *: oversubscribed." if any(c.oversubscribed for c in members) else ""
+        plot_bars(plot, members, "throughput", f"Throughput, {suite}", f"Images per second.{star}", [throughput])
     if suite == "hardware":
-        plot_hardware(plot, suite, members)
+        panels = [(f"{QUANTITIES[q][0]} ({QUANTITIES[q][1]})", [q]) for q in (
+            "images_per_s", "test_accuracy", "ram_mb", "cpu_percent", "gpu_percent", "gpu_mem_mb")]  # fmt: skip
+        plot_bars(plot, members, "use", "Throughput and use of resources", "Memory: peaks, use: means over the run, of "
+                  "rank 0 and its children; 100 % CPU is one core.", panels, log=("images_per_s", "ram_mb"))  # fmt: skip
     if suite == "split":
-        plot_split(plot, suite, members)
+        panels = [("against all (×)", ["speedup_over_all"]), ("a step (ms)", ["forward_ms", "backward_ms"]),
+                  ("idle (%)", ["idle_forward", "idle_backward"])]  # fmt: skip
+        plot_bars(plot, members, "modes", "Forward and backward pass on separate cores", "Speed against mode all; "
+                  "milliseconds of a step; share of the time in which a group's cores computed nothing.",
+                  panels, 3)  # fmt: skip
     if suite == "loading":
-        plot_loading(plot, suite, members)
+        rows = waiting_rows(members)
+        panels = [("an epoch (s)", ["epoch_seconds", "epoch_loading"]),
+                  ("loading alone (images/s)", ["alone_images_per_s"])]  # fmt: skip
+        plot_bars(plot, rows, "epoch", "Loading against total", "Seconds of an epoch (record type 0) and of them "
+                  "waiting for data; the same loading without training.", panels,
+                  log=("epoch_seconds", "epoch_loading", "alone_images_per_s"))  # fmt: skip
     if suite in ("loading", "files"):
-        plot_batches(plot, suite, members)
-    plot_step(plot, suite, members)
-    plot_curves(plot, suite, members)
+        plot_batches(plot, members)
+    plot_step(plot, members)
+    plot_curves(plot, members)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -934,7 +944,7 @@ def list_missing(report, configurations, left_out):
     for c in configurations:
         if c.suite == "parallel" and c.scaling and "speedup" not in c.estimates:
             report.missing.append(f"speed-up of parallel/{c.name}: there is no run on one core to compare it with")
-    if any(c.suite == "split" for c in configurations) and not any("idle_forward" in c.estimates for c in configurations):
+    if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):
         report.missing.append("split: idle shares: the sidecars do not have them")
 
 
@@ -944,7 +954,7 @@ def list_marks(report, configurations, found):
     if crowded := [c.name for c in configurations if c.oversubscribed]:
         report.marks.append(f"oversubscribed: {', '.join(crowded)}")
     if len(found) > 1:
-        report.marks.append(f"{len(found)} machines or data sets, never compared with each other; [2] and so on tell them apart")
+        report.marks.append(f"{len(found)} machines or data sets, told apart by [2] and so on, never compared")
     for number, environment in enumerate(found, 1):
         if " / " in (environment["commit"] or ""):
             report.marks.append(f"different commits on machine [{number}]: {environment['commit']}")
@@ -954,9 +964,7 @@ def analyze(runs, failed, left_out, args, report):
     """Fill the report, write all files, return the content of analysis.json."""
     machines = [machine for machine, _ in Counter(run.machine for run in runs).most_common()]
     configurations = make_configurations(runs, machines)
-    for c in configurations:
-        if "train_loss" not in c.estimates:
-            c.put("alone_images_per_s", c.estimates["images_per_s"])
+    add_alone(configurations)
     add_speedups(configurations)
     add_differences(configurations)
     add_batches([c for c in configurations if c.suite in ("loading", "files")])
@@ -968,13 +976,11 @@ def analyze(runs, failed, left_out, args, report):
     for suite in dict.fromkeys(c.suite for c in configurations):
         members = [c for c in configurations if c.suite == suite]
         tabulate(report, suite, members)
-        plot.notes = describe(report, members, machines)
+        plot.notes = describe(members, machines)
         plot_suite(plot, suite, members)
     last = max((run.sidecar.get("end") or 0 for run in runs), default=0)
-    import datetime
-
-    created = datetime.datetime.fromtimestamp(last, datetime.timezone.utc).isoformat(timespec="seconds") if last else None
-    return {"created": created, "results_dir": str(args.results_dir), "runs": len(runs), "failed_runs": failed,
+    ended = datetime.datetime.fromtimestamp(last, datetime.timezone.utc)  # not now: the same runs give the same file
+    return {"created": ended.isoformat(timespec="seconds") if last else None, "results_dir": str(args.results_dir), "runs": len(runs), "failed_runs": failed,
             "missing": report.missing, "marks": report.marks, "environments": found, "tables": report.tables,
             "figures": report.figures, "facts": report.facts}  # fmt: skip
 

@@ -5,7 +5,7 @@ Prints the tables; writes them as CSV, the plots as PNG and SVG, and analysis.js
 
     make analyze
     python analyze_results.py --results-dir results --output-dir results/analysis
-    python analyze_results.py results/serial_cnn.csv results/parallel_cnn_mpi.csv --output-dir results/analysis
+    python analyze_results.py results/serial_cnn.csv results/parallel_cnn_mpi.csv --output-dir results/comparison
 
 ±: half of the 95 % interval of a mean over n repeats: t(0.975, n − 1) · s / √n, nothing for n = 1.
 Speed-up S: images/s against the same work on one core (MPI: serial_cnn.py; hybrid: one rank of one thread). Repeats run
@@ -557,13 +557,13 @@ def collect_facts(report, configurations):
             report.add_fact(f"{c.suite}.{c.name}.{quantity}", value, QUANTITIES[quantity][1])
     for suite in dict.fromkeys(c.suite for c in configurations):
         members = [c for c in configurations if c.suite == suite]
-        for quantity in ("loss_difference", "accuracy_difference"):
-            if found := [c.estimates[quantity] for c in members if quantity in c.estimates]:
-                report.add_fact(f"{suite}.largest_{quantity}", max(found), QUANTITIES[quantity][1])
-        for quantity in ("speedup", "images_per_s"):
-            found = [c.estimates[quantity] for c in members if quantity in c.estimates and not c.oversubscribed]
-            if found and suite == "parallel":
-                report.add_fact(f"{suite}.best_{quantity}", max(found), QUANTITIES[quantity][1])
+        for quantity, word in (("loss_difference", "largest"), ("accuracy_difference", "largest"), ("speedup", "best"),
+                               ("images_per_s", "best")):  # fmt: skip
+            found = [c.estimates[quantity] for c in members if quantity in c.estimates
+                     and not (word == "best" and c.oversubscribed)]  # fmt: skip
+            if found:
+                best = max(found, key=lambda e: e.value)
+                report.add_fact(f"{suite}.{word}_{quantity}", best, QUANTITIES[quantity][1])
         for family, fit in fit_amdahl(members).items():
             report.add_fact(f"{suite}.{family}.amdahl_serial_fraction", fit, "%")
 
@@ -715,11 +715,13 @@ def plot_scaling(plot, members, quantity):
                             label=f"Amdahl, {name}: s = {fit.value:.1f} %")
         title = "Karp–Flatt" if shown == "serial_fraction" else f"{scaling} scaling"
         name = {"speedup": "speed-up", "efficiency": "efficiency (%)", "serial_fraction": "serial fraction (%)"}[shown]
-        ax.set(title=title, xlabel="cores (ranks × threads)", ylabel=name, xticks=sorted({c.cores for c in members}))
-        ax.set_ylim(min(0, *(c.get(shown) or 0 for c in members)), 1.3 * highest)
+        ax.set(title=title, xlabel="cores (ranks × threads)", ylabel=name, xticks=sorted({c.cores for c in members}),
+               xlim=(1 - 0.05 * most, 1.05 * most),
+               ylim=(1.3 * min(0, *(c.get(shown) or 0 for c in members)), 1.3 * highest))  # fmt: skip
     word = {"speedup": "Speed-up", "efficiency": "Efficiency"}[quantity]
     plot.save(figure, quantity, f"{word}, strong and weak scaling", f"{word} against the same work on one core: "
-              "serial_cnn.py for MPI, one rank of one thread for hybrid. Hollow: oversubscribed.", 4, whiskers=True)  # fmt: skip
+              "serial_cnn.py for MPI, one rank of one thread for hybrid. Hollow: oversubscribed.", 4,
+              whiskers=True)  # fmt: skip
 
 
 def plot_family(ax, line, quantity, number, label, shift):
@@ -739,10 +741,11 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
     rows = np.array([i for i, c in enumerate(members) if quantity in c.estimates])
     having = [members[i] for i in rows]
     values, half = np.array([c.get(quantity) for c in having]), halves(having, quantity)
+    label = {"idle_forward": "forward", "idle_backward": "backward"}.get(quantity, QUANTITIES[quantity][0])
     height, limit, digits = 0.78 / places, (4 if log else 2) * values.max(), QUANTITIES[quantity][2]
     positions = rows + height * (place - (places - 1) / 2)
     ax.barh(positions, values, height, color=SHADES[place + 1], hatch=HATCHES[place + 1] if places > 1 else "",
-            xerr=half if half.any() else None, label=QUANTITIES[quantity][0] if places > 1 else None, **BAR)  # fmt: skip
+            xerr=half if half.any() else None, label=label if places > 1 else None, **BAR)  # fmt: skip
     for position, value, width in zip(positions, values, half, strict=True):
         cut = value + width > limit
         text = number_text(value, digits) + (f" ± {number_text(width, digits)}" if cut else "")
@@ -818,6 +821,7 @@ def plot_curves(plot, members):
         return
     members = [c for group in groups for c in group]
     figure, axes = plot.figure(2.8 + 0.14 * math.ceil(len(members) / 3), 1, 2)
+    epochs = max(c.curves(TRAIN, "loss").shape[1] for c in members)
     panels = ((TRAIN, "loss", 1, "training loss"), (VALIDATE, "value1", 100, "test accuracy (%)"))
     for ax, (kind, column, factor, label) in zip(axes[0], panels, strict=True):
         for number, group in enumerate(groups):
@@ -828,12 +832,13 @@ def plot_curves(plot, members):
                 ax.plot(range(1, len(values) + 1), values, color=COLORS[number % 8], marker=MARKERS[place % 12],
                         mfc="none", markevery=(place % every, every), ms=4 + place % 4, label=short_name(c), **style)
         ax.set(xlabel="epoch", ylabel=label)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_xticks(range(1, epochs + 1, max(math.ceil(epochs / 8), 1)))
     said = "No two compute the same."
     if same := [c for c in members if "loss_difference" in c.estimates]:
         worst = max(same, key=lambda c: c.get("loss_difference"))
-        said = (f"One colour computes the same. Largest difference: {worst.get('loss_difference'):.2g} in training or test "
-                f"loss ({worst.name}), {max(c.get('accuracy_difference') for c in same):.2g} points in accuracy.")
+        loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") for c in same)
+        said = (f"One colour computes the same. Largest difference: training or test loss {loss:.2g} ({worst.name}), "
+                f"accuracy {points:.2g} points.")  # fmt: skip
     plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
 
@@ -882,7 +887,8 @@ def plot_suite(plot, suite, members):
         panels = [(f"{QUANTITIES[q][0]} ({QUANTITIES[q][1]})", [q]) for q in (
             "images_per_s", "test_accuracy", "ram_mb", "cpu_percent", "gpu_percent", "gpu_mem_mb")]  # fmt: skip
         plot_bars(plot, members, "use", "Throughput and use of resources", "Memory: peaks, use: means over the run, of "
-                  "rank 0 and its children; 100 % CPU is one core.", panels, log=("images_per_s", "ram_mb"))  # fmt: skip
+                  "rank 0 and its children; 100 % CPU is one core.", panels,
+                  log=("images_per_s", "ram_mb"))  # fmt: skip
     if suite == "split":
         panels = [("against all (×)", ["speedup_over_all"]), ("a step (ms)", ["forward_ms", "backward_ms"]),
                   ("idle (%)", ["idle_forward", "idle_backward"])]  # fmt: skip
@@ -944,6 +950,9 @@ def list_missing(report, configurations, left_out):
     for c in configurations:
         if c.suite == "parallel" and c.scaling and "speedup" not in c.estimates:
             report.missing.append(f"speed-up of parallel/{c.name}: there is no run on one core to compare it with")
+    for family, fit in fit_amdahl([c for c in configurations if c.suite == "parallel"]).items():
+        if not 0 <= fit.value <= 100:
+            report.missing.append(f"curve of Amdahl's law for {family}: its serial fraction would be {fit.value:.0f} %")
     if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):
         report.missing.append("split: idle shares: the sidecars do not have them")
 
@@ -980,7 +989,8 @@ def analyze(runs, failed, left_out, args, report):
         plot_suite(plot, suite, members)
     last = max((run.sidecar.get("end") or 0 for run in runs), default=0)
     ended = datetime.datetime.fromtimestamp(last, datetime.timezone.utc)  # not now: the same runs give the same file
-    return {"created": ended.isoformat(timespec="seconds") if last else None, "results_dir": str(args.results_dir), "runs": len(runs), "failed_runs": failed,
+    return {"created": ended.isoformat(timespec="seconds") if last else None,
+            "results_dir": None if args.logs else args.results_dir, "runs": len(runs), "failed_runs": failed,
             "missing": report.missing, "marks": report.marks, "environments": found, "tables": report.tables,
             "figures": report.figures, "facts": report.facts}  # fmt: skip
 
@@ -1001,9 +1011,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("logs", nargs="*", metavar="LOG", help="logs (CSV) of any runs; default: those in --results-dir")
     add("--results-dir", metavar="FOLDER", default="results", help="of run_experiments.py (default: %(default)s)")
-    add("--output-dir", metavar="FOLDER", help="default: analysis/ in --results-dir")
+    add("--output-dir", metavar="FOLDER", help="default: analysis/ in --results-dir; of single logs analysis_of_logs/")
     args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or str(Path(args.results_dir) / "analysis")
+    name = "analysis_of_logs" if args.logs else "analysis"
+    args.output_dir = args.output_dir or str(Path(args.results_dir) / name)
     return args
 
 

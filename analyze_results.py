@@ -605,7 +605,7 @@ HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx")
 STYLE = {
     "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fontsize": 7, "axes.grid": True,
     "grid.color": "0.9", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "lines.markersize": 4, "errorbar.capsize": 2, "hatch.linewidth": 0.5, "savefig.dpi": 150,
+    "legend.frameon": False, "lines.markersize": 4, "errorbar.capsize": 2, "hatch.linewidth": 0.5, "figure.dpi": 150,
     "svg.fonttype": "none", "svg.hashsalt": "analyze_results",
 }  # fmt: skip
 WHISKERS = "; whiskers: 95 % intervals"
@@ -634,6 +634,9 @@ class Plotter:
 
         whiskers: whether it shows intervals; said: a line that stands in the picture itself.
         """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
         notes = self.notes if whiskers else self.notes.replace(WHISKERS, "")
         named = {}
         for ax in figure.axes:
@@ -642,12 +645,13 @@ class Plotter:
             columns = min(columns, len(named))
             figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns)
         figure.supxlabel("\n".join(filter(None, (said, notes))), fontsize=6.5, color="0.25")
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once for both files
-        name = f"{self.suite}_{name}"
-        for kind, metadata in (("png", None), ("svg", {"Date": None})):
-            with atomic_write(self.folder / "figures" / f"{name}.{kind}") as file:
-                figure.savefig(file, format=kind, metadata=metadata)
+        name, canvas = f"{self.suite}_{name}", FigureCanvasAgg(figure)
+        figure.get_layout_engine().execute(figure)  # once for both files, which savefig() would each draw twice
+        figure.set_layout_engine("none")
+        with atomic_write(self.folder / "figures" / f"{name}.png") as file:
+            canvas.print_png(file)
+        with atomic_write(self.folder / "figures" / f"{name}.svg") as file:
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
         caption = f"{caption} {' '.join(notes.split())}."
         self.report.figures.append({"name": name, "title": title, "caption": caption, "alt": f"{title}: {caption}"})
 

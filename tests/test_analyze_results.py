@@ -334,7 +334,8 @@ def test_damaged_logs_are_named_and_the_rest_goes_on(results, capsys):
 
 @pytest.mark.parametrize(("index", "said"), [
     (None, "run make experiments first"), ("{", "is not an index of runs"),
-    ('{"runs": [{}]}', "is not an index of runs"), ('{"settings": {}, "runs": []}', "no run that is done")])  # fmt: skip
+    ('{"runs": [{}]}', "is not an index of runs"),
+    ('{"settings": {}, "runs": []}', "no run that is done")])  # fmt: skip
 def test_no_results_is_one_error_line(tmp_path, index, said):
     if index:
         (tmp_path / "index.json").write_text(index)
@@ -372,6 +373,8 @@ def overlaps(a, b):
 
 def test_no_labels_overlap(results, monkeypatch):
     """Tick labels of an axis, axis labels, titles, legend and the line below stay apart and inside the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     add_parallel(results)
     results.add("parallel/mpi-8-strong", 1.0, 1.0, cores=8, ranks=8, oversubscribed=True, script="parallel_cnn_mpi")
     add_loading(results)
@@ -380,7 +383,10 @@ def test_no_labels_overlap(results, monkeypatch):
 
     def check(self, figure, name, *args, **options):
         save(self, figure, name, *args, **options)
-        renderer = figure.canvas.get_renderer()
+        figure.dpi = 150
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
         boxes = [("notes", figure._supxlabel.get_window_extent(renderer))]
         boxes += [("legend", legend.get_window_extent(renderer)) for legend in figure.legends]
         for ax in figure.axes:

@@ -98,40 +98,38 @@ class Log:
         for line in whole:
             if line.startswith(f"{BATCH},") and line.count(",") == len(LOG_COLUMNS) - 1:
                 self.batch_lines.append(line)
-                continue
-            try:
-                row = self._parse(line)
-                self.epochs.setdefault(int(row["type"]), []).append(row)
-            except ValueError:
+            elif row := parse_row(line):
+                self.epochs.setdefault(row["type"], []).append(row)
+            else:
                 damaged += 1
         if damaged:
             warn(f"{path}: {damaged} damaged or cut off lines are left out")
         if not self.epochs[TRAIN]:
             raise InputError(f"{path} has no complete epoch")
 
-    @staticmethod
-    def _parse(line):
-        cells = zip(LOG_COLUMNS, line.split(","), strict=True)
-        return {name: float(cell) if cell else None for name, cell in cells}
+    def batches(self):
+        """The rows of batches, parsed."""
+        return [row for line in self.batch_lines if (row := parse_row(line))]
 
     def steps(self):
-        """How many batches the complete epochs had, and the rows of the last one of each."""
-        complete, last, count = {int(row["epoch"]) for row in self.epochs[TRAIN]}, {}, 0
+        """How many batches the complete epochs had, and the row of the last one of each."""
+        complete, last, count = {f"{row['epoch']:.0f}" for row in self.epochs[TRAIN]}, {}, 0
         for line in self.batch_lines:
             epoch = line.split(",", 2)[1]
-            if epoch.isdigit() and int(epoch) in complete:
+            if epoch in complete:
                 count, last[epoch] = count + 1, line
-        return count, [self._parse(line) for line in last.values()]
+        return count, [row for line in last.values() if (row := parse_row(line))]
 
-    def batches(self):
-        """The rows of batches, parsed; lines that are not numbers are left out."""
-        rows = []
-        for line in self.batch_lines:
-            try:
-                rows.append(self._parse(line))
-            except ValueError:
-                continue
-        return rows
+
+def parse_row(line):
+    """A line of a log as {column: number, None where empty}; None if it is damaged."""
+    try:
+        row = {name: float(cell) if cell else None for name, cell in zip(LOG_COLUMNS, line.split(","), strict=True)}
+        needed = [row[name] for name in ("type", "epoch", "loading", "duration")]
+        needed += [row["images_per_s"]] * (row["type"] in (TRAIN, BATCH)) + [row["value1"]] * (row["type"] == BATCH)
+        return row if all(map(math.isfinite, needed)) and row["duration"] > 0 else None
+    except (ValueError, TypeError):
+        return None
 
 
 class RunResult(NamedTuple):
@@ -168,6 +166,8 @@ def read_sidecar(log, warn):
 def make_run(suite, name, repeat, path, warn, entry=None, settings=None):
     """A RunResult. entry, settings: of the index, which knows what data set the pictures of a source were made of."""
     log, sidecar, entry = Log(path, warn), read_sidecar(path, warn), entry or {}
+    if sidecar.get("status", "done") != "done":
+        warn(f"{path}: this run is {sidecar['status']}: what counts are its complete epochs")
     from_memory = (sidecar.get("arguments") or {}).get("source", "builtin") == "builtin"
     data = sidecar if from_memory or not settings else settings
     cores = entry.get("cores") or (sidecar.get("ranks") or 1) * (sidecar.get("threads") or 1)
@@ -201,6 +201,7 @@ def read_results(folder, warn):
 
 def read_files(paths, warn):
     """Each log is a configuration of its own, named after its file, or its path where names are the same."""
+    paths = list(dict.fromkeys(paths))
     stems = Counter(path.stem for path in paths)
     names = [path.stem if stems[path.stem] == 1 else str(path.with_suffix("")) for path in paths]
     return [make_run("files", name, 1, path, warn) for name, path in zip(names, paths, strict=True)]
@@ -282,7 +283,7 @@ def measure(run):
         result["later_loading_share"] = percent(shares)
     for group, share in (totals.get("idle") or {}).items():
         result[f"idle_{group}"] = percent(share)
-    if steps:
+    if last:
         result.update(step_ms=1000 * seconds / steps, **phases(last, steps))
     return result
 
@@ -559,7 +560,7 @@ def collect_facts(report, configurations):
         members = [c for c in configurations if c.suite == suite]
         for quantity, word in (("loss_difference", "largest"), ("accuracy_difference", "largest"), ("speedup", "best"),
                                ("images_per_s", "best")):  # fmt: skip
-            found = [c.estimates[quantity] for c in members if quantity in c.estimates
+            found = [c.estimates[quantity] for c in members if {quantity, "train_loss"} <= c.estimates.keys()
                      and not (word == "best" and c.oversubscribed)]  # fmt: skip
             if found:
                 best = max(found, key=lambda e: e.value)
@@ -927,7 +928,8 @@ def environments(runs, machines):
         versions = {name: " / ".join(sorted(values)) for name, values in sorted(versions.items())}
         commits = sorted({s["git_commit"] for s in mine if s.get("git_commit")})
         gpus = sorted({s["device"] for s in mine if s.get("device") not in (None, "cpu")})
-        blas = sorted({f"{b['library']} {b['version']} ({b['kernel']})" for s in mine for b in s.get("blas") or []})
+        blas = sorted({" ".join(str(b.get(name)) for name in ("library", "version", "kernel"))
+                       for s in mine for b in s.get("blas") or []})  # fmt: skip
         memory = max((s.get("memory_mb") or 0 for s in mine), default=0)
         host, cpu, cores, dataset, fingerprint = machine
         found.append({"host": host, "cpu": cpu, "cores": cores, "memory_gb": round(memory / 1024, 1) or None,

@@ -181,7 +181,6 @@ def test_changed_results_change_numbers_and_figures(results):
 
 
 def test_same_results_give_the_same_files(results):
-    add_parallel(results)
     add_rest(results)
     _, out = analyze(results)
     first = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -398,7 +397,7 @@ def test_no_labels_overlap(results, monkeypatch):
                           if t.get_text() and t.get_visible() and ax.yaxis.get_tick_params()["labelleft"]
                           and min(ax.get_ylim()) <= t.get_position()[1] <= max(ax.get_ylim())]  # fmt: skip
                 boxes += [(t.get_text(), t.get_window_extent(renderer))
-                          for t in (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]  # fmt: skip
+                          for t in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts) if t.get_text()]  # fmt: skip
         for (text, box), (other, its) in itertools.combinations(boxes, 2):
             assert not overlaps(box, its), f"{self.suite}_{name}: {text!r} and {other!r}"
         for text, box in boxes:

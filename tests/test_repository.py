@@ -24,10 +24,11 @@ TINY = {
     "run_experiments.py": ["--epochs", "1", "--subset", "64", "--repeats", "1", "--dataset", "synthetic"],
     "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
 }
-NEEDED = {  # lines to run before those of a script
-    "analyze_results.py": ["python run_experiments.py --only serial", "python serial_cnn.py",
-                           "mpirun -np 2 python parallel_cnn_mpi.py"],
-}
+NEEDED = {  # what must be there before a script runs, and how it gets there
+    "analyze_results.py": {"results/index.json": "python run_experiments.py --only serial",
+                           "results/serial_cnn.csv": "python serial_cnn.py",
+                           "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py"},
+}  # fmt: skip
 TINY_MAKE = {
     "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
     "train-cifar-s3": ["EPOCHS=1", "SUBSET=16", "ARGS=--batch-size 8 --model cnn",
@@ -64,9 +65,10 @@ def run_line(where, line, cwd, scripts):
         if "--source disk" in line:
             folder = words[words.index("--data-dir") + 1]
             run_usage_line(scripts, REPO / script, f"python {script} --export {folder}", *TINY[script])
-        for needed in NEEDED.get(script, ()):
-            name = next(word for word in needed.split() if word.endswith(".py"))
-            run_usage_line(scripts, REPO / name, needed, *TINY[name])
+        for file, needed in NEEDED.get(script, {}).items():
+            if not (scripts / file).exists():
+                name = next(word for word in needed.split() if word.endswith(".py"))
+                run_usage_line(scripts, REPO / name, needed, *TINY[name])
         device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
         return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"

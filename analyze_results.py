@@ -20,6 +20,7 @@ import csv
 import datetime
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -200,10 +201,11 @@ def read_results(folder, warn):
 
 
 def read_files(paths, warn):
-    """Each log is a configuration of its own, named after its file, or its path where names are the same."""
+    """Each log is a configuration of its own, named after its file, or where names are the same, after folders too."""
     paths = list(dict.fromkeys(paths))
     stems = Counter(path.stem for path in paths)
-    names = [path.stem if stems[path.stem] == 1 else str(path.with_suffix("")) for path in paths]
+    above = os.path.commonpath([path.absolute().parent for path in paths])
+    names = [path.stem if stems[path.stem] == 1 else os.path.relpath(path.with_suffix(""), above) for path in paths]
     return [make_run("files", name, 1, path, warn) for name, path in zip(names, paths, strict=True)]
 
 
@@ -281,8 +283,8 @@ def measure(run):
     if later := train[1:]:
         shares = sum(row["loading"] for row in later) / sum(row["duration"] for row in later)
         result["later_loading_share"] = percent(shares)
-    for group, share in (totals.get("idle") or {}).items():
-        result[f"idle_{group}"] = percent(share)
+    for group in ("forward", "backward"):
+        result[f"idle_{group}"] = percent((totals.get("idle") or {}).get(group))
     if last:
         result.update(step_ms=1000 * seconds / steps, **phases(last, steps))
     return result
@@ -415,15 +417,20 @@ def difference(a, b):
 
 def fit_amdahl(configurations):
     """{"mpi", "hybrid": Estimate of the serial fraction in %}, from the configurations with a serial fraction."""
-    fits = {}
+    fits, configurations = {}, of_one_machine(configurations)
     for family in ("mpi", "hybrid"):
-        members = [c for c in configurations if c.base.startswith(family) and "serial_fraction" in c.estimates
-                   and c.environment == 1]  # fmt: skip
+        members = [c for c in configurations if c.base.startswith(family) and "serial_fraction" in c.estimates]
         if members:
             repeats = set.intersection(*(set(c.estimates["speedup"].values) for c in members))
             fits[family] = estimate({
                 r: 100 * amdahl_fit([(c.cores, c.estimates["speedup"].values[r]) for c in members]) for r in repeats})
     return {family: fit for family, fit in fits.items() if fit}
+
+
+def of_one_machine(configurations):
+    """Those of the machine that has the most of them."""
+    machines = Counter(c.environment for c in configurations)
+    return [c for c in configurations if c.environment == max(machines, key=machines.get)]
 
 
 def add_batches(configurations):
@@ -697,7 +704,7 @@ def families(members, scaling):
 
 def plot_scaling(plot, members, quantity):
     """Strong and weak scaling over cores with the ideal line, and what Amdahl's law or Karp and Flatt make of it."""
-    members = [c for c in members if c.environment == 1]
+    members = of_one_machine(members)
     lines = {s: families(members, s) for s in ("strong", "weak")}
     labels, most = sorted({*lines["strong"], *lines["weak"]}), max(c.cores for c in members)
     if not labels:
@@ -725,8 +732,8 @@ def plot_scaling(plot, members, quantity):
                ylim=(1.3 * min(0, *(c.get(shown) or 0 for c in members)), 1.3 * highest))  # fmt: skip
     word = {"speedup": "Speed-up", "efficiency": "Efficiency"}[quantity]
     plot.save(figure, quantity, f"{word}, strong and weak scaling", f"{word} against the same work on one core: "
-              "serial_cnn.py for MPI, one rank of one thread for hybrid. Hollow: oversubscribed.", 4,
-              whiskers=True)  # fmt: skip
+              "serial_cnn.py for MPI, one rank of one thread for hybrid. Hollow: oversubscribed. Whiskers that leave "
+              "the picture are cut.", 4, whiskers=True)  # fmt: skip
 
 
 def plot_family(ax, line, quantity, number, label, shift):
@@ -875,7 +882,7 @@ def plot_batches(plot, members):
         ax.set_visible(False)
     plot.save(figure, "batches", "Loading against total, batch by batch", "First epoch of the first repeat (record "
               "type 2): seconds since the epoch began, and of them waiting for data.",
-              max(map(len, sources.values())))  # fmt: skip
+              max(2, *map(len, sources.values())))  # fmt: skip
 
 
 def plot_suite(plot, suite, members):
@@ -956,7 +963,10 @@ def list_missing(report, configurations, left_out):
     for c in configurations:
         if c.suite == "parallel" and c.scaling and "speedup" not in c.estimates:
             report.missing.append(f"speed-up of parallel/{c.name}: there is no run on one core to compare it with")
-    for family, fit in fit_amdahl([c for c in configurations if c.suite == "parallel"]).items():
+    parallel = [c for c in configurations if c.suite == "parallel"]
+    if other := {c.environment for c in parallel} - {c.environment for c in of_one_machine(parallel)}:
+        report.missing.append(f"curves of scaling: those of {', '.join(f'[{n}]' for n in sorted(other))} are not drawn")
+    for family, fit in fit_amdahl(parallel).items():
         if not 0 <= fit.value <= 100:
             report.missing.append(f"curve of Amdahl's law for {family}: its serial fraction would be {fit.value:.0f} %")
     if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):

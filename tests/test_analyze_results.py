@@ -286,14 +286,19 @@ def test_synthetic_data_oversubscription_and_commits_are_in_the_pictures(results
 
 def test_machines_are_never_mixed(results):
     add_parallel(results)
+    for number in range(8):  # most runs are those of a third one
+        results.add(f"hardware/{number}", 1.0, 1.0, host="third")
     for repeat in (1, 2):  # another machine has run mpi-2-strong, and nothing to compare it with
         write_log(results.folder / f"parallel/mpi-2-strong/{repeat}/run.csv", [{"duration": 0.1}], host="there")
     content, out = analyze(results)
     assert "parallel.mpi-2-strong.images_per_s" not in content["facts"]
-    assert value(content, "parallel.mpi-2-strong [2].images_per_s") == pytest.approx(20_000)
-    assert "parallel.mpi-2-strong [2].speedup" not in content["facts"]
-    assert [e["host"] for e in content["environments"]] == ["here", "there"]
-    assert any("2 machines or data sets" in mark for mark in content["marks"])
+    assert value(content, "parallel.mpi-2-strong [3].images_per_s") == pytest.approx(20_000)
+    assert value(content, "parallel.hybrid-1x2-strong [2].speedup") == pytest.approx(1.5)
+    assert "parallel.mpi-2-strong [3].speedup" not in content["facts"]
+    assert [e["host"] for e in content["environments"]] == ["third", "here", "there"]
+    assert "curves of scaling: those of [3] are not drawn" in content["missing"]
+    assert (out / "figures/parallel_speedup.png").exists()
+    assert any("3 machines or data sets" in mark for mark in content["marks"])
     assert "[2] A processor" in (out / "figures/parallel_throughput.svg").read_text()
 
 
@@ -308,7 +313,7 @@ def test_logs_without_an_index(tmp_path, capsys):
     logs = [str(tmp_path / f"{place}.csv") for place in ("one/run", "two/run", "third")]
     analyze_results.main([*logs, "--output-dir", str(out)])
     rows = read_table(out, "files_results")
-    assert list(rows) == [logs[0].removesuffix(".csv"), logs[1].removesuffix(".csv"), "third [2]"]
+    assert list(rows) == ["one/run", "two/run", "third [2]"]
     assert [float(row["images_per_s (images/s)"]) for row in rows.values()] == [2000, 1000, 500]
     assert "third.json" in capsys.readouterr().err  # its machine is unknown: not compared
     assert {p.stem for p in (out / "figures").glob("*.png")} == {

@@ -436,8 +436,8 @@ def of_one_machine(configurations):
 def add_batches(configurations):
     """Waiting for data batch by batch, from rows of type 2, which count from the start of the epoch."""
     for c in configurations:
+        waits = {run.repeat: batch_waits(run.log.batches()) for run in c.runs}
         for quantity, function in (("batch_loading_ms", np.median), ("batch_loading_max_ms", np.max)):
-            waits = {run.repeat: batch_waits(run.log.batches()) for run in c.runs}
             c.put(quantity, estimate({r: 1000 * float(function(w)) for r, w in waits.items() if len(w)}))
 
 

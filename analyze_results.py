@@ -754,7 +754,9 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
     having = [members[i] for i in rows]
     values, half = np.array([c.get(quantity) for c in having]), halves(having, quantity)
     label = {"idle_forward": "forward", "idle_backward": "backward"}.get(quantity, QUANTITIES[quantity][0])
-    height, limit, digits = 0.78 / places, (4 if log else 2) * values.max(), QUANTITIES[quantity][2]
+    height, limit, (_, unit, digits) = 0.78 / places, (4 if log else 2) * values.max(), QUANTITIES[quantity]
+    if unit == "%":
+        limit = min(limit, 100)
     positions = rows + height * (place - (places - 1) / 2)
     ax.barh(positions, values, height, color=SHADES[place + 1], hatch=HATCHES[place + 1] if places > 1 else "",
             xerr=half if half.any() else None, label=label if places > 1 else None, **BAR)  # fmt: skip

@@ -71,12 +71,14 @@ def parallel_suite(args):
     for ranks in powers_of_two(1, args.most_cores):
         for threads in powers_of_two(1, args.most_cores // ranks):
             cores = ranks * threads
-            force = ["--force-threads"] if cores > len(available_cores()) else []
+            forced = cores > len(available_cores())
+            force = ["--force-threads"] if forced else []
+            launch = ["env", f"NUMBA_NUM_THREADS={threads}"] if forced else []  # else Numba has no more than cores
             for scaling, total in (("strong", size), ("weak", size * cores)):
                 if scaling == "strong" or cores > 1:  # on one core both are the same
                     options = ["--num-threads", threads, "--global-batch-size", total, *force]
-                    suite.append(Configuration("parallel", f"hybrid-{ranks}x{threads}-{scaling}", [*mpirun, ranks],
-                                               "parallel_cnn_hybrid.py", options, cores))  # fmt: skip
+                    suite.append(Configuration("parallel", f"hybrid-{ranks}x{threads}-{scaling}",
+                                               [*launch, *mpirun, ranks], "parallel_cnn_hybrid.py", options, cores))
     return suite
 
 

@@ -183,20 +183,21 @@ def test_two_at_once_do_not_share_a_folder(tmp_path, copy, cache):
     finish(first, status=130)
 
 
-def test_oversubscribed_runs_only_when_asked_for_and_marked(tmp_path, copy, cache):
+@pytest.mark.parametrize("name", ["mpi-{}-strong", "hybrid-1x{}-strong"])
+def test_oversubscribed_runs_only_when_asked_for_and_marked(tmp_path, copy, cache, name):
     cores = len(available_cores())
     most = {}
     for options in ((), ("--oversubscribe",)):
         args = run_experiments.parse_args(list(options))
         most[options] = max(c.cores for c in run_experiments.parallel_suite(args))
     assert cores / 2 < most[()] <= cores < most["--oversubscribe",]
-    ranks = most["--oversubscribe",]
-    out, _ = run(tmp_path, "--only", f"mpi-{ranks}-strong", "--oversubscribe", "--repeats", 1, *TINY, cache=cache,
+    name = name.format(most["--oversubscribe",])
+    out, _ = run(tmp_path, "--only", name, "--oversubscribe", "--repeats", 1, *TINY, cache=cache,
                  script=copy / "run_experiments.py")  # fmt: skip
     (entry,) = read_index(tmp_path)["runs"]
     assert entry["oversubscribed"] is True
-    assert entry["cores"] == ranks
-    assert re.search(rf"mpi-{ranks}-strong/1 .*oversubscribed$", out, re.M)
+    assert entry["cores"] == most["--oversubscribe",]
+    assert re.search(rf"{name}/1 .*oversubscribed$", out, re.M)
 
 
 def test_what_is_not_there_is_left_out_by_name(tmp_path, copy, cache):

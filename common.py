@@ -1251,12 +1251,12 @@ class ResourceMonitor(threading.Thread):
 
     def sample(self):
         with self._lock:
-            now = time.monotonic()
-            if now - self._sampled < 0.05:  # too short a time to tell anything
-                return
-            before, (self._cpu_seconds, ram) = self._cpu_seconds, self._measure()
-            used = sum(seconds - before.get(process, 0.0) for process, seconds in self._cpu_seconds.items())
-            cpu, self._sampled = 100 * used / (now - self._sampled), now
+            now, cpu = time.monotonic(), None
+            seconds, ram = self._measure()
+            if now - self._sampled >= 0.05:  # a shorter time tells nothing of the CPU
+                used = sum(s - self._cpu_seconds.get(process, 0.0) for process, s in seconds.items())
+                cpu = 100 * used / (now - self._sampled)
+                self._sampled, self._cpu_seconds = now, seconds
             gpu, memory = None, None
             if self._nvml:
                 gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
@@ -1281,8 +1281,8 @@ class ResourceMonitor(threading.Thread):
     def summary(self, since=0):
         """Mean use and peak memory of the samples from number `since` on."""
         result = {}
-        for field, values in zip(self.FIELDS, zip(*self.samples[since:], strict=True), strict=False):
-            if None not in values:
+        for field, samples in zip(self.FIELDS, zip(*self.samples[since:], strict=True), strict=False):
+            if values := [sample for sample in samples if sample is not None]:
                 result[field] = max(values) if field.endswith("_mb") else sum(values) / len(values)
         return result
 

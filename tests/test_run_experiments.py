@@ -59,7 +59,7 @@ def copy(tmp_path):
     """A folder with run_experiments.py and the scripts that it starts, in which a test can put others."""
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("run_experiments.py", "common.py", "serial_cnn.py", "parallel_cnn_mpi.py"):
+    for name in ("run_experiments.py", "common.py", "serial_cnn.py", "parallel_cnn_mpi.py", "parallel_cnn_hybrid.py"):
         shutil.copy2(REPO / name, folder)
     return folder
 

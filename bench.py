@@ -267,8 +267,8 @@ def ranks_step(spec, x, labels, comm):
 
         args = script.parse_args(spec["options"])
         script.choose_threads(args, comm)
-        script.compile_kernels(np.dtype(np.float32), comm)
-        model = script.make_model(args.seed, np.float32)
+        script.compile_kernels(args.model, np.dtype(np.float32), comm)
+        model = script.make_model(args.model, args.seed, np.float32)
         optimizer = script.ThreadedSGD(model, args.lr)
     else:
         import parallel_cnn_mpi as script

@@ -21,6 +21,7 @@ from mpi4py import MPI
 from numba import get_thread_id, njit, prange
 
 from common import (
+    CACHE_BYTES,
     MODELS,
     SGD,
     Adam,
@@ -67,7 +68,6 @@ from common import (
 # channels (copy), and over one tile, whose positions lie at distances that it knows. Every step has one of these forms.
 
 BLOCK = 32  # channels in a tile
-PIECE = 8 * 1024 * 1024  # bytes of a piece of the batch between Winograd's transforms
 A, B = (float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3]))  # 0, A, -A, B, -B and infinity
 
 kernel = functools.partial(njit, cache=True, fastmath={"contract"})  # contract: a multiplication and an addition in one
@@ -478,13 +478,13 @@ def multiply_gradient(V, dM, U, dV, dU, products, first):
 
 
 class ThreadedWinogradConv2D(WinogradConv2D):
-    """in_channels, out_channels: multiples of BLOCK; no bias.
+    """in_channels, out_channels: multiples of BLOCK.
 
     Images are shared among threads in the transforms, the 36 products between them too: then no thread needs the whole
     of U, nor a sum of its own for the weights' gradient.
     """
 
-    def __init__(self, in_channels, out_channels, *, bias=False, rng=None, dtype=np.float32):
+    def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
         check_blocks(in_channels, out_channels)
         super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
 
@@ -517,13 +517,14 @@ class ThreadedWinogradConv2D(WinogradConv2D):
             multiply_gradient(V, dM, self.U, dV, dU, products, piece.start == 0)
             transform_images_gradient(dV, dx[piece], self.tiles)
         transform_weights(self.G2.T.copy(), dU.reshape(36, -1), self.dW.reshape(9, -1))
-        self._finish_backward()
+        self._finish_backward(dout)
         return dx
 
     def _pieces(self):
-        """Slices of the batch that stay in the cores' common cache from transform to transform, one at least."""
-        n, threads = len(self.V), len(self.tiles)
-        images = max(1, PIECE // (self.V[0].nbytes * (1 + self.b.size // self.x_shape[3])) // threads) * threads if n else 1
+        """Slices of the batch, at least one: V and M fill the threads' caches, or as much as U, which each one reads."""
+        (n, h, w, c), threads = self.x_shape, len(self.tiles)
+        bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
+        images = threads * math.ceil(max(CACHE_BYTES, self.U.nbytes / threads) / bytes_per_image)
         return [slice(start, min(start + images, n)) for start in range(0, max(n, 1), images)]
 
     def _M(self, piece):
@@ -535,19 +536,22 @@ class ThreadedWinogradConv2D(WinogradConv2D):
 
     def _finish_forward(self, M, piece):
         transform_products(M, self.out[piece], self.tiles)
+        if self.has_bias:
+            self.out[piece] += self.b
 
     def _start_backward(self, dout, dM, piece):
         transform_products_gradient(dout[piece], dM, self.tiles)
 
-    def _finish_backward(self):
-        pass
+    def _finish_backward(self, dout):
+        if self.has_bias:
+            dout.sum(axis=(0, 1, 2), out=self.db)
 
 
 class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
     """WinogradReLUPool: with bias, ReLU and pooling."""
 
     def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
-        super().__init__(in_channels, out_channels, bias=True, rng=rng, dtype=dtype)
+        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
 
     def _start_forward(self, x):
         n, h, w, _ = x.shape
@@ -561,7 +565,7 @@ class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
     def _start_backward(self, dout, dM, piece):
         pool_products_gradient(dout[piece], self.won[piece], dM, self.dbs[piece], self.tiles)
 
-    def _finish_backward(self):
+    def _finish_backward(self, dout):
         self.dbs.sum(axis=0, out=self.db)
 
 
@@ -631,13 +635,7 @@ def conv_backward(x, dout, W, dx, dWs, size, stride, padding, images, cols, prod
 
 
 class ThreadedConv2D(Conv2D):
-    """Without a bias."""
-
     ROWS = 512  # at least, of a matrix product, if there are enough images
-
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1, *, bias=False, rng=None,
-                 dtype=np.float32):  # fmt: skip
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias, rng=rng, dtype=dtype)
 
     def forward(self, x):
         (n, h, w, c), k, s, p, threads = x.shape, self.kernel_size, self.stride, self.padding, numba.get_num_threads()
@@ -646,6 +644,8 @@ class ThreadedConv2D(Conv2D):
         images = max(1, min(-(-self.ROWS // (oh * ow)), -(-n // threads)))  # a piece for every thread
         self.options = (k, s, p, images, self.scratch("cols", (threads, images * oh * ow, k * k * c), x))
         conv_forward(x, self.W.reshape(-1, self.b.size), out, *self.options)
+        if self.has_bias:
+            out += self.b
         return out
 
     def backward(self, dout):
@@ -655,6 +655,8 @@ class ThreadedConv2D(Conv2D):
         dWs.fill(0)
         conv_backward(self.x, dout, W, dx, dWs, *self.options, products)
         dWs.sum(axis=0, out=self.dW.reshape(W.shape))
+        if self.has_bias:
+            dout.sum(axis=(0, 1, 2), out=self.db)
         return dx if self.needs_dx else None
 
 
@@ -663,23 +665,9 @@ class ThreadedConv2D(Conv2D):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
-def moments(x, means, squares):
-    """x (N, positions, C) → of each image and channel the mean and the sum of squared deviations from it (N, C)."""
-    n, positions, channels = x.shape
-    for i in prange(n):
-        mean, square = means[i], squares[i]
-        mean[:] = 0
-        square[:] = 0
-        for p in range(positions):
-            add(x[i, p], mean)
-        mean /= positions
-        for p in range(positions):
-            add_squared_deviations(x[i, p], mean, square)
-
-
 @inlined
 def add_squared_deviations(x, mean, sums):
+    """sums += (x - mean)². All (C,)."""
     for c in range(sums.size):
         d = x[c] - mean[c]
         sums[c] += d * d
@@ -687,6 +675,7 @@ def add_squared_deviations(x, mean, sums):
 
 @inlined
 def scale_and_shift(x, mean, scale, shift, out):
+    """out = (x - mean) scale + shift. All (C,)."""
     for c in range(out.size):
         out[c] = (x[c] - mean[c]) * scale[c] + shift[c]
 
@@ -700,7 +689,7 @@ def relu(row):
 
 @inlined
 def mask(dout, out, d):
-    """The gradient before ReLU."""
+    """d = dout where ReLU is open, else 0. All (C,)."""
     zero = dout.dtype.type(0)
     for c in range(d.size):
         d[c] = dout[c] if out[c] > zero else zero
@@ -708,14 +697,37 @@ def mask(dout, out, d):
 
 @inlined
 def add_products(d, x, mean, sums):
+    """sums += d (x - mean). All (C,)."""
     for c in range(sums.size):
         sums[c] += d[c] * (x[c] - mean[c])
+
+
+@inlined
+def combine(d, scale, x, mean, slope, shift, dx):
+    """dx = d scale - (x - mean) slope - shift. All (C,)."""
+    for c in range(dx.size):
+        dx[c] = d[c] * scale[c] - (x[c] - mean[c]) * slope[c] - shift[c]
+
+
+@kernel(parallel=True)
+def moments(x, means, squares):
+    """x (N, positions, C) → of each image and channel the mean and the sum of squared deviations from it (N, C)."""
+    n, positions, _ = x.shape
+    for i in prange(n):
+        mean, square = means[i], squares[i]
+        mean[:] = 0
+        square[:] = 0
+        for p in range(positions):
+            add(x[i, p], mean)
+        mean /= positions
+        for p in range(positions):
+            add_squared_deviations(x[i, p], mean, square)
 
 
 @kernel(parallel=True)
 def normalize(x, mean, scale, shift, shortcut, has_relu, out):
     """out = (x - mean) scale + shift, plus shortcut if that has images, ReLU of it if has_relu. (N, positions, C)"""
-    n, positions, channels = x.shape
+    n, positions, _ = x.shape
     for i in prange(n):
         for p in range(positions):
             row = out[i, p]
@@ -729,7 +741,7 @@ def normalize(x, mean, scale, shift, shortcut, has_relu, out):
 @kernel(parallel=True)
 def normalize_sums(dout, x, mean, out, has_relu, rows, products, sums):
     """Of each image and channel the sums of d and d (x - mean), d being the gradient before ReLU (N, C)."""
-    n, positions, channels = x.shape
+    n, positions, _ = x.shape
     for i in prange(n):
         d = rows[get_thread_id()]
         products[i] = 0
@@ -744,23 +756,18 @@ def normalize_sums(dout, x, mean, out, has_relu, rows, products, sums):
 
 
 @kernel(parallel=True)
-def normalize_gradient(dout, x, mean, out, has_relu, scale, slope, shift, dx, dshortcut):
+def normalize_gradient(dout, x, mean, out, has_relu, scale, slope, shift, rows, dx, dshortcut):
     """dx = d scale - (x - mean) slope - shift; dshortcut = d, if that has images; d: the gradient before ReLU."""
-    n, positions, channels = x.shape
-    for i in prange(n):
-        for p in range(positions):
-            d = dshortcut[i, p] if len(dshortcut) else dx[i, p]
+    for i in prange(len(x)):
+        d = rows[get_thread_id()]
+        for p in range(x.shape[1]):
             if has_relu:
                 mask(dout[i, p], out[i, p], d)
             else:
                 copy(dout[i, p], d)
+            if len(dshortcut):
+                copy(d, dshortcut[i, p])
             combine(d, scale, x[i, p], mean, slope, shift, dx[i, p])
-
-
-@inlined
-def combine(d, scale, x, mean, slope, shift, dx):
-    for c in range(dx.size):
-        dx[c] = d[c] * scale[c] - (x[c] - mean[c]) * slope[c] - shift[c]
 
 
 class ThreadedBatchNorm2D(BatchNorm2D):
@@ -788,8 +795,8 @@ class ThreadedBatchNorm2D(BatchNorm2D):
     def _sums(self, dout):
         n, _, _, c = dout.shape
         products, sums = (self.scratch(name, (n, c), dout) for name in ("means", "squares"))
-        rows = self.scratch("rows", (numba.get_num_threads(), c), dout)
-        normalize_sums(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, rows,
+        self.rows = self.scratch("rows", (numba.get_num_threads(), c), dout)
+        normalize_sums(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, self.rows,
                        products, sums)  # fmt: skip
         return products.sum(axis=0) * self.inverse, sums.sum(axis=0)
 
@@ -797,7 +804,7 @@ class ThreadedBatchNorm2D(BatchNorm2D):
         dx, scale = self.scratch("dx", dout.shape, dout), self.gamma * self.inverse
         self.dshortcut = self.scratch("dshortcut", self.shortcut.shape, dout)
         normalize_gradient(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, scale,
-                           scale * self.inverse * dgamma, scale * dbeta, by_position(dx),
+                           scale * self.inverse * dgamma, scale * dbeta, self.rows, by_position(dx),
                            by_position(self.dshortcut))  # fmt: skip
         return dx
 
@@ -1128,7 +1135,7 @@ def make_model(name, seed, dtype):
 
 
 def make_stem(rng, dtype):
-    return [ThreadedConv2D(3, 64, rng=rng, dtype=dtype), ThreadedNormReLU(64, dtype=dtype)]
+    return [ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype), ThreadedNormReLU(64, dtype=dtype)]
 
 
 def parse_args(argv=None):

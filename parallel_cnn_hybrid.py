@@ -521,7 +521,7 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         return dx
 
     def _pieces(self):
-        """Slices of the batch, at least one: V and M fill the threads' caches, or as much as U, which each one reads."""
+        """Slices of the batch, at least one: V and M fill the threads' caches, or as much as U, which each reads."""
         (n, h, w, c), threads = self.x_shape, len(self.tiles)
         bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
         images = threads * math.ceil(max(CACHE_BYTES, self.U.nbytes / threads) / bytes_per_image)
@@ -820,9 +820,9 @@ def by_position(x):
 
 
 @kernel(parallel=True)
-def add_images(source, target):
-    for i in prange(len(target)):
-        add(source[i], target[i])
+def accumulate(source, target):
+    for i in prange(target.size):
+        target[i] += source[i]
 
 
 class ThreadedBasicBlock(BasicBlock):
@@ -845,7 +845,7 @@ class ThreadedBasicBlock(BasicBlock):
         dshortcut = self.norm2.dshortcut
         for part in reversed(self.shortcut):
             dshortcut = part.backward(dshortcut)
-        add_images(dshortcut.reshape(len(dx), -1), dx.reshape(len(dx), -1))
+        accumulate(dshortcut.reshape(-1), dx.reshape(-1))
         return dx
 
 

@@ -103,12 +103,13 @@ def ddp_contest(data, ranks, batch_size):
     return Contest(name, images, 1, Worker(data, "mpi", ranks, images), Worker(data, "ddp", ranks, images))
 
 
-def hybrid_contest(data, batch_size, threads):
+def hybrid_contest(data, batch_size, threads, model_name="cnn"):
     """parallel_cnn_hybrid.py, one rank, against PyTorch eager, channels_last, on as many threads."""
     x, labels = load_batch(data.x_train, data.y_train, np.arange(batch_size))
-    peer, flops = pytorch_step("cnn", x, labels, channels_last=True)
-    ours = Worker(data, "hybrid", 1, batch_size, "--num-threads", threads)
-    name = f"parallel_cnn_hybrid.py, CNN, batch {batch_size}, {threads} core{'s' if threads > 1 else ''}"
+    peer, flops = pytorch_step(model_name, x, labels, channels_last=True)
+    ours = Worker(data, "hybrid", 1, batch_size, "--num-threads", threads, "--model", model_name)
+    model = model_name.replace("cnn", "CNN")
+    name = f"parallel_cnn_hybrid.py, {model}, batch {batch_size}, {threads} core{'s' if threads > 1 else ''}"
     return Contest(name, batch_size, threads, ours, peer, flops)
 
 
@@ -267,8 +268,8 @@ def ranks_step(spec, x, labels, comm):
 
         args = script.parse_args(spec["options"])
         script.choose_threads(args, comm)
-        script.compile_kernels(np.dtype(np.float32), comm)
-        model = script.make_model(args.seed, np.float32)
+        script.compile_kernels(args.model, np.dtype(np.float32), comm)
+        model = script.make_model(args.model, args.seed, np.float32)
         optimizer = script.ThreadedSGD(model, args.lr)
     else:
         import parallel_cnn_mpi as script
@@ -344,14 +345,14 @@ def compete(contest, pairs, seconds):
     ours, peer, gemm = zip(*turns, strict=True)
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
     per_image = contest.flops / contest.images
-    share = statistics.median(a * per_image / (g * 2 * 1024**3) for a, g in zip(ours, gemm, strict=True))
+    of_sgemm = statistics.median(a * per_image / (g * 2 * 1024**3) for a, g in zip(ours, gemm, strict=True))
     row = {"name": contest.name, "ours": statistics.median(ours), "peer": statistics.median(peer), "unit": "images/s",
            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "n": pairs}
     if contest.cores:
         row.update(cores=contest.cores, efficiency=row["ratio"] / contest.cores)
     if isinstance(contest.ours, Worker):
         row["communication"] = statistics.median(contest.ours.communication[1:])
-    return row, share
+    return row, of_sgemm
 
 
 def run_contest(make, pairs, seconds):
@@ -454,10 +455,11 @@ def contests(data, quick):
         "serial_cnn.py, CNN, batch 128, 1 core": lambda: serial_contest(data, 128),
         "serial_cnn.py, resnet18, batch 64, 1 core": lambda: serial_contest(data, 64, "resnet18"),
     }
-    for batch_size in (32, 128):
+    for model_name, batch_size in (("cnn", 32), ("cnn", 128), ("resnet18", 64)):
         for threads, unit in ((1, "core"), (cores, "cores")):
-            rows[f"parallel_cnn_hybrid.py, CNN, batch {batch_size}, {threads} {unit}"] = functools.partial(
-                hybrid_contest, data, batch_size, threads)  # fmt: skip
+            model = model_name.replace("cnn", "CNN")
+            rows[f"parallel_cnn_hybrid.py, {model}, batch {batch_size}, {threads} {unit}"] = functools.partial(
+                hybrid_contest, data, batch_size, threads, model_name)  # fmt: skip
     for ranks in (n for n in (2, 4, 8, 16) if n <= cores):
         for label, per_rank, serial_batch, *options in (
             ("weak: 32 a rank", 32, 32),

@@ -821,27 +821,20 @@ class BatchNorm2D(Layer):
 
     def forward(self, x):
         """x (N, H, W, C) → the same shape."""
-        xp = array_module(x)
-        out = self.scratch("out", x.shape, x)
-        if self.training:
-            mean, var = self._statistics(x)
-        else:
-            mean, var = self.running_mean, self.running_var
-        self.inverse = 1 / xp.sqrt(var + self.eps)
-        self.normal = xp.subtract(x, mean, out=self.scratch("normal", x.shape, x))
-        self.normal *= self.inverse
-        xp.multiply(self.normal, self.gamma, out=out)
-        out += self.beta
-        return out
+        mean, var = self._statistics(x) if self.training else (self.running_mean, self.running_var)
+        self.inverse = 1 / array_module(x).sqrt(var + self.eps)
+        return self._normalize(x, mean)
+
+    def backward(self, dout):
+        """dout (N, H, W, C) → dx; sets dgamma and dbeta. After a forward pass in training mode."""
+        self.dgamma[...], self.dbeta[...] = self._sums(dout)
+        dgamma, dbeta = self.gather(array_module(dout).stack([self.dgamma, self.dbeta])).sum(axis=0)
+        return self._input_gradient(dout, dgamma / self.count, dbeta / self.count)
 
     def _statistics(self, x):
         """Mean and variance (C,) of the batch of all ranks; moves the running ones."""
         xp, channels = array_module(x), x.shape[3]
-        rows = x.reshape(-1, channels)
-        count = len(rows)
-        mean = sum_rows(rows) / max(count, 1)
-        centred = xp.subtract(rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape))
-        squares = sum_rows(xp.square(centred, out=centred))
+        count, mean, squares = self._moments(x)
         every = self.gather(xp.concatenate([xp.full(1, count, x.dtype), mean, squares]))
         counts, means = every[:, :1], every[:, 1:1 + channels]
         self.count = counts.sum()
@@ -852,17 +845,34 @@ class BatchNorm2D(Layer):
         self.running_var += self.momentum * (squares / (self.count - 1) - self.running_var)
         return mean, squares / self.count
 
-    def backward(self, dout):
-        """dout (N, H, W, C) → dx; sets dgamma and dbeta. After a forward pass in training mode."""
-        xp, dx = array_module(dout), self.scratch("dx", dout.shape, dout)
-        rows, product = dout.reshape(-1, dout.shape[3]), dx.reshape(-1, dout.shape[3])
-        xp.multiply(dout, self.normal, out=dx)
-        self.dgamma[...], self.dbeta[...] = sum_rows(product), sum_rows(rows)
-        dgamma, dbeta = self.gather(xp.stack([self.dgamma, self.dbeta])).sum(axis=0)
-        # dx = gamma / deviation (dout - dbeta / count - normal dgamma / count)
-        xp.multiply(self.normal, -dgamma / self.count, out=dx)
+    # The four passes over the images.
+
+    def _moments(self, x):
+        """Of this rank's images: values per channel, their mean and the sum of squared deviations from it (C,)."""
+        xp, rows = array_module(x), x.reshape(-1, x.shape[3])
+        mean = sum_rows(rows) / max(len(rows), 1)
+        centred = xp.subtract(rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape))
+        return len(rows), mean, sum_rows(xp.square(centred, out=centred))
+
+    def _normalize(self, x, mean):
+        xp = array_module(x)
+        self.normal = xp.subtract(x, mean, out=self.scratch("normal", x.shape, x))
+        self.normal *= self.inverse
+        out = xp.multiply(self.normal, self.gamma, out=self.scratch("out", x.shape, x))
+        out += self.beta
+        return out
+
+    def _sums(self, dout):
+        """dgamma and dbeta (C,) of this rank's images."""
+        product = array_module(dout).multiply(dout, self.normal, out=self.scratch("dx", dout.shape, dout))
+        return [sum_rows(a.reshape(-1, dout.shape[3])) for a in (product, dout)]
+
+    def _input_gradient(self, dout, dgamma, dbeta):
+        """dx = gamma / deviation (dout - dbeta - normal dgamma), dgamma and dbeta being means over the batch."""
+        xp = array_module(dout)
+        dx = xp.multiply(self.normal, -dgamma, out=self.scratch("dx", dout.shape, dout))
         dx += dout
-        dx -= dbeta / self.count
+        dx -= dbeta
         dx *= self.gamma * self.inverse
         return dx
 
@@ -890,19 +900,20 @@ class BasicBlock(Layer):
     """ReLU(BN(conv3×3(ReLU(BN(conv3×3(x))))) + shortcut(x)): He et al., "Deep Residual Learning", 2015, figure 2.
 
     The first convolution has the stride; the shortcut is x, or BN(conv1×1(x)) where stride or channels change.
-    conv: the class of the 3×3 convolutions with stride 1.
+    conv: the class of the 3×3 convolutions with stride 1; other_conv: of the others; norm: in place of BatchNorm2D.
     """
 
-    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32):
+    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, other_conv=Conv2D, norm=BatchNorm2D,
+                 rng=None, dtype=np.float32):  # fmt: skip
         conv, options = conv or WinogradConv2D, {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
-        first = conv(in_channels, out_channels, **options) if stride == 1 else Conv2D(
+        first = conv(in_channels, out_channels, **options) if stride == 1 else other_conv(
             in_channels, out_channels, stride=stride, **options)  # fmt: skip
-        self.branch = [first, BatchNorm2D(out_channels, dtype=dtype), ReLU(),
-                       conv(out_channels, out_channels, **options), BatchNorm2D(out_channels, dtype=dtype)]  # fmt: skip
+        self.branch = [first, norm(out_channels, dtype=dtype), ReLU(),
+                       conv(out_channels, out_channels, **options), norm(out_channels, dtype=dtype)]  # fmt: skip
         self.shortcut, self.relu = [], ReLU()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = [Conv2D(in_channels, out_channels, 1, stride, 0, **options),
-                             BatchNorm2D(out_channels, dtype=dtype)]  # fmt: skip
+            self.shortcut = [other_conv(in_channels, out_channels, 1, stride, 0, **options),
+                             norm(out_channels, dtype=dtype)]  # fmt: skip
 
     def leaves(self):
         for part in (*self.branch, *self.shortcut):
@@ -1076,20 +1087,22 @@ def make_cnn(seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=Winogra
     ], xp)
 
 
-def make_resnet18(seed=42, dtype=np.float32, xp=np, conv=None):
+def make_resnet18(seed=42, dtype=np.float32, xp=np, conv=None, stem=None, block=BasicBlock, dense=Dense):
     """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
 
     A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first of each stage but
-    the first with stride 2. conv: a class in the place of WinogradConv2D.
+    the first with stride 2. conv: a class in the place of WinogradConv2D; stem(rng, dtype): the layers of the stem;
+    block and dense: classes in the place of BasicBlock and Dense.
     """
     rng = np.random.default_rng(seed)
-    layers = [Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]
+    layers = stem(rng, dtype) if stem else [
+        Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]  # fmt: skip
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
-            layers.append(BasicBlock(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
+            layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
             channels = width
-    return Model([*layers, GlobalAvgPool(), Dense(512, 10, rng=rng, dtype=dtype)], xp)
+    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)], xp)
 
 
 MODELS = ("cnn", "resnet18")

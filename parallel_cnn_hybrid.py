@@ -21,13 +21,18 @@ from mpi4py import MPI
 from numba import get_thread_id, njit, prange
 
 from common import (
+    CACHE_BYTES,
+    MODELS,
     SGD,
     Adam,
+    BasicBlock,
+    BatchNorm2D,
+    Conv2D,
     ConvReLUPool,
     Dense,
     InputError,
     Run,
-    WinogradReLUPool,
+    WinogradConv2D,
     add_rank_options,
     available_cores,
     blas_warning,
@@ -43,6 +48,7 @@ from common import (
     make_cnn,
     make_optimizer,
     make_parser,
+    make_resnet18,
     number,
     report_communication,
     run_main,
@@ -62,8 +68,7 @@ from common import (
 # channels (copy), and over one tile, whose positions lie at distances that it knows. Every step has one of these forms.
 
 BLOCK = 32  # channels in a tile
-IMAGES = 4  # at most, whose tiles one matrix product takes together: more rows a product, but still in the cache
-A, B = (float(p) for p in (WinogradReLUPool.POINTS[1], WinogradReLUPool.POINTS[3]))  # 0, A, -A, B, -B and infinity
+A, B = (float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3]))  # 0, A, -A, B, -B and infinity
 
 kernel = functools.partial(njit, cache=True, fastmath={"contract"})  # contract: a multiplication and an addition in one
 inlined = kernel(forceinline=True)
@@ -85,6 +90,12 @@ def copy(source, target):
 def add(source, target):
     for c in range(target.size):
         target[c] += source[c]
+
+
+@inlined
+def add_scaled(factor, source, target):
+    for c in range(target.size):
+        target[c] += factor * source[c]
 
 
 @inlined
@@ -129,7 +140,7 @@ def unpool(tile, at, right, below):
 
 
 @inlined
-def im2col(x, planes, col):
+def im2col_for_pooling(x, planes, col):
     """x (H, W, C) → col (9·C, H·W): a row for each place in a 3×3 window, columns in the order of pool()'s positions.
 
     planes (C, 2, H + 2, W/2 + 1): the image padded by 1, even and odd columns apart, so that col takes whole rows.
@@ -153,13 +164,13 @@ def im2col(x, planes, col):
 
 
 @kernel(parallel=True)
-def conv_forward(x, W, b, out, won, planes, cols, ys, tiles):
+def conv_pool_forward(x, W, b, out, won, planes, cols, ys, tiles):
     """im2col, product, bias, ReLU and pooling. x (N, H, W, C), W (9·C, F) → out, won (N, H/2, W/2, F)."""
     n, oh, ow, channels = out.shape
     for i in prange(n):
         t = get_thread_id()
         y, tile = ys[t], tiles[t]
-        im2col(x[i], planes[t], cols[t])
+        im2col_for_pooling(x[i], planes[t], cols[t])
         np.dot(cols[t].T, W, y)
         for row in range(oh * ow):
             h, w = divmod(row, ow)
@@ -171,7 +182,7 @@ def conv_forward(x, W, b, out, won, planes, cols, ys, tiles):
 
 
 @kernel(parallel=True)
-def conv_backward(x, dout, won, dWs, dbs, planes, cols, ys, tiles, products):
+def conv_pool_backward(x, dout, won, dWs, dbs, planes, cols, ys, tiles, products):
     """Adds each image's dW (9·C, F) and db (F,) to its thread's sums."""
     n, oh, ow, channels = dout.shape
     for i in prange(n):
@@ -185,7 +196,7 @@ def conv_backward(x, dout, won, dWs, dbs, planes, cols, ys, tiles, products):
                 unpool(tile.reshape(-1), 0, BLOCK, 2 * BLOCK)
                 for k in range(4):
                     copy(tile[k], dy[row + k * oh * ow, f:f + BLOCK])
-        im2col(x[i], planes[t], cols[t])
+        im2col_for_pooling(x[i], planes[t], cols[t])
         np.dot(cols[t], dy, products[t])
         dWs[t] += products[t]
 
@@ -212,7 +223,7 @@ class ThreadedConvReLUPool(ConvReLUPool):
                     self.scratch("cols", (threads, 9 * c, h * w), x),
                     self.scratch("ys", (threads, h * w, f), x),
                     self.scratch("tiles", (threads, 4, BLOCK), x))  # fmt: skip
-        conv_forward(x, self.W.reshape(-1, f), self.b, self.out, self.won, *self.own)
+        conv_pool_forward(x, self.W.reshape(-1, f), self.b, self.out, self.won, *self.own)
         return self.out
 
     def backward(self, dout):
@@ -221,7 +232,7 @@ class ThreadedConvReLUPool(ConvReLUPool):
                               for name, shape in (("dWs", W.shape), ("dbs", self.b.shape), ("products", W.shape)))
         dWs.fill(0)
         dbs.fill(0)
-        conv_backward(self.x, dout, self.won, dWs, dbs, *self.own, products)
+        conv_pool_backward(self.x, dout, self.won, dWs, dbs, *self.own, products)
         dWs.sum(axis=0, out=self.dW.reshape(W.shape))
         dbs.sum(axis=0, out=self.db)
 
@@ -287,12 +298,13 @@ def transform_output_gradient(tile, start, step):
 ROW = 6 * BLOCK  # of a tile
 
 
-@inlined
-def transform_images(x, V, tile):
+@kernel(parallel=True)
+def transform_images(x, V, tiles):
     """Bᵀ d B of all 6×6 tiles d, 4 apart, of images padded by 1: x (N, H, W, C) → V (36, rows, C), a row per tile."""
     n, height, width, channels = x.shape
-    row, flat = 0, tile.reshape(-1)
-    for i in range(n):
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
+        flat = tile.reshape(-1)
         for top in range(-1, height - 1, 4):
             for left in range(-1, width - 1, 4):
                 for c in range(0, channels, BLOCK):
@@ -312,13 +324,14 @@ def transform_images(x, V, tile):
                 row += 1
 
 
-@inlined
-def transform_images_gradient(dV, dx, tile):
+@kernel(parallel=True)
+def transform_images_gradient(dV, dx, tiles):
     """transform_images transposed: dV (36, rows, C) → dx (N, H, W, C), the overlapping tiles added up."""
     n, height, width, channels = dx.shape
-    row, flat = 0, tile.reshape(-1)
-    dx[...] = 0
-    for i in range(n):
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
+        flat = tile.reshape(-1)
+        dx[i] = 0
         for top in range(-1, height - 1, 4):
             for left in range(-1, width - 1, 4):
                 for c in range(0, channels, BLOCK):
@@ -334,12 +347,57 @@ def transform_images_gradient(dV, dx, tile):
                 row += 1
 
 
-@inlined
-def transform_products(M, b, out, won, tile):
-    """Aᵀ m A, bias, ReLU and pooling of all tiles: M (36, rows, F) → out, won (N, H/2, W/2, F)."""
+@kernel(parallel=True)
+def transform_products(M, out, tiles):
+    """Aᵀ m A of all tiles: M (36, rows, F) → out (N, H, W, F)."""
+    n, height, width, channels = out.shape
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
+        flat = tile.reshape(-1)
+        for top in range(0, height, 4):
+            for left in range(0, width, 4):
+                for f in range(0, channels, BLOCK):
+                    for k in range(36):
+                        copy(M[k, row, f:f + BLOCK], tile[k])
+                    for k in range(6):
+                        transform_output(flat, k * ROW, BLOCK)
+                    for k in range(4):
+                        transform_output(flat, k * BLOCK, ROW)
+                    for h in range(4):
+                        for w in range(4):
+                            copy(tile[6 * h + w], out[i, top + h, left + w, f:f + BLOCK])
+                row += 1
+
+
+@kernel(parallel=True)
+def transform_products_gradient(dout, dM, tiles):
+    """transform_products transposed: dout (N, H, W, F) → dM (36, rows, F)."""
+    n, height, width, channels = dout.shape
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
+        flat = tile.reshape(-1)
+        for top in range(0, height, 4):
+            for left in range(0, width, 4):
+                for f in range(0, channels, BLOCK):
+                    for h in range(4):
+                        for w in range(4):
+                            copy(dout[i, top + h, left + w, f:f + BLOCK], tile[6 * h + w])
+                    for k in range(4):
+                        transform_output_gradient(flat, k * BLOCK, ROW)
+                    for k in range(6):
+                        transform_output_gradient(flat, k * ROW, BLOCK)
+                    for k in range(36):
+                        copy(tile[k], dM[k, row, f:f + BLOCK])
+                row += 1
+
+
+@kernel(parallel=True)
+def pool_products(M, b, out, won, tiles):
+    """transform_products with bias, ReLU and pooling: M (36, rows, F) → out, won (N, H/2, W/2, F)."""
     n, oh, ow, channels = out.shape
-    row, flat = 0, tile.reshape(-1)
-    for i in range(n):
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (oh // 2) * (ow // 2)
+        flat = tile.reshape(-1)
         for top in range(0, oh, 2):
             for left in range(0, ow, 2):
                 for f in range(0, channels, BLOCK):
@@ -358,12 +416,14 @@ def transform_products(M, b, out, won, tile):
                 row += 1
 
 
-@inlined
-def transform_products_gradient(dout, won, dM, db, tile):
-    """transform_products transposed: dout, won (N, H/2, W/2, F) → dM (36, rows, F); db += its part."""
+@kernel(parallel=True)
+def pool_products_gradient(dout, won, dM, dbs, tiles):
+    """pool_products transposed: dout, won (N, H/2, W/2, F) → dM (36, rows, F), db of each image (N, F)."""
     n, oh, ow, channels = dout.shape
-    row, flat = 0, tile.reshape(-1)
-    for i in range(n):
+    for i in prange(n):
+        tile, row = tiles[get_thread_id()], i * (oh // 2) * (ow // 2)
+        flat = tile.reshape(-1)
+        dbs[i] = 0
         for top in range(0, oh, 2):
             for left in range(0, ow, 2):
                 for f in range(0, channels, BLOCK):
@@ -372,7 +432,7 @@ def transform_products_gradient(dout, won, dM, db, tile):
                             k = 12 * h + 2 * w
                             relu_gradient(dout[i, top + h, left + w, f:f + BLOCK],
                                           won[i, top + h, left + w, f:f + BLOCK], tile[k], tile[k + 1])  # fmt: skip
-                            add(tile[k], db[f:f + BLOCK])
+                            add(tile[k], dbs[i, f:f + BLOCK])
                             unpool(flat, k * BLOCK, BLOCK, ROW)
                     for k in range(4):
                         transform_output_gradient(flat, k * BLOCK, ROW)
@@ -384,71 +444,408 @@ def transform_products_gradient(dout, won, dM, db, tile):
 
 
 @kernel(parallel=True)
-def winograd_forward(x, U, b, out, won, images, Vs, Ms, tiles):
-    """x (N, H, W, C), U (36, C, F) → out, won (N, H/2, W/2, F), in pieces of that many images.
-
-    Vs (pieces, 36, rows, C) is kept for winograd_backward().
-    """
-    n, height, width, _ = x.shape
-    for p in prange(len(Vs)):
-        t, start, stop = get_thread_id(), p * images, min((p + 1) * images, n)
-        rows = (stop - start) * (height // 4) * (width // 4)
-        transform_images(x[start:stop], Vs[p], tiles[t])
-        for k in range(36):
-            np.dot(Vs[p, k, :rows], U[k], Ms[t, k, :rows])
-        transform_products(Ms[t], b, out[start:stop], won[start:stop], tiles[t])
+def transform_weights(matrix, weights, out):
+    """out = matrix @ weights: few rows, many columns."""
+    columns = weights.shape[1]
+    for block in prange(-(-columns // 256)):
+        start, stop = 256 * block, min(256 * (block + 1), columns)
+        for k in range(len(out)):
+            row = out[k, start:stop]
+            row[:] = 0
+            for j in range(len(weights)):
+                if matrix[k, j] != 0:
+                    add_scaled(matrix[k, j], weights[j, start:stop], row)
 
 
 @kernel(parallel=True)
-def winograd_backward(dout, won, U, dx, dUs, dbs, images, Vs, Ms, dVs, products, tiles):
-    """Sets dx (N, H, W, C) and adds each piece's dU (36, C, F) and db (F,) to its thread's sums."""
-    n, height, width, _ = dx.shape
-    for p in prange(len(Vs)):
-        t, start, stop = get_thread_id(), p * images, min((p + 1) * images, n)
-        rows = (stop - start) * (height // 4) * (width // 4)
-        transform_products_gradient(dout[start:stop], won[start:stop], Ms[t], dbs[t], tiles[t])
-        for k in range(36):
-            np.dot(Vs[p, k, :rows].T, Ms[t, k, :rows], products[t])
-            dUs[t, k] += products[t]
-            np.dot(Ms[t, k, :rows], U[k].T, dVs[t, k, :rows])
-        transform_images_gradient(dVs[t], dx[start:stop], tiles[t])
+def multiply(V, U, M):
+    """M (36, rows, F) = V (36, rows, C) @ U (36, C, F)"""
+    for k in prange(36):
+        np.dot(V[k], U[k], M[k])
 
 
-class ThreadedWinogradReLUPool(WinogradReLUPool):
-    """in_channels, out_channels: multiples of BLOCK."""
+@kernel(parallel=True)
+def multiply_gradient(V, dM, U, dV, dU, products, first):
+    """dV = dM Uᵀ; dU = Vᵀ dM, or that added to dU unless this is the first piece of the batch."""
+    for k in prange(36):
+        if first:
+            np.dot(V[k].T, dM[k], dU[k])
+        else:
+            product = products[get_thread_id()]
+            np.dot(V[k].T, dM[k], product)
+            dU[k] += product
+        np.dot(dM[k], U[k].T, dV[k])
 
-    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
+
+class ThreadedWinogradConv2D(WinogradConv2D):
+    """in_channels, out_channels: multiples of BLOCK.
+
+    Images are shared among threads in the transforms, the 36 products between them too: then no thread needs the whole
+    of U, nor a sum of its own for the weights' gradient.
+    """
+
+    def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
         check_blocks(in_channels, out_channels)
-        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
+        super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
 
     def forward(self, x):
         n, h, w, c = self.x_shape = x.shape
         if h % 4 or w % 4:
-            raise ValueError(f"ThreadedWinogradReLUPool takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool")
+            raise ValueError(f"{type(self).__name__} takes images of 4n x 4m pixels, not {h}x{w}: use Conv2D")
         f, threads = self.b.size, numba.get_num_threads()
-        self.images = max(1, min(IMAGES, -(-n // threads)))  # a piece for every thread
-        rows = self.images * (h // 4) * (w // 4)
         self.G2 = np.kron(self.G, self.G).astype(x.dtype)
-        self.U = (self.G2 @ self.W.reshape(9, -1)).reshape(36, c, self.b.size)
-        self.out = self.scratch("out", (n, h // 2, w // 2, f), x)
-        self.won = self.scratch("won", (n, h // 2, w // 2, f), x, dtype=np.uint8)
-        self.V = self.scratch("V", (-(-n // self.images), 36, rows, c), x)
-        self.M = self.scratch("M", (threads, 36, rows, f), x)
-        self.tile = self.scratch("tile", (threads, 36, BLOCK), x)
-        winograd_forward(x, self.U, self.b, self.out, self.won, self.images, self.V, self.M, self.tile)
+        self.U = self.scratch("U", (36, c, f), x)
+        transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
+        self.tiles = self.scratch("tiles", (threads, 36, BLOCK), x)
+        self.V = self.scratch("V", (n, 36 * (h // 4) * (w // 4) * c), x)  # a piece's part: (36, rows, C)
+        self._start_forward(x)
+        for piece in self._pieces():
+            V, M = self.V[piece].reshape(36, -1, c), self._M(piece)
+            transform_images(x[piece], V, self.tiles)
+            multiply(V, self.U, M)
+            self._finish_forward(M, piece)
         return self.out
 
     def backward(self, dout):
-        c, f, threads, rows = self.x_shape[3], self.b.size, numba.get_num_threads(), self.M.shape[2]
-        dUs, dbs = self.scratch("dUs", (threads, 36, c, f), dout), self.scratch("dbs", (threads, f), dout)
-        dUs.fill(0)
-        dbs.fill(0)
-        dx = self.scratch("dx", self.x_shape, dout)
-        winograd_backward(dout, self.won, self.U, dx, dUs, dbs, self.images, self.V, self.M,
-                          self.scratch("dV", (threads, 36, rows, c), dout),
-                          self.scratch("products", (threads, c, f), dout), self.tile)  # fmt: skip
-        self.dW[...] = (self.G2.T @ dUs.sum(axis=0).reshape(36, -1)).reshape(self.W.shape)
-        dbs.sum(axis=0, out=self.db)
+        c, f = self.x_shape[3], self.b.size
+        dx, dU = self.scratch("dx", self.x_shape, dout), self.scratch("dU", self.U.shape, dout)
+        products = self.scratch("products", (len(self.tiles), c, f), dout)
+        for piece in self._pieces():
+            V, dM = self.V[piece].reshape(36, -1, c), self._M(piece)
+            dV = self.scratch("dV", self.V[piece].shape, dout).reshape(V.shape)
+            self._start_backward(dout, dM, piece)
+            multiply_gradient(V, dM, self.U, dV, dU, products, piece.start == 0)
+            transform_images_gradient(dV, dx[piece], self.tiles)
+        transform_weights(self.G2.T.copy(), dU.reshape(36, -1), self.dW.reshape(9, -1))
+        self._finish_backward(dout)
+        return dx
+
+    def _pieces(self):
+        """Slices of the batch, at least one: V and M fill the threads' caches, or as much as U, which each reads."""
+        (n, h, w, c), threads = self.x_shape, len(self.tiles)
+        bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
+        images = threads * math.ceil(max(CACHE_BYTES, self.U.nbytes / threads) / bytes_per_image)
+        return [slice(start, min(start + images, n)) for start in range(0, max(n, 1), images)]
+
+    def _M(self, piece):
+        (_, h, w, _), f = self.x_shape, self.b.size
+        return self.scratch("M", (piece.stop - piece.start, 36 * (h // 4) * (w // 4) * f), self.V).reshape(36, -1, f)
+
+    def _start_forward(self, x):
+        self.out = self.scratch("out", (*x.shape[:3], self.b.size), x)
+
+    def _finish_forward(self, M, piece):
+        transform_products(M, self.out[piece], self.tiles)
+        if self.has_bias:
+            self.out[piece] += self.b
+
+    def _start_backward(self, dout, dM, piece):
+        transform_products_gradient(dout[piece], dM, self.tiles)
+
+    def _finish_backward(self, dout):
+        if self.has_bias:
+            dout.sum(axis=(0, 1, 2), out=self.db)
+
+
+class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
+    """WinogradReLUPool: with bias, ReLU and pooling."""
+
+    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
+
+    def _start_forward(self, x):
+        n, h, w, _ = x.shape
+        self.out = self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
+        self.won = self.scratch("won", self.out.shape, x, dtype=np.uint8)
+        self.dbs = self.scratch("dbs", (n, self.b.size), x)
+
+    def _finish_forward(self, M, piece):
+        pool_products(M, self.b, self.out[piece], self.won[piece], self.tiles)
+
+    def _start_backward(self, dout, dM, piece):
+        pool_products_gradient(dout[piece], self.won[piece], dM, self.dbs[piece], self.tiles)
+
+    def _finish_backward(self, dout):
+        self.dbs.sum(axis=0, out=self.db)
+
+
+# Any other convolution: the rows of one matrix product are the windows of a few images.
+
+
+@inlined
+def im2col(x, size, stride, padding, oh, ow, col):
+    """x (N, H, W, C) → col (N·OH·OW, size·size·C): a row for each window. What lies outside the image is 0."""
+    n, height, width, channels = x.shape
+    row = 0
+    for i in range(n):
+        for top in range(-padding, stride * oh - padding, stride):
+            for left in range(-padding, stride * ow - padding, stride):
+                first, last = max(left, 0), min(left + size, width)
+                for h in range(top, top + size):
+                    line = col[row, (h - top) * size * channels:(h - top + 1) * size * channels]
+                    if not (0 <= h < height and first == left and last == left + size):
+                        line[:] = 0
+                    if 0 <= h < height:
+                        copy(x[i, h].reshape(-1)[first * channels:last * channels],
+                             line[(first - left) * channels:(last - left) * channels])  # fmt: skip
+                row += 1
+
+
+@inlined
+def col2im(col, size, stride, padding, oh, ow, dx):
+    """im2col transposed: adds the windows' gradients up."""
+    n, height, width, channels = dx.shape
+    row = 0
+    dx[...] = 0
+    for i in range(n):
+        for top in range(-padding, stride * oh - padding, stride):
+            for left in range(-padding, stride * ow - padding, stride):
+                first, last = max(left, 0), min(left + size, width)
+                for h in range(max(top, 0), min(top + size, height)):
+                    line = col[row, (h - top) * size * channels:(h - top + 1) * size * channels]
+                    add(line[(first - left) * channels:(last - left) * channels],
+                        dx[i, h].reshape(-1)[first * channels:last * channels])  # fmt: skip
+                row += 1
+
+
+@kernel(parallel=True)
+def conv_forward(x, W, out, size, stride, padding, images, cols):
+    """x (N, H, W, C), W (size·size·C, F) → out (N, OH, OW, F), in pieces of that many images."""
+    n, oh, ow, channels = out.shape
+    for p in prange(-(-n // images)):
+        start, stop = p * images, min((p + 1) * images, n)
+        col = cols[get_thread_id(), :(stop - start) * oh * ow]
+        im2col(x[start:stop], size, stride, padding, oh, ow, col)
+        np.dot(col, W, out[start:stop].reshape(-1, channels))
+
+
+@kernel(parallel=True)
+def conv_backward(x, dout, W, dx, dWs, size, stride, padding, images, cols, products):
+    """Adds each piece's dW (size·size·C, F) to its thread's sum and sets dx, unless that has no images."""
+    n, oh, ow, channels = dout.shape
+    for p in prange(-(-n // images)):
+        t, start, stop = get_thread_id(), p * images, min((p + 1) * images, n)
+        col, dy = cols[t, :(stop - start) * oh * ow], dout[start:stop].reshape(-1, channels)
+        im2col(x[start:stop], size, stride, padding, oh, ow, col)
+        np.dot(col.T, dy, products[t])
+        dWs[t] += products[t]
+        if len(dx):
+            np.dot(dy, W.T, col)
+            col2im(col, size, stride, padding, oh, ow, dx[start:stop])
+
+
+class ThreadedConv2D(Conv2D):
+    ROWS = 512  # at least, of a matrix product, if there are enough images
+
+    def forward(self, x):
+        (n, h, w, c), k, s, p, threads = x.shape, self.kernel_size, self.stride, self.padding, numba.get_num_threads()
+        self.x, oh, ow = x, (h + 2 * p - k) // s + 1, (w + 2 * p - k) // s + 1
+        out = self.scratch("out", (n, oh, ow, self.b.size), x)
+        images = max(1, min(-(-self.ROWS // (oh * ow)), -(-n // threads)))  # a piece for every thread
+        self.options = (k, s, p, images, self.scratch("cols", (threads, images * oh * ow, k * k * c), x))
+        conv_forward(x, self.W.reshape(-1, self.b.size), out, *self.options)
+        if self.has_bias:
+            out += self.b
+        return out
+
+    def backward(self, dout):
+        threads, W = numba.get_num_threads(), self.W.reshape(-1, self.b.size)
+        dWs, products = (self.scratch(name, (threads, *W.shape), dout) for name in ("dWs", "products"))
+        dx = self.scratch("dx", self.x.shape if self.needs_dx else (0, *self.x.shape[1:]), dout)
+        dWs.fill(0)
+        conv_backward(self.x, dout, W, dx, dWs, *self.options, products)
+        dWs.sum(axis=0, out=self.dW.reshape(W.shape))
+        if self.has_bias:
+            dout.sum(axis=(0, 1, 2), out=self.db)
+        return dx if self.needs_dx else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sums of a channel are taken image by image and then over the images, whichever thread had them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def add_squared_deviations(x, mean, sums):
+    """sums += (x - mean)². All (C,)."""
+    for c in range(sums.size):
+        d = x[c] - mean[c]
+        sums[c] += d * d
+
+
+@inlined
+def scale_and_shift(x, mean, scale, shift, out):
+    """out = (x - mean) scale + shift. All (C,)."""
+    for c in range(out.size):
+        out[c] = (x[c] - mean[c]) * scale[c] + shift[c]
+
+
+@inlined
+def relu(row):
+    zero = row.dtype.type(0)
+    for c in range(row.size):
+        row[c] = zero if row[c] <= zero else row[c]
+
+
+@inlined
+def mask(dout, out, d):
+    """d = dout where ReLU is open, else 0. All (C,)."""
+    zero = dout.dtype.type(0)
+    for c in range(d.size):
+        d[c] = dout[c] if out[c] > zero else zero
+
+
+@inlined
+def add_products(d, x, mean, sums):
+    """sums += d (x - mean). All (C,)."""
+    for c in range(sums.size):
+        sums[c] += d[c] * (x[c] - mean[c])
+
+
+@inlined
+def combine(d, scale, x, mean, slope, shift, dx):
+    """dx = d scale - (x - mean) slope - shift. All (C,)."""
+    for c in range(dx.size):
+        dx[c] = d[c] * scale[c] - (x[c] - mean[c]) * slope[c] - shift[c]
+
+
+@kernel(parallel=True)
+def moments(x, means, squares):
+    """x (N, positions, C) → of each image and channel the mean and the sum of squared deviations from it (N, C)."""
+    n, positions, _ = x.shape
+    for i in prange(n):
+        mean, square = means[i], squares[i]
+        mean[:] = 0
+        square[:] = 0
+        for p in range(positions):
+            add(x[i, p], mean)
+        mean /= positions
+        for p in range(positions):
+            add_squared_deviations(x[i, p], mean, square)
+
+
+@kernel(parallel=True)
+def normalize(x, mean, scale, shift, shortcut, has_relu, out):
+    """out = (x - mean) scale + shift, plus shortcut if that has images, ReLU of it if has_relu. (N, positions, C)"""
+    n, positions, _ = x.shape
+    for i in prange(n):
+        for p in range(positions):
+            row = out[i, p]
+            scale_and_shift(x[i, p], mean, scale, shift, row)
+            if len(shortcut):
+                add(shortcut[i, p], row)
+            if has_relu:
+                relu(row)
+
+
+@kernel(parallel=True)
+def normalize_sums(dout, x, mean, out, has_relu, rows, products, sums):
+    """Of each image and channel the sums of d and d (x - mean), d being the gradient before ReLU (N, C)."""
+    n, positions, _ = x.shape
+    for i in prange(n):
+        d = rows[get_thread_id()]
+        products[i] = 0
+        sums[i] = 0
+        for p in range(positions):
+            if has_relu:
+                mask(dout[i, p], out[i, p], d)
+            else:
+                copy(dout[i, p], d)
+            add(d, sums[i])
+            add_products(d, x[i, p], mean, products[i])
+
+
+@kernel(parallel=True)
+def normalize_gradient(dout, x, mean, out, has_relu, scale, slope, shift, rows, dx, dshortcut):
+    """dx = d scale - (x - mean) slope - shift; dshortcut = d, if that has images; d: the gradient before ReLU."""
+    for i in prange(len(x)):
+        d = rows[get_thread_id()]
+        for p in range(x.shape[1]):
+            if has_relu:
+                mask(dout[i, p], out[i, p], d)
+            else:
+                copy(dout[i, p], d)
+            if len(dshortcut):
+                copy(d, dshortcut[i, p])
+            combine(d, scale, x[i, p], mean, slope, shift, dx[i, p])
+
+
+class ThreadedBatchNorm2D(BatchNorm2D):
+    """BatchNorm2D, and in the same pass what follows it in a residual block: the sum with the shortcut, ReLU."""
+
+    relu = False
+
+    def forward(self, x, shortcut=None):
+        self.shortcut = x[:0] if shortcut is None else shortcut
+        return super().forward(x)
+
+    def _moments(self, x):
+        n, h, w, c = x.shape
+        means, squares = (self.scratch(name, (n, c), x) for name in ("means", "squares"))
+        moments(by_position(x), means, squares)
+        mean = means.sum(axis=0) / max(n, 1)
+        return n * h * w, mean, squares.sum(axis=0) + h * w * np.square(means - mean).sum(axis=0)
+
+    def _normalize(self, x, mean):
+        self.x, self.mean, self.out = x, mean, self.scratch("out", x.shape, x)
+        normalize(by_position(x), mean, self.gamma * self.inverse, self.beta, by_position(self.shortcut), self.relu,
+                  by_position(self.out))  # fmt: skip
+        return self.out
+
+    def _sums(self, dout):
+        n, _, _, c = dout.shape
+        products, sums = (self.scratch(name, (n, c), dout) for name in ("means", "squares"))
+        self.rows = self.scratch("rows", (numba.get_num_threads(), c), dout)
+        normalize_sums(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, self.rows,
+                       products, sums)  # fmt: skip
+        return products.sum(axis=0) * self.inverse, sums.sum(axis=0)
+
+    def _input_gradient(self, dout, dgamma, dbeta):
+        dx, scale = self.scratch("dx", dout.shape, dout), self.gamma * self.inverse
+        self.dshortcut = self.scratch("dshortcut", self.shortcut.shape, dout)
+        normalize_gradient(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, scale,
+                           scale * self.inverse * dgamma, scale * dbeta, self.rows, by_position(dx),
+                           by_position(self.dshortcut))  # fmt: skip
+        return dx
+
+
+class ThreadedNormReLU(ThreadedBatchNorm2D):
+    relu = True
+
+
+def by_position(x):
+    """(N, H, W, C) → (N, H·W, C)"""
+    n, h, w, c = x.shape
+    return x.reshape(n, h * w, c)
+
+
+@kernel(parallel=True)
+def accumulate(source, target):
+    for i in prange(target.size):
+        target[i] += source[i]
+
+
+class ThreadedBasicBlock(BasicBlock):
+    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, stride, conv=conv or ThreadedWinogradConv2D,
+                         other_conv=ThreadedConv2D, norm=ThreadedBatchNorm2D, rng=rng, dtype=dtype)  # fmt: skip
+        self.conv1, self.norm1, _, self.conv2, self.norm2 = self.branch
+        self.norm1.relu = self.norm2.relu = True
+
+    def forward(self, x):
+        shortcut = x
+        for part in self.shortcut:
+            shortcut = part.forward(shortcut)
+        y = self.norm1.forward(self.conv1.forward(x))
+        return self.norm2.forward(self.conv2.forward(y), shortcut)
+
+    def backward(self, dout):
+        dx = self.conv2.backward(self.norm2.backward(dout))
+        dx = self.conv1.backward(self.norm1.backward(dx))
+        dshortcut = self.norm2.dshortcut
+        for part in reversed(self.shortcut):
+            dshortcut = part.backward(dshortcut)
+        accumulate(dshortcut.reshape(-1), dx.reshape(-1))
         return dx
 
 
@@ -574,6 +971,14 @@ class Reducer:
         self._wait()
         self.seconds += time.perf_counter() - started
 
+    def gather(self, array):
+        """The arrays of all ranks, stacked, for statistics of the global batch."""
+        started = time.perf_counter()
+        stacked = np.empty((self.comm.size, *array.shape), array.dtype)
+        self.comm.Allgather(array, stacked)
+        self.seconds += time.perf_counter() - started
+        return stacked
+
     def _start(self, part):
         self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[part]))
         MPI.Request.Testall(self.requests)  # MPI moves data only while one of its functions runs
@@ -652,7 +1057,7 @@ def train_step(model, optimizer, x, labels, count, reducer, stop=None):
     started, waited = time.perf_counter(), reducer.seconds
     logits = model.forward(x)
     loss, dlogits = softmax_cross_entropy(logits, labels)
-    forward = time.perf_counter()
+    forward = time.perf_counter() - (reducer.seconds - waited)
     sums = np.array([loss, *count_correct(logits, labels), bool(stop)], np.float64)
     reducer.start_sums(sums)
     model.backward(dlogits, on_grad_ready=reducer.start)
@@ -704,7 +1109,7 @@ def choose_threads(args, comm):
     return threads
 
 
-def compile_kernels(dtype, comm):
+def compile_kernels(name, dtype, comm):
     """Compile all kernels, or load them from Numba's cache, rank 0 first; returns the seconds that it took."""
     import scipy.linalg.cython_blas  # noqa: F401 (Numba's np.dot calls its BLAS)
 
@@ -713,7 +1118,7 @@ def compile_kernels(dtype, comm):
     started = time.perf_counter()
     for turn in (True, False):
         if turn == (comm.rank == 0):
-            model = make_model(0, dtype)
+            model = make_model(name, 0, dtype)
             logits = model.forward(np.zeros((2, 32, 32, 3), dtype))
             model.backward(softmax_cross_entropy(logits, np.zeros(2, np.uint8))[1])
             ThreadedSGD(model).step(2)
@@ -722,12 +1127,19 @@ def compile_kernels(dtype, comm):
     return time.perf_counter() - started
 
 
-def make_model(seed, dtype):
-    return make_cnn(seed, dtype, conv1=ThreadedConvReLUPool, conv2=ThreadedWinogradReLUPool, dense=ThreadedDense)
+def make_model(name, seed, dtype):
+    """The network that --model names, of threaded layers."""
+    if name == "cnn":
+        return make_cnn(seed, dtype, conv1=ThreadedConvReLUPool, conv2=ThreadedWinogradReLUPool, dense=ThreadedDense)
+    return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
+
+
+def make_stem(rng, dtype):
+    return [ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype), ThreadedNormReLU(64, dtype=dtype)]
 
 
 def parse_args(argv=None):
-    parser = make_parser("parallel_cnn_hybrid", __doc__)
+    parser = make_parser("parallel_cnn_hybrid", __doc__, MODELS)
     add_rank_options(parser)
     parser.add_argument("--num-threads", type=number(int, 1, 1024), metavar="N",
                         help="threads of a rank (default: $OMP_NUM_THREADS, else its share of the cores)")  # fmt: skip
@@ -745,15 +1157,16 @@ def main(argv=None):
         sys.stdout = sys.stderr = open(os.devnull, "w")
     args = parse_args(argv)
     threads = together(comm, lambda: choose_threads(args, comm))
-    seconds = compile_kernels(np.dtype(args.dtype), comm)
+    seconds = compile_kernels(args.model, np.dtype(args.dtype), comm)
     if not args.quiet:
         print(f"{comm.size} ranks x {threads} threads; kernels ready after {seconds:.1f} s of compiling", flush=True)
     if warning := blas_warning():
         print(warning, file=sys.stderr)
     data = load_on_all(args, comm)
-    model = make_model(args.seed, np.dtype(args.dtype))
+    model = make_model(args.model, args.seed, np.dtype(args.dtype))
     optimizer = make_optimizer(model, args, sgd=ThreadedSGD, adam=ThreadedAdam)
     reducer = make_reducer(comm, model, args)
+    model.gather_statistics(reducer.gather)
     with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
         run = together(comm, lambda: Run(
             args, "parallel_cnn_hybrid", data, lambda: get_arrays(model, optimizer),

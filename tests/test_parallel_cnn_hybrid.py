@@ -5,13 +5,38 @@ import json
 import numba
 import numpy as np
 import pytest
-from helpers import assert_gone, assert_same_weights, count_rows, mpirun, ranks_of, start_ranks, wait_until
+from helpers import (
+    assert_gone,
+    assert_same_run,
+    assert_same_weights,
+    count_rows,
+    mpirun,
+    ranks_of,
+    read_log,
+    read_npz,
+    start_ranks,
+    wait_until,
+)
 
 import parallel_cnn_hybrid as hybrid
-from common import SGD, Adam, ConvReLUPool, Dense, WinogradReLUPool, make_cnn, softmax_cross_entropy
+from common import (
+    MODELS,
+    SGD,
+    Adam,
+    BasicBlock,
+    BatchNorm2D,
+    Conv2D,
+    ConvReLUPool,
+    Dense,
+    ReLU,
+    WinogradConv2D,
+    WinogradReLUPool,
+    make_cnn,
+    softmax_cross_entropy,
+)
 
 SCRIPT = "parallel_cnn_hybrid.py"
-SIDECAR = "results/parallel_cnn_hybrid.json"
+LOG, SIDECAR = "results/parallel_cnn_hybrid.csv", "results/parallel_cnn_hybrid.json"
 TINY = ("--dataset", "synthetic", "--subset", 60, "--batch-size", 20, "--epochs", 1)
 TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
 
@@ -56,6 +81,65 @@ def test_threaded_layer_is_the_serial_layer(name, dtype, n, threads):
             np.testing.assert_allclose(a, b, atol=TOLERANCE[dtype] * 100)
 
 
+def assert_same_layer(ours, theirs, x, rng):
+    """Output, dx, gradients and statistics to 1e-10, twice, from equal weights."""
+    for a, b in zip(ours.params(), theirs.params(), strict=True):
+        a[...] = b[...] = rng.standard_normal(b.shape)
+    for _ in range(2):
+        x = x + rng.standard_normal(x.shape)
+        out = theirs.forward(x)
+        np.testing.assert_allclose(ours.forward(x), out, rtol=1e-10, atol=1e-10)
+        dout = rng.standard_normal(out.shape)
+        dx = theirs.backward(dout)
+        np.testing.assert_allclose(ours.backward(dout), dx, rtol=1e-10, atol=1e-10)
+        for a, b in zip([*ours.grads(), *ours.state()], [*theirs.grads(), *theirs.state()], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_threaded_convolutions_of_random_shapes(seed, threads):
+    """Any kernel size, stride and padding, odd sizes, more images than one piece; Winograd's with its own limits."""
+    rng = np.random.default_rng(seed)
+    n, k, h, w = rng.integers(0, 7), rng.integers(1, 6), *rng.integers(5, 12, 2)
+    channels, stride, padding = rng.integers(1, 9, 2), rng.integers(1, 4), rng.integers(0, k)
+    ours, theirs = (conv(*channels, k, stride, padding, bias=seed % 2 == 0, dtype=np.float64)
+                    for conv in (hybrid.ThreadedConv2D, Conv2D))  # fmt: skip
+    ours.ROWS = 40
+    assert_same_layer(ours, theirs, rng.standard_normal((n, h, w, channels[0])), rng)
+    channels = 32 * rng.integers(1, 4, 2)
+    ours, theirs = (conv(*channels, bias=seed % 2 == 0, dtype=np.float64)
+                    for conv in (hybrid.ThreadedWinogradConv2D, WinogradConv2D))  # fmt: skip
+    assert_same_layer(ours, theirs, rng.standard_normal((n, *4 * rng.integers(1, 4, 2), channels[0])), rng)
+
+
+def test_winograd_in_several_pieces(threads, monkeypatch):
+    """19 images in pieces of one a thread: the weights' gradient is added up, the last piece may be smaller."""
+    monkeypatch.setattr(hybrid, "CACHE_BYTES", 1)
+    rng = np.random.default_rng(0)
+    ours, theirs = (conv(32, 32, dtype=np.float64) for conv in (hybrid.ThreadedWinogradConv2D, WinogradConv2D))
+    assert_same_layer(ours, theirs, rng.standard_normal((19, 8, 12, 32)), rng)
+    assert len(ours._pieces()) > 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threaded_normalization_is_the_serial_one(threads, training):
+    """With ReLU, too, and far from zero mean, where a variance taken from the sum of squares would lose its digits."""
+    rng = np.random.default_rng(1)
+    x = 1000 * rng.standard_normal(7) + rng.standard_normal((5, 9, 3, 7))
+    assert_same_layer(hybrid.ThreadedBatchNorm2D(7, dtype=np.float64), BatchNorm2D(7, dtype=np.float64), x, rng)
+    ours, theirs = hybrid.ThreadedNormReLU(7, dtype=np.float64), BatchNorm2D(7, dtype=np.float64)
+    ours.training = theirs.training = training
+    np.testing.assert_allclose(ours.forward(x), ReLU().forward(theirs.forward(x)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [((32, 32), 1), ((32, 64), 1), ((64, 32), 2)])
+def test_threaded_block_is_the_serial_block(threads, channels, stride):
+    """Both convolutions, fused normalisation, ReLU and sum, both kinds of shortcut."""
+    rng = np.random.default_rng(2)
+    ours, theirs = (block(*channels, stride, dtype=np.float64) for block in (hybrid.ThreadedBasicBlock, BasicBlock))
+    assert_same_layer(ours, theirs, rng.standard_normal((3, 8, 8, channels[0])), rng)
+
+
 def test_threaded_convolution_sends_ties_where_the_serial_one_does(threads):
     """Constant images: all four positions of most pooling windows are equal to the last bit."""
     ours, theirs = (layer(3, 32, rng=1) for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool))
@@ -94,11 +178,12 @@ def test_threaded_optimizer_is_the_serial_one(threads, threaded, plain, weight_d
     np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
 
 
-def test_threads_change_no_result_beyond_rounding():
+@pytest.mark.parametrize("name", MODELS)
+def test_threads_change_no_result_beyond_rounding(name):
     results = []
     for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
         numba.set_num_threads(threads)
-        model = hybrid.make_model(0, np.float64)
+        model = hybrid.make_model(name, 0, np.float64)
         x = np.random.default_rng(0).standard_normal((9, 32, 32, 3))
         model.backward(softmax_cross_entropy(model.forward(x), np.arange(9) % 10)[1])
         results.append(model.grads.copy())
@@ -119,6 +204,46 @@ def test_ranks_and_threads_give_the_serial_weights(tmp_path, serial, cache, rank
     sidecar = json.loads((tmp_path / SIDECAR).read_text())
     assert (sidecar["ranks"], sidecar["threads"], sidecar["threading_layer"]) == (ranks, threads, "omp")
     assert [blas["threads"] for blas in sidecar["blas"]] == [1] * len(sidecar["blas"])  # NumPy's and SciPy's
+
+
+RESNET18 = ("--model", "resnet18", "--dataset", "synthetic", "--dtype", "float64")
+
+
+@pytest.mark.parametrize(("ranks", "threads", "options"), [
+    (1, 1, ()), (1, 2, ()), (2, 1, ("--reduce", "messages", "--no-overlap")), (2, 2, ("--reduce", "shared")),
+])  # fmt: skip
+def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache, ranks, threads, options):
+    """Batches of 4, 4 and 1 images, the last leaves a rank without: weights and statistics are the serial run's."""
+    same = (*RESNET18, "--subset", 9, "--epochs", 1, "--quiet")
+    reference = serial(*same, "--batch-size", 4)
+    mpirun(tmp_path, ranks, SCRIPT, *same, *options, "--global-batch-size", 4, "--checkpoint", "run.npz",
+           "--num-threads", threads, "--force-threads", env={**cache, "NUMBA_NUM_THREADS": 2})  # fmt: skip
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    ours, theirs = read_npz(tmp_path / "run.npz"), read_npz(reference / "run.npz")
+    statistics = [name for name in ours if name.startswith("state")]
+    assert len(statistics) == 2 * 20
+    for name in statistics:
+        assert abs(ours[name] - theirs[name]).max() < 1e-10 * abs(theirs[name]).max()
+    row, expected = read_log(tmp_path / LOG)[-1], read_log(reference / "results/serial_cnn.csv")[-1]
+    assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-8)  # in evaluation mode
+
+
+def test_resnet18_resumes_bit_for_bit(tmp_path, cache):
+    """Two threads, killed in the second epoch: parameters, velocity and running statistics."""
+    options = (*RESNET18, "--subset", 8, "--batch-size", 4, "--epochs", 2, "--checkpoint", "run.npz",
+               "--checkpoint-every", 0, "--num-threads", 2, "--force-threads")  # fmt: skip
+    env = {**cache, "NUMBA_NUM_THREADS": 2}
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    mpirun(tmp_path / "whole", 1, SCRIPT, *options, env=env)
+    process = start_ranks(tmp_path / "parts", 1, SCRIPT, *options, env=env)
+    wait_until(process, lambda: count_rows(tmp_path / "parts" / LOG) >= 4 + 1)
+    ranks = ranks_of(process)
+    ranks[0].kill()
+    process.communicate(timeout=10)
+    assert_gone(ranks)
+    mpirun(tmp_path / "parts", 1, SCRIPT, *options, "--resume", env=env)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", "parallel_cnn_hybrid")
 
 
 def test_compiling_is_told_and_not_timed(tmp_path, cache):
@@ -155,7 +280,7 @@ def test_more_threads_than_numba_was_started_with_is_one_line(tmp_path, cache):
 
 def test_a_killed_rank_ends_the_job(tmp_path, cache):
     process = start_ranks(tmp_path, 2, SCRIPT, "--dataset", "synthetic", "--subset", 2000, "--quiet", env=cache)
-    wait_until(process, lambda: count_rows(tmp_path / "results/parallel_cnn_hybrid.csv") >= 5)
+    wait_until(process, lambda: count_rows(tmp_path / LOG) >= 5)
     ranks = ranks_of(process)
     ranks[1].kill()
     process.communicate(timeout=10)

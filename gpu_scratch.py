@@ -302,7 +302,7 @@ KERNEL input_tiles_backward(int n, const real *dV, const real *add, int h, int w
 __device__ __forceinline__ real sum_block(real value, real *shared)
 {
     shared[PLACE] = value;
-    for (int half = ROWS / 2; half; half /= 2) {
+    for (unsigned half = ROWS / 2; half; half /= 2) {
         __syncthreads();
         if (threadIdx.y < half) shared[PLACE] += shared[PLACE + half * COLUMNS];
     }
@@ -353,7 +353,7 @@ __device__ __forceinline__ Moments merge(Moments a, Moments b)
 __device__ __forceinline__ Moments merge_block(Moments mine, Moments *shared)
 {
     shared[PLACE] = mine;
-    for (int half = ROWS / 2; half; half /= 2) {
+    for (unsigned half = ROWS / 2; half; half /= 2) {
         __syncthreads();
         if (threadIdx.y < half) shared[PLACE] = merge(shared[PLACE], shared[PLACE + half * COLUMNS]);
     }
@@ -521,7 +521,7 @@ KERNEL softmax_cross_entropy(const real *logits, const byte *labels, int batch, 
         mine[2] += above < 5;
     }
     for (int k = 0; k < 3; k++) shared[k][threadIdx.x] = mine[k];
-    for (int half = THREADS / 2; half; half /= 2) {
+    for (unsigned half = THREADS / 2; half; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half)
             for (int k = 0; k < 3; k++) shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
@@ -664,6 +664,14 @@ class Kernels:
             kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
         return kept[:size].reshape(shape)
 
+    def argument(self, value):
+        """A kernel's argument as C has it: int, real, a null pointer; arrays and NumPy's scalars as they are."""
+        if value is None:
+            return np.uintp(0)
+        if isinstance(value, np.generic) or not isinstance(value, (int, float)):
+            return value
+        return self.dtype.type(value) if isinstance(value, float) else np.int32(value)
+
     def each(self, name, n, *args):
         """Run a kernel that has a thread for each of n elements."""
         self.launch(name, (-(-n // THREADS),), (THREADS,), n, *args)
@@ -750,14 +758,7 @@ class Gpu(Kernels):
 
     def launch(self, name, grid, block, *args):
         function = self.functions.get(name) or self.functions.setdefault(name, self.module.get_function(name))
-        function(grid, block, tuple(map(self._argument, args)))
-
-    def _argument(self, value):
-        if value is None:
-            return np.uintp(0)
-        if isinstance(value, int):  # and bool
-            return np.int32(value)
-        return self.dtype.type(value) if isinstance(value, float) else value
+        function(grid, block, tuple(map(self.argument, args)))
 
     def gemm(self, a, b, out, transpose_a=False, transpose_b=False):
         """out = a @ b for matrices, or stacks of them, that lie in memory row by row."""

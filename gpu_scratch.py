@@ -16,6 +16,7 @@ runs on NumPy and gives the numbers of serial_cnn.py.
 The kernels' arithmetic is tested on any machine, compiled as C++. The script has not yet been run on a GPU.
 """
 
+import ctypes
 import math
 import sys
 import time
@@ -39,6 +40,7 @@ from common import (
     Layer,
     Model,
     Run,
+    TrainingError,
     Winograd,
     array_module,
     augment,
@@ -64,6 +66,7 @@ from common import (
 
 THREADS = 256  # of a block of a kernel that has one thread for each element
 COLUMNS, ROWS = 32, 16  # of a block of a kernel that sums over rows: neighbours read neighbouring channels
+WORKSPACE = 32 * MIB  # of cuBLAS, as NVIDIA advises for the largest GPUs
 LARGEST = 2**30  # elements of an array: kernels count in 32 bits
 
 # Arrays are NHWC; `real` is float or double. A kernel with `int n` first has a thread for each of n elements, channels
@@ -739,10 +742,9 @@ class Gpu(Kernels):
 
     def __init__(self, dtype, tf32=False):
         import cupy
-        from cupy_backends.cuda.libs import cublas
 
         super().__init__(cupy, dtype)
-        self.stream, self.cublas = cupy.cuda.Stream(non_blocking=True), cublas
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
         properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         uuid = bytes(properties["uuid"][:16]).hex()
@@ -750,11 +752,28 @@ class Gpu(Kernels):
         self.name = properties["name"].decode()
         self.module = cupy.RawModule(code=kernel_source(dtype), options=("--std=c++14",))
         self.functions = {}
-        self.handle = cupy.cuda.device.get_cublas_handle()
-        cublas.setMathMode(self.handle, 3 if tf32 else 0)  # CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH
         self.one, self.zero = np.ones(1, dtype), np.zeros(1, dtype)
-        self.products = {4: (cublas.sgemm, cublas.sgemmStridedBatched),
-                         8: (cublas.dgemm, cublas.dgemmStridedBatched)}[self.dtype.itemsize]  # fmt: skip
+        self._open_cublas(tf32)
+
+    def _open_cublas(self, tf32):
+        """cuBLAS itself, since CuPy refuses to call it while a stream is captured (cupy/cupy #6290)."""
+        library, letter = load_cublas(), {4: "S", 8: "D"}[self.dtype.itemsize]
+        pointer, integer, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+        begin = [pointer, *[integer] * 5, pointer]  # handle, transposed or not twice, m, n, k, alpha
+        single, stacked = library[f"cublas{letter}gemm_v2"], library[f"cublas{letter}gemmStridedBatched"]
+        single.argtypes = [*begin, *[pointer, integer] * 2, pointer, pointer, integer]
+        stacked.argtypes = [*begin, *[pointer, integer, stride] * 2, pointer, pointer, integer, stride, integer]
+        self.products, self.handle = (single, stacked), pointer()
+        self.workspace = self.xp.empty(WORKSPACE, np.uint8)  # its own would be taken anew within a graph
+        self._check(library.cublasCreate_v2(ctypes.byref(self.handle)))
+        self._check(library.cublasSetStream_v2(self.handle, pointer(self.stream.ptr)))
+        workspace = pointer(self.workspace.data.ptr), ctypes.c_size_t(WORKSPACE)
+        self._check(library.cublasSetWorkspace_v2(self.handle, *workspace))
+        self._check(library.cublasSetMathMode(self.handle, 3 if tf32 else 0))  # CUBLAS_TF32_TENSOR_OP_MATH, DEFAULT
+
+    def _check(self, status):
+        if status:
+            raise TrainingError(f"cuBLAS failed with status {status}")
 
     def launch(self, name, grid, block, *args):
         function = self.functions.get(name) or self.functions.setdefault(name, self.module.get_function(name))
@@ -766,12 +785,13 @@ class Gpu(Kernels):
         # to cuBLAS, which reads column by column, each is its transpose: outᵀ = bᵀ aᵀ
         start = (self.handle, int(transpose_b), int(transpose_a), n, m, k, self.one.ctypes.data)
         if stacked and len(out) > 1:
-            self.products[1](*start, b.data.ptr, b.shape[2], b.shape[1] * b.shape[2], a.data.ptr, a.shape[2],
-                             a.shape[1] * a.shape[2], self.zero.ctypes.data, out.data.ptr, n, m * n,
-                             len(out))  # fmt: skip
+            status = self.products[1](
+                *start, b.data.ptr, b.shape[2], b.shape[1] * b.shape[2], a.data.ptr, a.shape[2],
+                a.shape[1] * a.shape[2], self.zero.ctypes.data, out.data.ptr, n, m * n, len(out))  # fmt: skip
         else:
-            self.products[0](*start, b.data.ptr, b.shape[-1], a.data.ptr, a.shape[-1], self.zero.ctypes.data,
-                             out.data.ptr, n)  # fmt: skip
+            status = self.products[0](*start, b.data.ptr, b.shape[-1], a.data.ptr, a.shape[-1], self.zero.ctypes.data,
+                                      out.data.ptr, n)  # fmt: skip
+        self._check(status)
 
     def put(self, array):
         return self.xp.asarray(array)
@@ -809,6 +829,14 @@ class Gpu(Kernels):
                 "gpu_device_mb": (total - free) / MIB}  # fmt: skip
 
 
+def load_cublas():
+    """The cuBLAS that belongs to CuPy's CUDA."""
+    from cupy_backends.cuda.api import runtime
+    from cupy_backends.cuda.libs import cublas  # noqa: F401 (CuPy knows where the library is, and loads it)
+
+    return ctypes.CDLL(f"libcublas.so.{runtime.runtimeGetVersion() // 1000}")
+
+
 def missing_for_gpu():
     """What stands in the way of a GPU, in words with what to do; None if nothing does."""
     try:
@@ -819,21 +847,25 @@ def missing_for_gpu():
         return f"CuPy cannot be imported ({' '.join(str(error).split())}): install it again"
     runtime = cupy.cuda.runtime
     try:
-        if runtime.getDeviceCount():
-            from cupy_backends.cuda.libs import cublas, nvrtc  # noqa: F401
-
-            return None
-    except ImportError as error:
-        return (f"a CUDA library is missing ({' '.join(str(error).split())}): "
-                "python -m pip install -r requirements-gpu.txt")  # fmt: skip
+        devices = runtime.getDeviceCount()
     except runtime.CUDARuntimeError:
-        driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        devices, driver, needed = 0, runtime.driverGetVersion(), runtime.runtimeGetVersion()
         if not driver:
             return "no NVIDIA driver is found"
         if driver // 1000 < needed // 1000:
             return (f"the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, this CuPy needs "
-                    f"{needed // 1000}: update the driver")  # fmt: skip
-    return "the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES hides those that it does not name)"
+                    f"CUDA {needed // 1000}: update the driver")  # fmt: skip
+    if not devices:
+        return "the NVIDIA driver finds no GPU that this process may use (is CUDA_VISIBLE_DEVICES set?)"
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+        load_cublas()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        return f"a CUDA library is missing ({reason}): python -m pip install -r requirements-gpu.txt"
+    return None
 
 
 def choose_device(args):
@@ -841,12 +873,12 @@ def choose_device(args):
     missing = missing_for_gpu() if args.device != "cpu" else None
     if missing and args.device == "cuda":
         raise InputError(f"--device cuda: {missing}")
+    if args.device == "cpu" and (args.graph or args.tf32 == "on"):
+        raise InputError("--graph and --tf32 need a GPU: leave them out, or --device cpu")
     if missing:
         print(f"Training on the CPU with NumPy: {missing}", file=sys.stderr)
     if args.device == "cpu" or missing:
-        if args.graph:
-            raise InputError("--graph needs a GPU: leave it out")
-        args.tf32 = "off"
+        args.graph, args.tf32 = False, "off"  # what the sidecar will say
         limit_blas_threads(1)
         if warning := blas_warning():
             print(warning, file=sys.stderr)

@@ -12,6 +12,7 @@ from helpers import REPO, run_usage_line, script_environment, usage_lines
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 TINY = {
+    "gpu_scratch.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_hybrid.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],

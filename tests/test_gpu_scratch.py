@@ -7,16 +7,20 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import (
+    REPO,
     assert_one_error_line,
     assert_same_run,
     assert_same_weights,
@@ -204,10 +208,11 @@ def gpu(request, make_kernels):
     return make_kernels(request.param)
 
 
-def assert_close(gpu, value, wanted, tolerance=None):
-    value, tolerance = gpu.get(value), tolerance or {4: 1e-5, 8: 1e-11}[gpu.dtype.itemsize]
+def assert_close(gpu, value, wanted, least=1e-3):
+    """Apart by at most 1e-5 (float32) or 1e-11 times the largest value, or times `least` if that is more."""
+    value, tolerance = gpu.get(value), {4: 1e-5, 8: 1e-11}[gpu.dtype.itemsize]
     assert value.shape == wanted.shape
-    assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-3)
+    assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), least)
 
 
 def normal(gpu, seed, *shape):
@@ -242,7 +247,7 @@ def against(gpu, ours, theirs, x, add=None):
         masked = dout * passed if relu else dout
         assert_close(gpu, dx, theirs.backward(masked))
         for our_grad, their_grad in zip(ours.grads(), theirs.grads(), strict=True):
-            assert_close(gpu, our_grad, their_grad)
+            assert_close(gpu, our_grad, their_grad, least=math.sqrt(dout.size))  # sums of so many that cancel
         for our_state, their_state in zip(ours.state(), theirs.state(), strict=True):
             assert_close(gpu, our_state, their_state)
     return masked
@@ -368,10 +373,10 @@ def both_devices(make_kernels, name, seed=0):
     return [(device, device.make_model(name, seed)) for device in devices]
 
 
-@pytest.mark.parametrize(("name", "steps", "batch"), [("cnn", 8, 9), ("resnet18", 1, 2)])
-def test_networks_train_as_those_of_common(make_kernels, name, steps, batch):
+@pytest.mark.parametrize(("name", "steps", "batch", "n_test"), [("cnn", 8, 9, 3), ("resnet18", 1, 2, 1)])
+def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_test):
     """The same weights from the same seed, the same losses, counts and weights after training, the same evaluation."""
-    data, results = common.make_synthetic(50, n_test=3), []
+    data, results = common.make_synthetic(50, n_test=n_test), []
     for device, model in both_devices(make_kernels, name):
         optimizer = device.make_optimizer(model, gpu_scratch.parse_args(["--lr", "0.001"]))
         before, sums = device.get(model.params).copy(), []
@@ -468,23 +473,29 @@ def run(run_script, cache):
     return lambda *args, env=None, **expected: run_script(SCRIPT, *args, env={**cache, **(env or {})}, **expected)
 
 
-THIRTY_STEPS = {
+STEPS = {  # 30 and 8 of them
     "cnn": ("--dataset", "synthetic", "--subset", "150", "--batch-size", "10", "--epochs", "2", "--dtype", "float64"),
-    "resnet18": ("--dataset", "synthetic", "--subset", "30", "--batch-size", "1", "--epochs", "1", "--model",
+    "resnet18": ("--dataset", "synthetic", "--subset", "8", "--batch-size", "1", "--epochs", "1", "--model",
                  "resnet18", "--dtype", "float64"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", THIRTY_STEPS)
+@pytest.mark.parametrize("name", STEPS)
 def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
-    run(*THIRTY_STEPS[name], "--device", "cpu", "--checkpoint", "run.npz")
-    reference = serial(*THIRTY_STEPS[name])
+    run(*STEPS[name], "--device", "cpu", "--checkpoint", "run.npz")
+    reference = serial(*STEPS[name])
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
     assert [row["type"] for row in ours] == [row["type"] for row in theirs]
-    assert sum(row["type"] == "2" for row in ours) == 30
+    assert sum(row["type"] == "2" for row in ours) == {"cnn": 30, "resnet18": 8}[name]
     for column in ("value1", "value2", "loss"):
         assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=2e-6)
+
+
+def test_serial_cnn_goes_on_from_its_checkpoint(run, run_script, tmp_path, cache, serial):
+    run(*STEPS["cnn"], "--epochs", 1, "--device", "cpu", "--checkpoint", "run.npz")
+    run_script("serial_cnn.py", *STEPS["cnn"], "--checkpoint", "run.npz", "--resume", env=cache)
+    assert_same_weights(tmp_path / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
 
 
 def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):
@@ -591,6 +602,27 @@ def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
     assert counted
     assert all(batches == steps for batches, steps in counted)
     assert counted == [(3, 3)] if when == "signal" else counted[-1] == (5, 5)
+
+
+@pytest.mark.parametrize(("smi", "message"), [
+    ("echo '| Driver Version: 470.82.01    CUDA Version: 11.4     |'", "driver is for CUDA 11, CUDA 12 is needed"),
+    ("[ \"$1\" = -L ]", "nvidia-smi, which tells its CUDA version, does not run"),
+    ("echo '| Driver Version: 550.54.15    CUDA Version: 12.4     |'", None),
+])  # fmt: skip
+def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, message):
+    """A stand-in for nvidia-smi; an empty list of packages, so that nothing is installed."""
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(REPO / "Makefile", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
+    (tmp_path / "bin/nvidia-smi").chmod(0o755)
+    done = subprocess.run(["make", f"BASE_PYTHON={sys.executable}", "setup"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+                          check=True)  # fmt: skip
+    assert (message or "") in done.stderr
+    assert ("No CuPy" in done.stderr) == bool(message)
+    assert ("requirements-gpu.txt" in done.stderr + done.stdout) == (message is None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

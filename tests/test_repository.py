@@ -30,6 +30,7 @@ TINY_MAKE = {
                        "S3_DATA=--subset 40 --dataset synthetic"],
     "split-cores": ["EPOCHS=1", "SUBSET=8", "ARGS=--dataset synthetic --batch-size 4 --micro-batches 2"],
     "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "gpu": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "demo": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "experiments": ["EPOCHS=1", "SUBSET=64", "ARGS=--dataset synthetic --repeats 1 --only mpi"],
     "bench": ["ARGS=--dataset synthetic --quick --only 'serial_cnn.py, CNN, batch 32'"],

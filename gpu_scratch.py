@@ -96,14 +96,20 @@ KERNEL load_images(int n, const byte *images, const byte *labels, const int *ind
 
 // --- convolution by im2col -------------------------------------------------------------------------------------------
 
-// col (batch, oh, ow, k, k, c): the receptive field of each position of the output; zero outside the image.
+// col (batch, oh, ow, k, k, c): the receptive field of each position of the output; zero outside the image. A thread
+// has one channel of a position, since the divisions that find it take longer than the copies. n = batch oh ow c
 KERNEL im2col(int n, const real *x, int h, int w, int c, int k, int stride, int padding, int oh, int ow, real *col)
 {
     EACH(i, n);
-    int channel = i % c, dx = i / c % k, dy = i / c / k % k, position = i / c / k / k;
-    int column = position % ow * stride + dx - padding, row = position / ow % oh * stride + dy - padding;
-    bool inside = 0 <= row && row < h && 0 <= column && column < w;
-    col[i] = inside ? x[((position / ow / oh * h + row) * w + column) * c + channel] : 0;
+    int channel = i % c, position = i / c, image = position / ow / oh;
+    int column = position % ow * stride - padding, row = position / ow % oh * stride - padding;
+    x += ((image * h + row) * w + column) * c + channel;
+    col += position * k * k * c + channel;
+    for (int a = 0; a < k; a++)
+        for (int b = 0; b < k; b++) {
+            bool inside = 0 <= row + a && row + a < h && 0 <= column + b && column + b < w;
+            col[(a * k + b) * c] = inside ? x[(a * w + b) * c] : 0;
+        }
 }
 
 // dx (batch, h, w, c) = the sum of the elements of dcol that are copies of it, + add (or null).
@@ -125,6 +131,9 @@ KERNEL col2im(int n, const real *dcol, const real *add, int h, int w, int c, int
     dx[i] = sum;
 }
 
+// max(value, 0), but what is not a number stays so
+__device__ __forceinline__ real rectified(real value) { return value < 0 ? 0 : value; }
+
 // out (batch, h, w, c) = ReLU(the largest of a 2x2 window of y + bias); which: the first of the largest, 0 to 3.
 __device__ __forceinline__ real largest(real y0, real y1, real y2, real y3, byte *which)
 {
@@ -139,7 +148,7 @@ KERNEL bias_relu_pool(int n, const real *y, const real *bias, int h, int w, int 
     int channel = i % c, column = i / c % w, row = i / c / w, width = 2 * w * c;
     const real *corner = y + 2 * row * width + 2 * column * c + channel;
     real value = largest(corner[0], corner[c], corner[width], corner[width + c], which + i) + bias[channel];
-    out[i] = value > 0 ? value : 0;
+    out[i] = rectified(value);
 }
 
 KERNEL bias_relu_pool_backward(int n, const real *dout, const real *out, const byte *which, int h, int w, int c,
@@ -238,7 +247,7 @@ KERNEL output_tiles_pool(int n, const real *M, const real *bias, int h, int w, i
         int r = k / 2, q = k % 2, place = ((image * h / 2 + 2 * row + r) * (w / 2) + 2 * column + q) * c + channel;
         const real *corner = y + 8 * r + 2 * q;
         real value = largest(corner[0], corner[1], corner[4], corner[5], which + place) + bias[channel];
-        out[place] = value > 0 ? value : 0;
+        out[place] = rectified(value);
     }
 }
 
@@ -419,7 +428,7 @@ KERNEL norm_forward(int n, const real *x, const real *mean, const real *inverse,
     int channel = i % c;
     real value = (x[i] - mean[channel]) * inverse[channel] * gamma[channel] + beta[channel];
     if (add) value += add[i];
-    out[i] = relu && !(value > 0) ? 0 : value;
+    out[i] = relu ? rectified(value) : value;
 }
 
 // parts (gridDim.y, 2, c) of dgamma and dbeta. out: the output, if it went through a ReLU, or null
@@ -492,7 +501,7 @@ KERNEL add_bias(int n, real *y, const real *bias, int relu, int c)
 {
     EACH(i, n);
     real value = y[i] + bias[i % c];
-    y[i] = relu && !(value > 0) ? 0 : value;
+    y[i] = relu ? rectified(value) : value;
 }
 
 KERNEL relu_backward(int n, real *dout, const real *out)
@@ -664,7 +673,11 @@ class Kernels:
             raise InputError(f"an array of {size:,} values would be needed: give a smaller --batch-size")
         kept = self.rooms.get(key)
         if kept is None or kept.size < size:
-            kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
+            self.rooms.pop(key, None)
+            try:
+                kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
+            except MemoryError:
+                raise InputError("the memory does not suffice: give a smaller --batch-size") from None
         return kept[:size].reshape(shape)
 
     def argument(self, value):
@@ -794,7 +807,7 @@ class Gpu(Kernels):
         self._check(status)
 
     def put(self, array):
-        return self.xp.asarray(array)
+        return self.xp.asarray(np.ascontiguousarray(array))
 
     def get(self, array):
         return self.xp.asnumpy(array)
@@ -927,7 +940,7 @@ class Im2col(GpuLayer, Conv2D):
     def _multiply(self, x, y):
         rows, window = y.size // self.b.size, self.W.size // self.b.size
         self.col = self.room("col", (rows, window))
-        self.gpu.each("im2col", self.col.size, x, *self._geometry(y.shape), self.col)
+        self.gpu.each("im2col", rows * x.shape[3], x, *self._geometry(y.shape), self.col)
         self.gpu.gemm(self.col, self.W.reshape(window, -1), y.reshape(rows, -1))
 
     def _weight_gradient(self, dy):

@@ -2,7 +2,8 @@
 # `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments analyze bench lint test clean
+.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
+.PHONY: bench lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -41,6 +42,9 @@ split-cores: $(READY)  ## ResNet-50 on CPU, forward and backward on separate cor
 
 serial: $(READY)  ## train the CNN from scratch on one core with NumPy
 	$(PYTHON) serial_cnn.py $(OPTIONS)
+
+gpu: $(READY)  ## train the CNN from scratch on a GPU; without one on NumPy
+	$(PYTHON) gpu_scratch.py $(OPTIONS)
 
 demo: $(READY)  ## watch serial, MPI and hybrid train in the terminal, then their speed-ups
 	$(PYTHON) demo.py $(OPTIONS)
@@ -82,5 +86,10 @@ check-python:
 	$$found -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	@if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L >/dev/null 2>&1; then \
-	  .venv/bin/python -m pip install --disable-pip-version-check -r requirements-gpu.txt; fi
+	  cuda=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)*Version: *\([0-9]*\).*/\2/p'); \
+	  if [ -z "$$cuda" ]; then \
+	    echo "No CuPy: there is an NVIDIA driver, but nvidia-smi, which tells its CUDA version, does not run." >&2; \
+	  elif [ "$$cuda" -lt 12 ]; then \
+	    echo "No CuPy: the NVIDIA driver is for CUDA $$cuda, CUDA 12 is needed: update the driver, then make clean setup." >&2; \
+	  else .venv/bin/python -m pip install --disable-pip-version-check -r requirements-gpu.txt; fi; fi
 	@touch $@

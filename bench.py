@@ -4,7 +4,8 @@ beside itself on one core.
 Ours and PyTorch's take turns, A B A B ..., after a warm-up, so that a machine whose speed drifts drifts for both. A row
 gives medians, and the ratio pair by pair as median, least and greatest. The rate of a large float32 matrix product
 (sgemm) is taken in the same turns: the share says how much of it the training step reaches, counting the
-multiplications of the plain algorithm, so that one that needs fewer (Winograd's) may pass 100 %.
+multiplications of the plain algorithm, so that one that needs fewer (Winograd's) may pass 100 %. Where there is a GPU,
+gpu_scratch.py is measured there beside PyTorch with cuDNN, by events.
 
 --loading measures instead what loading costs train_cifar.py: every source with 0, 1 and 2 workers, alone and while
 ResNet-18 trains, with an S3 server on this machine (s3_server.py), which takes its share of the cores.
@@ -34,6 +35,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import gpu_scratch
 import serial_cnn
 import train_cifar
 from common import (
@@ -139,6 +141,76 @@ def loading_contest(data, batch_size):
     batches, theirs = our_batches(data, batch_size, workers=0), torchvision_batches(data, batch_size)
     name = f"train_cifar.py --load-only, batch {batch_size}, 1 core"
     return Contest(name, batch_size, 1, lambda: next(batches), lambda: next(theirs), 0)
+
+
+def gpu_contest(data, batch_size, model_name):
+    """gpu_scratch.py's step as a graph against PyTorch eager with cuDNN, both float32 without TF32, on the same GPU."""
+    name = f"gpu_scratch.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, GPU"
+    theirs = min((pytorch_gpu_step(model_name, data, batch_size, layout) for layout in (
+        torch.contiguous_format, torch.channels_last)), key=lambda step: step.seconds_per_call)  # fmt: skip
+    return Contest(name, batch_size, 1, our_gpu_step(model_name, data, batch_size), theirs)
+
+
+def our_gpu_step(model_name, data, batch_size):
+    device = gpu_scratch.Gpu("float32")
+    args = gpu_scratch.parse_args(["--graph", "--lr", "0.001", "--batch-size", str(batch_size)])
+    x_train, y_train = (device.put(array[:batch_size]) for array in (data.x_train, data.y_train))
+    model = device.make_model(model_name, args.seed)
+    optimizer = device.make_optimizer(model, args)
+    steps = gpu_scratch.make_steps(device, model, optimizer, data._replace(x_train=x_train, y_train=y_train), args)
+    batch = device.load(x_train, y_train, device.put(np.arange(batch_size, dtype=np.int32)))
+    return GpuStep(lambda: steps[batch_size](*batch), device.mark, device.seconds)
+
+
+def pytorch_gpu_step(model_name, data, batch_size, memory_format):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # let cuDNN try its algorithms and keep the fastest
+    x, labels = load_batch(data.x_train, data.y_train, np.arange(batch_size))
+    model = train_cifar.make_model(model_name).cuda().to(memory_format=memory_format)
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).cuda().contiguous(memory_format=memory_format)
+    labels = torch.from_numpy(labels).long().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    def mark():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return GpuStep(step, mark, lambda since, until: since.elapsed_time(until) / 1000)
+
+
+class GpuStep:
+    """A training step on a GPU, timed by events on its stream; nothing is read back between the steps of a turn."""
+
+    def __init__(self, step, mark, seconds_between):
+        self.step, self.mark, self.seconds_between = step, mark, seconds_between
+        self._time(20)  # warm-up
+        self.seconds_per_call = self._time(20)
+
+    def _time(self, calls):
+        started = self.mark()
+        for _ in range(calls):
+            self.step()
+        ended = self.mark()
+        ended.synchronize()
+        return self.seconds_between(started, ended) / calls
+
+    def rate(self, seconds):
+        """Steps per second."""
+        self.seconds_per_call = self._time(max(2, round(seconds / self.seconds_per_call)))
+        return 1 / self.seconds_per_call
+
+
+def missing_for_gpu():
+    """Why there are no rows of gpu_scratch.py here; None if there are."""
+    if missing := gpu_scratch.missing_for_gpu():
+        return missing
+    return None if torch.cuda.is_available() else "this PyTorch finds no GPU to be compared on"
 
 
 def our_batches(data, batch_size, workers):
@@ -318,7 +390,7 @@ def timed(step, calls):
 
 def rate(step, seconds):
     """Calls per second of step(), called until `seconds` have passed, at least twice."""
-    if isinstance(step, Worker):
+    if isinstance(step, (Worker, GpuStep)):
         return step.rate(seconds)
     started, calls = time.perf_counter(), 0
     while calls < 2 or time.perf_counter() - started < seconds:
@@ -444,7 +516,8 @@ def describe_machine():
     env = environment()
     blas = ", ".join(f"{b['library']} {b['version']} ({b['kernel']} kernels)" for b in env["blas"])
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    return f"{env['cpu']}, {len(env['cores'])} cores; {blas}; {versions}"
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{env['cpu']}, {len(env['cores'])} cores{gpu}; {blas}; {versions}"
 
 
 def contests(data, quick):
@@ -479,6 +552,10 @@ def contests(data, quick):
     if not quick:
         rows["train_cifar.py, resnet18, batch 128"] = lambda: train_cifar_contest(data, "resnet18", 128)
         rows["train_cifar.py, resnet50"] = lambda: train_cifar_contest(data, "resnet50", 64)
+    if not missing_for_gpu():
+        for model_name, batch_size in itertools.product(("cnn", "resnet18"), (64, 512)):
+            rows[f"gpu_scratch.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, GPU"] = functools.partial(
+                gpu_contest, data, batch_size, model_name)  # fmt: skip
     rows["train_cifar.py --load-only"] = lambda: loading_contest(data, 64)
     return rows
 
@@ -513,9 +590,13 @@ def main(argv=None):
         os.environ["CIFAR10_DIR"] = args.data_dir  # for the workers
     rows = contests(data, args.quick)
     chosen = [make for name, make in rows.items() if args.only in name]
+    left_out = missing_for_gpu() and f"no rows of gpu_scratch.py: {missing_for_gpu()}"
     if not chosen:
-        raise InputError(f"--only {args.only}: no such row; there are: " + "; ".join(rows))
+        raise InputError(f"--only {args.only}: no such row{f' ({left_out})' if left_out else ''}; there are: "
+                         + "; ".join(rows))  # fmt: skip
     print(describe_machine(), flush=True)
+    if left_out and not args.only:
+        print(left_out, flush=True)
     if warning := blas_warning():
         print(warning, flush=True)
     results = [run_contest(make, pairs, seconds) for make in chosen]

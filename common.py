@@ -59,7 +59,8 @@ STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT = 8  # seconds until a download that has not started is given up
 RECORD_BYTES, FILE_RECORDS = 1 + 3 * 32 * 32, 10_000  # a record of the binary layout: label, red, green, blue plane
-STREAM_ORDER, STREAM_SYNTHETIC = 1, 2  # keep one seed's random streams apart: the weights' is [seed] alone
+STREAM_ORDER, STREAM_SYNTHETIC, STREAM_AUGMENT = 1, 2, 3  # keep one seed's streams apart: the weights' is [seed] alone
+PAD = 4  # pixels around an image that a random crop may reach
 
 
 class Dataset(NamedTuple):
@@ -294,10 +295,27 @@ def _normalization(dtype):
 
 def load_batch(images, labels, index, dtype=np.float32):
     """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised channel by channel with MEAN and STD."""
-    scale, shift = _normalization(np.dtype(dtype))
-    x = np.multiply(images[index].reshape(-1, 32, 96), scale, dtype=dtype)
-    x -= shift
+    xp, (scale, shift) = array_module(images), _normalization(np.dtype(dtype))
+    x = xp.multiply(images[index].reshape(-1, 32, 96), xp.asarray(scale), dtype=dtype)
+    x -= xp.asarray(shift)
     return x.reshape(-1, 32, 32, 3), labels[index]
+
+
+def draw_augmentation(n, seed, epoch):
+    """(n,) uint8: 81 flip + 9 dy + dx for each image; a function of (seed, epoch, index), whoever loads the image."""
+    return np.random.default_rng([seed, STREAM_AUGMENT, epoch]).integers(2 * 81, size=n, dtype=np.uint8)
+
+
+def augment(images, draws):
+    """Crop images (N, 32, 32, 3) at (dy, dx) from themselves padded with PAD zeros, and flip some left to right."""
+    n, size = len(images), images.shape[1]
+    padded = np.zeros((n, size + 2 * PAD, size + 2 * PAD, 3), images.dtype)
+    padded[:, PAD:-PAD, PAD:-PAD] = images
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))  # a view
+    out = windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(n), draws // 9 % 9, draws % 9]
+    flipped = np.flatnonzero(draws // 81)
+    out[flipped] = out[flipped, :, ::-1]
+    return out
 
 
 def import_torchvision():
@@ -983,7 +1001,8 @@ def he_normal(shape, rng=None, dtype=np.float32):
 
 def softmax_cross_entropy(logits, labels):
     """logits (N, K), labels (N,) integers → the loss summed over the batch, a float, and dlogits (N, K)."""
-    xp, rows = array_module(logits), range(len(labels))
+    xp = array_module(logits)
+    rows = xp.arange(len(labels))
     shifted = logits - logits.max(axis=1, keepdims=True)
     probabilities = xp.exp(shifted)
     sums = probabilities.sum(axis=1, keepdims=True)
@@ -995,7 +1014,7 @@ def softmax_cross_entropy(logits, labels):
 
 def count_correct(logits, labels):
     """logits (N, K), labels (N,) → how many labels are the largest logit, and among the five largest."""
-    mine = logits[range(len(labels)), labels][:, None]
+    mine = logits[array_module(logits).arange(len(labels)), labels][:, None]
     top1 = (logits.argmax(axis=1) == labels).sum()
     return int(top1), int(((logits > mine).sum(axis=1) < 5).sum())
 
@@ -1385,10 +1404,18 @@ class Run:
         self._first_sample = len(self.monitor.samples)
         self._clock = time.perf_counter() - self.sums["duration"]
 
-    def end_batch(self, images, loss, top1, top5, loading, stop=None, **phases):
+    def due(self):
+        """Whether a checkpoint or the end of the run is due, for one whose next batch may already be on its way."""
+        return bool(self.signal or self._checkpoint_due())
+
+    def _checkpoint_due(self):
+        return self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
+
+    def end_batch(self, images, loss, top1, top5, loading, stop=None, more=False, **phases):
         """Count a batch: its images, summed loss, numbers of correct answers, seconds spent waiting for data.
 
         stop: whether to stop here, where several processes must agree; default: whether this one was sent a signal.
+        more: the next batch is on its way and changes the weights: neither save nor stop after this one.
         phases: seconds of this batch in forward, backward, communication, where they are measured.
         Raises TrainingError if the loss is not finite, Interrupted if it is to stop.
         """
@@ -1404,7 +1431,9 @@ class Run:
         self._check_finite(loss, "loss")
         if self._display:
             self._display.update(self.epoch, self.batch, self.batches, sums)
-        due = self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
+        if more:
+            return
+        due = self._checkpoint_due()
         if self.signal if stop is None else stop:
             self._interrupt()
         if due and self.batch < self.batches:

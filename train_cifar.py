@@ -52,14 +52,17 @@ from common import (
     FETCH_VALIDATE,
     MEAN,
     MIB,
+    PAD,
     STD,
     InputError,
     Interrupted,
     Run,
     TrainingError,
     atomic_write,
+    augment,
     available_cores,
     check_outputs,
+    draw_augmentation,
     epoch_order,
     get_torch_arrays,
     get_torch_state,
@@ -75,8 +78,7 @@ from common import (
 )
 
 CPU_DEFAULT = {"subset": 5000, "epochs": 2}  # what a CPU can train of ResNet-50 in a few minutes
-STREAM_AUGMENT, STREAM_SHARDS = 3, 4  # random streams of a seed, apart from those of common.py
-PAD = 4  # pixels around an image that a crop may reach
+STREAM_SHARDS = 4  # a random stream of a seed, apart from those of common.py
 TEST_BATCH = 250  # images
 AHEAD = 4  # batches that a worker may be ahead
 IN_FLIGHT = 16  # requests that a worker has under way
@@ -110,23 +112,6 @@ def make_model(name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentation
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def draw_augmentation(n, seed, epoch):
-    """(n,) uint8: 81 flip + 9 dy + dx for each image; a function of (seed, epoch, index), whoever loads the image."""
-    return np.random.default_rng([seed, STREAM_AUGMENT, epoch]).integers(2 * 81, size=n, dtype=np.uint8)
-
-
-def augment(images, draws):
-    """Crop images (N, 32, 32, 3) at (dy, dx) from themselves padded with PAD zeros, and flip some left to right."""
-    n, size = len(images), images.shape[1]
-    padded = np.zeros((n, size + 2 * PAD, size + 2 * PAD, 3), images.dtype)
-    padded[:, PAD:-PAD, PAD:-PAD] = images
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))  # a view
-    out = windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(n), draws // 9 % 9, draws % 9]
-    flipped = np.flatnonzero(draws // 81)
-    out[flipped] = out[flipped, :, ::-1]
-    return out
 
 
 def augment_tensor(images, draws):

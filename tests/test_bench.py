@@ -103,6 +103,43 @@ def test_both_sides_load_the_same_images_augmented(data):
     assert [len(batch[1]) for batch in (contest.ours(), contest.peer())] == [32, 32]
 
 
+def test_gpu_rows_are_left_out_with_a_reason(run_script):
+    if not bench.missing_for_gpu():
+        pytest.skip("needs a machine without a GPU")
+    done = run_script("bench.py", "--only", "gpu_scratch.py", "--dataset", "synthetic", status=2)
+    assert done.stderr.startswith("error: --only gpu_scratch.py: no such row (no rows of gpu_scratch.py: ")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA")
+def test_gpu_row(run_script, tmp_path):
+    run_script("bench.py", "--quick", "--only", "gpu_scratch.py, CNN, batch 64", "--dataset", "synthetic", timeout=600)
+    (row,) = json.loads((tmp_path / "results/bench.json").read_text())
+    assert set(row) == KEYS
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+
+
+def test_a_gpu_turn_is_timed_by_its_events():
+    """Marks that count the calls between them, in the place of a GPU's events."""
+    calls = []
+
+    class Mark:
+        def __init__(self):
+            self.calls = len(calls)
+
+        def synchronize(self):
+            self.waited = True
+
+    def seconds(since, until):
+        assert until.waited
+        return (until.calls - since.calls) * 0.5
+
+    step = bench.GpuStep(lambda: calls.append(1), Mark, seconds)
+    before = len(calls)
+    assert bench.rate(step, seconds=10) == 2
+    assert len(calls) - before == 20
+
+
 @pytest.mark.parametrize(("options", "message"), [(("--only", "nothing"), "no such row"), (("--pairs", 3), "--pairs")])
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
     done = run_script("bench.py", *options, "--dataset", "synthetic", status=2)

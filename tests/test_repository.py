@@ -12,6 +12,7 @@ from helpers import REPO, run_usage_line, script_environment, usage_lines
 
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 TINY = {
+    "gpu_scratch.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_hybrid.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
@@ -35,6 +36,7 @@ TINY_MAKE = {
                        "S3_DATA=--subset 40 --dataset synthetic"],
     "split-cores": ["EPOCHS=1", "SUBSET=8", "ARGS=--dataset synthetic --batch-size 4 --micro-batches 2"],
     "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "gpu": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "demo": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "experiments": ["EPOCHS=1", "SUBSET=64", "ARGS=--dataset synthetic --repeats 1 --only mpi"],
     "bench": ["ARGS=--dataset synthetic --quick --only 'serial_cnn.py, CNN, batch 32'"],

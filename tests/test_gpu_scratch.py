@@ -1,0 +1,720 @@
+"""gpu_scratch.py: its kernels against the layers of common.py, compiled as C++ where there is no GPU; its script.
+
+The tests of kernels run twice: on any machine with a C++ compiler, and on a GPU.
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import (
+    REPO,
+    assert_one_error_line,
+    assert_same_run,
+    assert_same_weights,
+    count_rows,
+    finish,
+    numbers,
+    read_log,
+    read_npz,
+    start,
+    wait_until,
+)
+
+import common
+import gpu_scratch
+
+SCRIPT = "gpu_scratch.py"
+LOG, SIDECAR = "results/gpu_scratch.csv", "results/gpu_scratch.json"
+TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
+NO_GPU = gpu_scratch.missing_for_gpu()
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=f"needs an NVIDIA GPU: {NO_GPU}"))
+SIGNATURES = dict(re.findall(r"^KERNEL (\w+)\(([^)]*)\)", gpu_scratch.KERNELS, re.M))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels as C++
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What CUDA C has and C++ has not. The threads of a block are fibers that take turns at each __syncthreads(), so that a
+# barrier that is missing shows.
+SHIM = r"""
+#include <math.h>
+#include <cmath>
+#include <functional>
+#include <setjmp.h>
+#include <ucontext.h>
+#include <vector>
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+struct Dim { unsigned x, y; };
+static Dim gridDim, blockDim, blockIdx, threadIdx;
+struct Fiber {
+    ucontext_t context;
+    jmp_buf here;
+    std::vector<char> stack = std::vector<char>(65536);
+    bool begun = false, done = false;
+};
+static std::vector<Fiber> fibers(512);
+static Fiber *running;
+static jmp_buf scheduler;
+static std::function<void()> kernel;
+static void __syncthreads() { if (!_setjmp(running->here)) _longjmp(scheduler, 1); }
+static void fiber_main() { while (true) kernel(), running->done = true, __syncthreads(); }
+static __attribute__((noinline)) void resume(Fiber *fiber)
+{
+    running = fiber;
+    if (_setjmp(scheduler)) return;
+    if (fiber->begun) _longjmp(fiber->here, 1);
+    fiber->begun = true;
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.data(), fiber->context.uc_stack.ss_size = fiber->stack.size();
+    makecontext(&fiber->context, fiber_main, 0);
+    setcontext(&fiber->context);
+}
+static Dim place(unsigned thread) { return {thread % blockDim.x, thread / blockDim.x}; }
+static void run_fibers()
+{
+    unsigned threads = blockDim.x * blockDim.y, alive = threads;
+    for (unsigned t = 0; t < threads; t++) fibers[t].done = false;
+    while (alive)
+        for (unsigned t = 0; t < threads; t++)
+            if (!fibers[t].done) threadIdx = place(t), resume(&fibers[t]), alive -= fibers[t].done;
+}
+template <class Body> static void run(bool waits, const unsigned *dims, Body body)
+{
+    gridDim = {dims[0], dims[1]}, blockDim = {dims[2], dims[3]}, kernel = body;
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+            if (waits) run_fibers();
+            else for (unsigned t = 0; t < blockDim.x * blockDim.y; t++) threadIdx = place(t), body();
+}
+"""
+
+
+def parameters(name):
+    """[(type, name)] of a kernel."""
+    return [re.fullmatch(r"(?:const )?(.*?)(\w+)", " ".join(p.split())).groups() for p in SIGNATURES[name].split(",")]
+
+
+@functools.cache
+def compiled(dtype, folder):
+    """The kernels as a shared library; kernel `k` is its function run_k(dims, ...)."""
+    source = SHIM + gpu_scratch.kernel_source(dtype)
+    bodies = re.split(r"^KERNEL (\w+)", gpu_scratch.KERNELS, flags=re.M)
+    for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
+        waits = "true" if re.search(r"sum_block|merge_block|__syncthreads", body.partition("\n}")[0]) else "false"
+        names = ", ".join(parameter for _, parameter in parameters(name))
+        source += (f'extern "C" void run_{name}(const unsigned *dims, {SIGNATURES[name]})\n'
+                   f"{{ run({waits}, dims, [=] {{ {name}({names}); }}); }}\n")  # fmt: skip
+    file = folder / f"kernels_{dtype}.cpp"
+    file.write_text(source)
+    command = ["g++", "-O2", "-std=c++14", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    done = subprocess.run([*command, file, "-o", file.with_suffix(".so")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(file.with_suffix(".so"))
+
+
+class CxxKernels(gpu_scratch.Kernels):
+    """The kernels on NumPy arrays. Checks every argument's type against the kernel's signature."""
+
+    launched = set()  # noqa: RUF012 (of all tests)
+
+    def __init__(self, dtype, folder):
+        super().__init__(np, dtype)
+        self.library = compiled(self.dtype.name, folder)
+
+    def room(self, key, shape, dtype=None):
+        """What a kernel does not write stays NaN."""
+        array = super().room(key, shape, dtype)
+        if array.dtype == self.dtype and key not in self.seen:
+            array.fill(np.nan)
+        self.seen.add(key)
+        return array
+
+    seen = property(lambda self: self.__dict__.setdefault("_seen", set()))
+
+    def launch(self, name, grid, block, *args):
+        self.launched.add(name)
+        wanted = {"real": self.dtype, "int": np.int32, "double": np.float64, "byte": np.uint8}
+        values = []
+        for (kind, parameter), value in zip(parameters(name), map(self.argument, args), strict=True):
+            pointer, kind = "*" in kind, wanted[kind.strip(" *")]
+            if pointer and isinstance(value, np.uintp):
+                assert value == 0
+                values.append(ctypes.c_void_p(None))
+                continue
+            assert value.dtype == kind, f"{name}: {parameter} is {value.dtype}"
+            assert isinstance(value, np.ndarray) == pointer, f"{name}: {parameter}"
+            assert not pointer or value.flags.c_contiguous, f"{name}: {parameter}"
+            values.append(ctypes.c_void_p(value.ctypes.data) if pointer else np.ctypeslib.as_ctypes_type(kind)(value))
+        dims = (ctypes.c_uint * 4)(*(*grid, 1)[:2], *(*block, 1)[:2])
+        getattr(self.library, f"run_{name}")(dims, *values)
+
+    def gemm(self, a, b, out, transpose_a=False, transpose_b=False):
+        assert all(array.flags.c_contiguous and array.dtype == self.dtype for array in (a, b, out))
+        assert not np.shares_memory(out, a)
+        assert not np.shares_memory(out, b)
+        matrices = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
+        for A, B, C in zip(*matrices, strict=True):  # NumPy gives stacks of transposed matrices to BLAS one by one only
+            np.matmul(A.T if transpose_a else A, B.T if transpose_b else B, out=C)
+
+    def put(self, array):
+        return np.array(array)
+
+    get = put
+
+    def mark(self):
+        return None
+
+    def read(self, sums):
+        return sums.tolist
+
+    def seconds(self, since, until):
+        return 0.0
+
+
+@pytest.fixture(scope="session")
+def kernels_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+gpu_on_device = functools.cache(gpu_scratch.Gpu)
+
+
+@pytest.fixture(params=["C++", pytest.param("GPU", marks=ON_GPU)])
+def make_kernels(request, kernels_folder):
+    """make_kernels(dtype): the kernels as C++, or on a GPU."""
+    if request.param == "GPU":
+        return gpu_on_device
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler, g++")
+    return lambda dtype: CxxKernels(dtype, kernels_folder)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def gpu(request, make_kernels):
+    return make_kernels(request.param)
+
+
+def assert_close(gpu, value, wanted, least=1e-3):
+    """Apart by at most 1e-5 (float32) or 1e-11 times the largest value, or times `least` if that is more."""
+    value, tolerance = gpu.get(value), {4: 1e-5, 8: 1e-11}[gpu.dtype.itemsize]
+    assert value.shape == wanted.shape
+    assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), least)
+
+
+def normal(gpu, seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(gpu.dtype)
+
+
+def against(gpu, ours, theirs, x, add=None):
+    """Forward and backward pass of our layer against one of common.py with the same parameters, twice."""
+    for leaf in ours.leaves():
+        leaf.gpu = gpu
+    for our_leaf, their_leaf in zip(
+        (leaf for leaf in ours.leaves() if leaf.param_names),
+        (leaf for leaf in theirs.leaves() if leaf.param_names), strict=True):  # fmt: skip
+        for i, name in enumerate(their_leaf.param_names):
+            value = getattr(their_leaf, name)
+            value += np.random.default_rng(i).standard_normal(value.shape).astype(value.dtype) / 10
+            setattr(our_leaf, name, gpu.put(value))
+            setattr(our_leaf, "d" + name, gpu.put(np.full_like(value, np.nan)))
+        for name in their_leaf.state_names:
+            setattr(our_leaf, name, gpu.put(getattr(their_leaf, name)))
+    for n in (len(x), max(1, len(x) - 1)):
+        wanted = theirs.forward(x[:n])
+        out = ours.forward(gpu.put(x[:n]), *([] if add is None else [gpu.put(add[:n])]))
+        if add is not None:
+            wanted = wanted + add[:n]
+        relu = getattr(ours, "relu", False) is True
+        wanted = np.maximum(wanted, 0) if relu else wanted
+        assert_close(gpu, out, wanted)
+        passed = gpu.get(out) > 0
+        dout = normal(gpu, 100 + n, *wanted.shape)
+        dx = ours.backward(gpu.put(dout))
+        masked = dout * passed if relu else dout
+        assert_close(gpu, dx, theirs.backward(masked))
+        for our_grad, their_grad in zip(ours.grads(), theirs.grads(), strict=True):
+            assert_close(gpu, our_grad, their_grad, least=math.sqrt(dout.size))  # sums of so many that cancel
+        for our_state, their_state in zip(ours.state(), theirs.state(), strict=True):
+            assert_close(gpu, our_state, their_state)
+    return masked
+
+
+@pytest.mark.parametrize(("shape", "c_out", "k", "s", "p"), [
+    ((3, 7, 9, 5), 6, 3, 1, 1), ((2, 8, 8, 4), 33, 3, 2, 1), ((4, 9, 5, 3), 2, 1, 2, 0), ((2, 6, 7, 2), 3, 5, 3, 2),
+    ((130, 4, 4, 2), 3, 3, 1, 1),
+])  # fmt: skip
+def test_im2col_is_conv2d(gpu, shape, c_out, k, s, p):
+    ours, theirs = (layer(shape[3], c_out, k, s, p, bias=False, rng=0, dtype=gpu.dtype)
+                    for layer in (gpu_scratch.Im2col, common.Conv2D))  # fmt: skip
+    against(gpu, ours, theirs, normal(gpu, 1, *shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (67, 4, 4, 5)])
+def test_im2col_relu_pool(gpu, shape):
+    ours, theirs = (layer(shape[3], 34, rng=0, dtype=gpu.dtype)
+                    for layer in (gpu_scratch.Im2colReLUPool, common.ConvReLUPool))  # fmt: skip
+    against(gpu, ours, theirs, normal(gpu, 1, *shape))
+
+
+@pytest.mark.parametrize(("shape", "c_out"), [((3, 8, 12, 5), 6), ((2, 4, 4, 33), 7), ((64, 8, 8, 3), 2)])
+def test_winograd(gpu, shape, c_out):
+    ours, theirs = (layer(shape[3], c_out, bias=False, rng=0, dtype=gpu.dtype)
+                    for layer in (gpu_scratch.WinogradConv, common.WinogradConv2D))  # fmt: skip
+    against(gpu, ours, theirs, normal(gpu, 1, *shape))
+    extra = normal(gpu, 2, *shape)
+    dout = normal(gpu, 3, *shape[:3], c_out)
+    x = normal(gpu, 1, *shape)
+    theirs.forward(x)
+    ours.forward(gpu.put(x))
+    assert_close(gpu, ours.backward(gpu.put(dout), gpu.put(extra)), theirs.backward(dout) + extra)
+
+
+@pytest.mark.parametrize(("shape", "c_out"), [((3, 8, 12, 5), 6), ((2, 4, 4, 33), 7)])
+def test_winograd_relu_pool(gpu, shape, c_out):
+    ours, theirs = (layer(shape[3], c_out, rng=0, dtype=gpu.dtype)
+                    for layer in (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool))  # fmt: skip
+    against(gpu, ours, theirs, normal(gpu, 1, *shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 5), (3, 8, 8, 40), (33, 8, 8, 3)])
+@pytest.mark.parametrize(("relu", "add"), [(False, False), (True, False), (True, True)])
+def test_norm(gpu, shape, relu, add):
+    ours, theirs = gpu_scratch.Norm(shape[3], relu, dtype=gpu.dtype), common.BatchNorm2D(shape[3], dtype=gpu.dtype)
+    x = 3 * normal(gpu, 1, *shape) + 20  # a mean far from zero, where E x² - (E x)² would fail
+    added = normal(gpu, 2, *shape) if add else None
+    masked = against(gpu, ours, theirs, x, added)
+    assert_close(gpu, ours.dadd, masked) if add else None
+    ours.training = theirs.training = False
+    wanted = theirs.forward(x) + (added if add else 0)
+    out = ours.forward(gpu.put(x), gpu.put(added) if add else None)
+    assert_close(gpu, out, np.maximum(wanted, 0) if relu else wanted)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [((4, 4), 1), ((4, 6), 2), ((4, 6), 1)])
+def test_block(gpu, channels, stride):
+    ours, theirs = (layer(*channels, stride, rng=0, dtype=gpu.dtype)
+                    for layer in (gpu_scratch.Block, common.BasicBlock))  # fmt: skip
+    against(gpu, ours, theirs, normal(gpu, 1, 3, 8, 8, channels[0]))
+
+
+def test_average_and_dense(gpu):
+    against(gpu, gpu_scratch.AvgPool(), common.GlobalAvgPool(), normal(gpu, 1, 3, 4, 5, 7))
+    for relu in (False, True):
+        ours = gpu_scratch.DenseReLU(50, 37, relu, rng=0, dtype=gpu.dtype)
+        against(gpu, ours, common.Dense(50, 37, rng=0, dtype=gpu.dtype), normal(gpu, 1, 70, 50))
+
+
+def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
+    """A training that diverges is stopped by its loss, which must show it."""
+    x = np.full((1, 4, 4, 2), np.nan, gpu.dtype)
+    convs = (layer(2, 3, dtype=gpu.dtype) for layer in (gpu_scratch.Im2colReLUPool, gpu_scratch.WinogradConvReLUPool))
+    for layer in (*convs, gpu_scratch.Norm(2, relu=True, dtype=gpu.dtype)):
+        layer.gpu = gpu
+        for name in (*layer.param_names, *layer.state_names):
+            setattr(layer, name, gpu.put(getattr(layer, name)))
+        assert np.isnan(gpu.get(layer.forward(gpu.put(x)))).all()
+
+
+@pytest.mark.parametrize("n", [1, 30, 700])
+def test_loss_gradient_and_counts(gpu, n):
+    rng = np.random.default_rng(n)
+    logits = (20 * normal(gpu, n, n, 10)).round(0)  # with ties
+    labels = rng.integers(10, size=n, dtype=np.uint8)
+    logits[0] = 0
+    loss, wanted = common.softmax_cross_entropy(logits, labels)
+    dlogits, sums = gpu.loss(gpu.put(logits), gpu.put(labels))
+    assert_close(gpu, dlogits, wanted)
+    counts = common.count_correct(logits, labels)
+    assert gpu.read(sums)()[1:] == list(counts)
+    assert gpu.read(sums)()[0] == pytest.approx(loss, rel=1e-5)
+    gpu.loss(gpu.put(logits), gpu.put(labels), sums)
+    assert gpu.read(sums)() == pytest.approx([2 * value for value in (loss, *counts)], rel=1e-5)
+
+
+def test_images_are_loaded_augmented_and_normalised(gpu):
+    images, labels, *_ = common.make_synthetic(60)
+    draws, index = common.draw_augmentation(60, 1, 1), np.random.default_rng(0).permutation(60)[:41].astype(np.int32)
+    cpu = gpu_scratch.Cpu(gpu.dtype)
+    for these in (None, draws):
+        wanted, wanted_labels = cpu.load(images, labels, index, these)
+        on_gpu = [None if a is None else gpu.put(a) for a in (images, labels, index, these)]
+        x, y = gpu.load(*on_gpu)
+        assert_close(gpu, x, wanted)
+        assert gpu.get(y).tolist() == wanted_labels.tolist()
+
+
+@pytest.mark.parametrize("options", [(), ("--momentum", "0", "--weight-decay", "0.01"), ("--optimizer", "adam"),
+                                     ("--optimizer", "adam", "--weight-decay", "0.01")])  # fmt: skip
+def test_optimizers(gpu, options):
+    args = gpu_scratch.parse_args(list(options))
+
+    def model(xp):
+        return common.Model([common.Dense(301, 3, rng=0, dtype=gpu.dtype)], xp)
+
+    ours, theirs = model(gpu.xp), model(np)
+    our_optimizer, their_optimizer = gpu.make_optimizer(ours, args), common.make_optimizer(theirs, args)
+    for step in range(4):
+        theirs.grads[...] = normal(gpu, step, theirs.grads.size)
+        ours.grads[...] = gpu.put(theirs.grads)
+        our_optimizer.step(7)
+        their_optimizer.step(7)
+    assert_close(gpu, ours.params, theirs.params)
+    assert our_optimizer.steps == their_optimizer.steps == 4
+    for name, slot in their_optimizer.slots.items():
+        assert_close(gpu, our_optimizer.slots[name], slot)
+
+
+def both_devices(make_kernels, name, seed=0):
+    """[(device, model)]: NumPy with common.py, and the kernels, in float64."""
+    devices = gpu_scratch.Cpu("float64"), make_kernels("float64")
+    return [(device, device.make_model(name, seed)) for device in devices]
+
+
+@pytest.mark.parametrize(("name", "steps", "batch", "n_test"), [("cnn", 8, 9, 3), ("resnet18", 1, 2, 1)])
+def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_test):
+    """The same weights from the same seed, the same losses, counts and weights after training, the same evaluation."""
+    data, results = common.make_synthetic(50, n_test=n_test), []
+    for device, model in both_devices(make_kernels, name):
+        optimizer = device.make_optimizer(model, gpu_scratch.parse_args(["--lr", "0.001"]))
+        before, sums = device.get(model.params).copy(), []
+        x_train, y_train, x_test, y_test = map(device.put, data)
+        draws = device.put(common.draw_augmentation(50, 0, 1))
+        for step in range(steps):
+            index = np.random.default_rng(step).permutation(50)[:batch].astype(np.int32)
+            images, labels = device.load(x_train, y_train, device.put(index), draws)
+            sums.append(device.read(gpu_scratch.train_step(device, model, optimizer, images, labels)[0])())
+        evaluated = gpu_scratch.evaluate(device, model, x_test, y_test, 2)[:3]
+        state = np.concatenate([[0.0], *(device.get(array) for array in model.state())])
+        results.append((before, sums, evaluated, device.get(model.params), state))
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-9, atol=1e-10)
+
+
+def test_every_kernel_has_been_tested(request):
+    """The tests above have launched all kernels that there are, if all of them were run."""
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler, g++")
+    names = {item.originalname for item in request.session.items if item.path == request.path}
+    if not {name for name in globals() if name.startswith("test_")} <= names:
+        pytest.skip("only when the whole file is run")
+    assert CxxKernels.launched == SIGNATURES.keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nvrtc_compiles_the_kernels(dtype):
+    """NVIDIA's compiler, which needs no GPU: for a T4, an A100 and an H100, without spilling registers to memory."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy has one of its own for a library that is not there
+        pytest.skip(f"needs CuPy and NVRTC, of requirements-gpu.txt: {error}".splitlines()[0])
+    for arch in (75, 80, 90):
+        program = nvrtc.createProgram(gpu_scratch.kernel_source(dtype), "kernels.cu", [], [])
+        options = [f"--gpu-architecture=sm_{arch}", "--std=c++14", "--ptxas-options=-v"]
+        try:
+            nvrtc.compileProgram(program, options)
+        finally:
+            log = nvrtc.getProgramLog(program)
+        assert "warning" not in log
+        spilled = set(re.findall(r"(\d+) bytes spill", log))
+        assert spilled == {"0"}
+
+
+def column_major(_, ta, tb, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c, count):
+    """BLAS's gemm as its documentation defines it: matrices are stored column by column."""
+
+    def matrix(address, rows, columns, leading, stride, i):
+        size = leading * (columns - 1) + rows
+        flat = np.ctypeslib.as_array(ctypes.cast(address + 8 * i * stride, ctypes.POINTER(ctypes.c_double)), (size,))
+        return np.lib.stride_tricks.as_strided(flat, (rows, columns), (8, 8 * leading))
+
+    one, zero = (ctypes.cast(p, ctypes.POINTER(ctypes.c_double))[0] for p in (alpha, beta))
+    assert (one, zero) == (1, 0)
+    for i in range(count):
+        A = matrix(a, k, m, lda, stride_a, i).T if ta else matrix(a, m, k, lda, stride_a, i)
+        B = matrix(b, n, k, ldb, stride_b, i).T if tb else matrix(b, k, n, ldb, stride_b, i)
+        matrix(c, m, n, ldc, stride_c, i)[...] = A @ B
+
+
+@pytest.mark.parametrize("stack", [(), (1,), (4,)])
+@pytest.mark.parametrize(("ta", "tb"), [(False, False), (True, False), (False, True)])
+def test_matrix_products_are_asked_for_as_blas_understands_them(stack, ta, tb):
+    """The arguments that go to cuBLAS, with BLAS's conventions in its place."""
+
+    class Array(np.ndarray):
+        data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
+
+    gpu = gpu_scratch.Gpu.__new__(gpu_scratch.Gpu)
+    gpu.handle, gpu.one, gpu.zero = None, np.ones(1), np.zeros(1)
+
+    def single(*args):
+        *start, a, lda, b, ldb, beta, c, ldc = args
+        column_major(*start, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1)
+
+    gpu.products = single, column_major
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((*stack, *shape)) for shape in ((5, 3) if ta else (3, 5), (2, 5) if tb else (5, 2)))
+    out = np.full((*stack, 3, 2), np.nan)
+    gpu.gemm(*(array.view(Array) for array in (a, b, out)), ta, tb)
+    np.testing.assert_allclose(out, (a.swapaxes(-1, -2) if ta else a) @ (b.swapaxes(-1, -2) if tb else b))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script without a GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(run_script, cache):
+    return lambda *args, env=None, **expected: run_script(SCRIPT, *args, env={**cache, **(env or {})}, **expected)
+
+
+STEPS = {  # 30 and 8 of them
+    "cnn": ("--dataset", "synthetic", "--subset", "150", "--batch-size", "10", "--epochs", "2", "--dtype", "float64"),
+    "resnet18": ("--dataset", "synthetic", "--subset", "8", "--batch-size", "1", "--epochs", "1", "--model",
+                 "resnet18", "--dtype", "float64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
+    run(*STEPS[name], "--device", "cpu", "--checkpoint", "run.npz")
+    reference = serial(*STEPS[name])
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
+    assert [row["type"] for row in ours] == [row["type"] for row in theirs]
+    assert sum(row["type"] == "2" for row in ours) == {"cnn": 30, "resnet18": 8}[name]
+    for column in ("value1", "value2", "loss"):
+        assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=2e-6)
+
+
+def test_serial_cnn_goes_on_from_its_checkpoint(run, run_script, tmp_path, cache, serial):
+    run(*STEPS["cnn"], "--epochs", 1, "--device", "cpu", "--checkpoint", "run.npz")
+    run_script("serial_cnn.py", *STEPS["cnn"], "--checkpoint", "run.npz", "--resume", env=cache)
+    assert_same_weights(tmp_path / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
+
+
+def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):
+    if not NO_GPU:
+        pytest.skip("needs a machine without a GPU")
+    done = run(*TINY, "--device", "auto", "--graph", "--tf32", "on")
+    assert re.fullmatch(r"Training on the CPU with NumPy: [^\n]+\n(warning: BLAS[^\n]+\n)?", done.stderr)
+    sidecar = json.loads((tmp_path / SIDECAR).read_text())
+    assert (sidecar["device"], sidecar["tf32"], sidecar["graph"]) == ("cpu", "off", False)
+
+
+def test_cuda_without_a_gpu_names_what_is_missing(run, tmp_path):
+    if not NO_GPU:
+        pytest.skip("needs a machine without a GPU")
+    done = run(*TINY, "--device", "cuda", status=2)
+    assert_one_error_line(done.stderr)
+    missing = "driver" if find_spec("cupy") else "requirements-gpu.txt"
+    assert missing in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("cupy", "message"), [
+    ("raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')", "CuPy is not installed"),
+    ("raise ImportError('libcudart is\\n missing')", "CuPy cannot be imported (libcudart is missing)"),
+])  # fmt: skip
+def test_a_missing_or_broken_cupy_is_one_line(run, tmp_path, cupy, message):
+    """A stand-in for the package, since a machine has only one state of it."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/cupy.py").write_text(cupy)
+    done = run(*TINY, "--device", "cuda", status=2, env={"PYTHONPATH": tmp_path / "packages"})
+    assert_one_error_line(done.stderr)
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--graph",), ("--tf32", "on")])
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(run, option):
+    done = run(*TINY, "--device", "cpu", *option, status=2)
+    assert_one_error_line(done.stderr)
+    assert option[0] in done.stderr
+
+
+def test_augmentation_changes_the_images_and_is_reproducible(run, tmp_path):
+    losses = []
+    for augment in ("off", "on", "on"):
+        run(*TINY, "--device", "cpu", "--augment", augment)
+        losses.append(numbers(read_log(tmp_path / LOG), "loss"))
+    assert losses[1] == losses[2]
+    assert losses[0] != losses[1]
+
+
+LONG = ("--dataset", "synthetic", "--subset", "600", "--batch-size", "20", "--epochs", "2", "--device", "cpu",
+        "--augment", "on", "--checkpoint", "run.npz")  # fmt: skip
+
+
+def test_interrupted_and_resumed_it_is_the_same_run(run, tmp_path, cache):
+    for name, options in (("whole", ()), ("resumed", ("--resume",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        if options:
+            process = start(folder, SCRIPT, *LONG, env=cache)
+            wait_until(process, lambda folder=folder: count_rows(folder / LOG) > 20)
+            process.send_signal(signal.SIGINT)
+            finish(process, status=130)
+        finish(start(folder, SCRIPT, *LONG, *options, env=cache))
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole", "gpu_scratch")
+
+
+class Lagging(gpu_scratch.Cpu):
+    """NumPy that claims to work behind the host's back, as a GPU does."""
+
+    overlaps = True
+
+    def read(self, sums):
+        return sums.copy().tolist
+
+
+@pytest.mark.parametrize("when", ["signal", "time"])
+def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
+    """Batches are counted one behind, but a checkpoint has the weights of just the batches that it counts."""
+    counted, files = [], {"--log": "log.csv", "--save-metrics": "metrics.npz", "--checkpoint": "run.npz"}
+    args = gpu_scratch.parse_args([
+        *(word for option, name in files.items() for word in (option, str(tmp_path / name))),
+        "--batch-size", "10", "--epochs", "1", "--quiet", "--checkpoint-every", "0" if when == "time" else "1000",
+    ])  # fmt: skip
+    data, device = common.Dataset(*common.make_synthetic(50), "synthetic", ""), Lagging("float64")
+    model = device.make_model("cnn", 0)
+    optimizer = device.make_optimizer(model, args)
+    run = common.Run(args, "gpu_scratch", data, lambda: common.get_arrays(model, optimizer), None)
+    save = run.save_checkpoint
+
+    def saved():
+        counted.append((run.batch or 5, optimizer.steps))
+        save()
+
+    run.save_checkpoint = saved
+
+    def step(x, labels):
+        if when == "signal" and optimizer.steps == 2:
+            run.signal = "SIGTERM"
+        return gpu_scratch.train_step(device, model, optimizer, x, labels, device.mark)
+
+    with pytest.raises(common.Interrupted) if when == "signal" else contextlib.nullcontext(), run:
+        gpu_scratch.train(device, model, optimizer, data, args, run, {10: step})
+    assert counted
+    assert all(batches == steps for batches, steps in counted)
+    assert counted == [(3, 3)] if when == "signal" else counted[-1] == (5, 5)
+
+
+@pytest.mark.parametrize(("smi", "message"), [
+    ("echo '| Driver Version: 470.82.01    CUDA Version: 11.4     |'", "driver is for CUDA 11, CUDA 12 is needed"),
+    ("[ \"$1\" = -L ]", "nvidia-smi, which tells its CUDA version, does not run"),
+    ("echo '| Driver Version: 550.54.15    CUDA Version: 12.4     |'", None),
+])  # fmt: skip
+def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, message):
+    """Stand-ins for nvidia-smi and for Python, which notes what it is asked to do: nothing is installed."""
+    python = '#!/bin/sh\n[ "$1$2" = -mvenv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python\necho "$@" >> asked\n'
+    for name, text in {"nvidia-smi": f"#!/bin/sh\n{smi}\n", "python3": python}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    for name in ("Makefile", "requirements.txt", "requirements-gpu.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    done = subprocess.run(["make", f"BASE_PYTHON={tmp_path}/python3", "setup"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text()
+    assert "-r requirements.txt" in asked
+    assert ("-r requirements-gpu.txt" in asked) == (message is None)
+    assert (message or "") in done.stderr
+    assert ("No CuPy" in done.stderr) == bool(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script on a GPU
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(test):
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_200_steps_on_a_gpu_are_those_on_numpy(run, tmp_path, name):
+    options = ("--model", name, "--dataset", "synthetic", "--subset", 800, "--batch-size", 4, "--epochs", 1, "--lr",
+               0.001, "--dtype", "float64", "--augment", "on")  # fmt: skip
+    for device in ("cpu", "cuda"):
+        run(*options, "--device", device, "--checkpoint", f"{device}.npz", timeout=600)
+    assert_same_weights(tmp_path / "cuda.npz", tmp_path / "cpu.npz", 1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_a_graph_changes_nothing(run, tmp_path, name, optimizer):
+    """Bit for bit the same weights, an incomplete last batch included."""
+    options = ("--model", name, "--optimizer", optimizer, "--dataset", "synthetic", "--subset", 500, "--batch-size", 64,
+               "--epochs", 2, "--device", "cuda")  # fmt: skip
+    for graph in ((), ("--graph",)):
+        run(*options, *graph, "--checkpoint", f"graph{len(graph)}.npz")
+    ours, theirs = read_npz(tmp_path / "graph1.npz"), read_npz(tmp_path / "graph0.npz")
+    for key in theirs.keys() - {"meta"}:
+        assert ours[key].tobytes() == theirs[key].tobytes(), key
+
+
+@on_gpu
+@pytest.mark.parametrize("graph", [(), ("--graph",)])
+def test_a_gpu_learns_in_float32_and_its_memory_stays_flat(run, tmp_path, graph):
+    run("--dataset", "synthetic", "--subset", 20000, "--batch-size", 64, "--epochs", 10, "--device", "cuda", *graph,
+        timeout=600)  # fmt: skip
+    rows, sidecar = read_log(tmp_path / LOG), json.loads((tmp_path / SIDECAR).read_text())
+    memory = numbers(rows, "gpu_mem_mb", kind=0)
+    assert max(memory[1:]) - memory[1] < 20
+    ram = numbers(rows, "ram_mb", kind=0)
+    assert ram[9] - ram[1] < 50
+    assert all(0 <= use <= 100 for use in numbers(rows, "gpu_percent", kind=0))
+    assert 0 < sidecar["totals"]["gpu_arrays_mb"] <= sidecar["totals"]["gpu_pool_mb"]
+    assert sidecar["totals"]["best_accuracy"] > 0.5
+
+
+@on_gpu
+def test_tf32_is_recorded_and_rounds(run, tmp_path):
+    losses = []
+    for tf32 in ("off", "on"):
+        run(*TINY, "--device", "cuda", "--tf32", tf32)
+        assert json.loads((tmp_path / SIDECAR).read_text())["tf32"] == tf32
+        losses.append(numbers(read_log(tmp_path / LOG), "loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@on_gpu
+def test_the_layers_of_common_work_on_cupy():
+    """The whole networks of common.py, without a kernel of this script: one step in float64 as on NumPy."""
+    import cupy
+
+    x, labels = common.load_batch(*common.make_synthetic(8)[:2], slice(None), np.float64)
+    for name in common.MODELS:
+        results = []
+        for xp in (np, cupy):
+            model = common.make_model(name, 0, np.float64, xp)
+            optimizer = common.SGD(model)
+            logits = model.forward(xp.asarray(x))
+            loss, dlogits = common.softmax_cross_entropy(logits, xp.asarray(labels))
+            model.backward(dlogits)
+            optimizer.step(8)
+            results.append((loss, model.params if xp is np else cupy.asnumpy(model.params)))
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-9)
+        np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-7, atol=1e-9)

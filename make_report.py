@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import textwrap
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ FORM = {  # of analysis.json, as far as it is used here
 }  # fmt: skip
 FACT = {"value": NUMBER, "low": MAYBE_NUMBER, "high": MAYBE_NUMBER}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+NBSP = "\N{NO-BREAK SPACE}"
 BLOCK = "\x01"  # begins the line of a table or figure in the text
 
 
@@ -117,13 +119,17 @@ class Fact:
 
     @property
     def short(self):
-        return f"{significant(self.value)} {self.unit}".strip()
+        return f"{significant(self.value)}{NBSP}{self.unit}" if self.unit else significant(self.value)
+
+    @property
+    def spread(self):
+        if self.low is None or self.high is None:
+            return ""
+        ends = " to ".join(significant(end, like=self.value) for end in (self.low, self.high))
+        return f"({ends}, n{NBSP}={NBSP}{self.n})" if self.n else f"({ends})"
 
     def __str__(self):
-        if self.low is None or self.high is None:
-            return self.short
-        ends = " to ".join(significant(end, like=self.value) for end in (self.low, self.high))
-        return f"{self.short} ({ends}, n = {self.n})" if self.n else f"{self.short} ({ends})"
+        return f"{self.short} {self.spread}".strip()
 
 
 def significant(value, like=None):
@@ -336,7 +342,7 @@ def make_text(analysis):
 
 def escape_text(value):
     """A value without line breaks and without what the text's markup would take for its own."""
-    return re.sub(r"([\\`*#>=-])", r"\\\1", re.sub(r"\s+", " ", str(value)))
+    return re.sub(r"([\\`*#>=-])", r"\\\1", re.sub(r"[ \t\r\n]+", " ", str(value)))
 
 
 SPAN = re.compile(r"`(?P<code>(?:\\.|[^\\`])*)`|\*\*(?P<strong>(?:\\.|[^\\*])*)\*\*|\*(?P<em>(?:\\.|[^\\*])*)\*"
@@ -351,7 +357,7 @@ def parse_spans(text):
 def parse_blocks(text, analysis):
     """The text → [{"kind": "heading", "level": 2, "spans": ...} | paragraph | list | note | keys | table | figure].
 
-    A paragraph, or the items of one list, stand in lines that follow each other: "- item", "> note", "= key :: what".
+    Lines that follow each other are one paragraph, or one list of "- item", "> note" or "= key :: spread :: what".
     """
 
     def kind_of(line):
@@ -390,7 +396,7 @@ def parse_blocks(text, analysis):
 def escape_markdown(text, style="plain"):
     if style == "code":
         return text.replace("`", "'").replace("|", "\\|")
-    return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", text.replace("&", "&amp;"))
+    return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", text.replace("&", "&amp;").replace(NBSP, " "))
 
 
 LATEX = {
@@ -399,7 +405,7 @@ LATEX = {
     "|": r"\textbar{}", '"': "''", "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "–": "--", "—": "---",
     "×": r"$\times$", "−": "$-$", "·": r"$\cdot$", "±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$",
     "→": r"$\to$", "…": r"\ldots{}", "’": "'", "“": "``", "”": "''", "µ": r"$\mu$", "μ": r"$\mu$", "°": r"$^\circ$",
-    "®": r"\textregistered{}", "™": r"\texttrademark{}", "\N{NO-BREAK SPACE}": "~",
+    "®": r"\textregistered{}", "™": r"\texttrademark{}", NBSP: "~",
 }  # fmt: skip
 
 
@@ -470,6 +476,23 @@ def header(column):
     return f"{column['label']}, {column['unit']}" if column.get("unit") else column["label"]
 
 
+def paper_columns(table, width=105):
+    """Groups of columns that fit on paper, each with the first one: lists of (number, lines of its head).
+
+    width: of the paper, in characters.
+    """
+    heads, widths, groups = [], [], [[]]
+    for i, column in enumerate(table["columns"]):
+        cells = [format_cell(row[i], column) for row in table["rows"]]
+        widest = max(map(len, [*cells, *header(column).split()]))
+        heads.append((i, textwrap.wrap(header(column), widest, break_long_words=False, break_on_hyphens=False)))
+        widths.append(widest + 2)
+        if len(groups[-1]) > 1 and sum(widths[j] for j, _ in groups[-1]) + widths[i] > width:
+            groups.append([heads[0]])
+        groups[-1].append(heads[i])
+    return groups
+
+
 def make_page(form, blocks, pictures, created):
     """The report in one format, from report/templates/report.<form>.j2. pictures: {name: address}"""
     title, *blocks = blocks
@@ -482,8 +505,9 @@ def make_page(form, blocks, pictures, created):
     environment.filters.update(
         spans=lambda spans: Markup("".join(styles[style].format(escape(text, style)) for style, text in spans)),
         text=lambda value: Markup(escape(" ".join(str(value).split()))),
+        header=lambda column: Markup(escape(header(column))),
         cell=lambda value, column: Markup(escape(format_cell(value, column))),
-        mean=mean_of, header=lambda column: Markup(escape(header(column))))  # fmt: skip
+        mean=mean_of, paper_columns=paper_columns)  # fmt: skip
     environment.tests["numeric"] = is_numeric
     return environment.get_template(f"report.{form}.j2").render(
         title=title["spans"], blocks=blocks, pictures=pictures, created=created)

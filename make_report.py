@@ -143,7 +143,7 @@ def significant(value, like=None):
 
 
 class Configuration:
-    """A configuration of a suite: run.speedup is the fact <suite>.<name>.speedup. Its name tells ranks and threads."""
+    """A configuration of a suite: run.speedup is the fact <suite>.<name>.speedup. Its name tells the rest."""
 
     def __init__(self, suite, name, results):
         self.suite, self.name, self._results = suite, name, results
@@ -154,6 +154,7 @@ class Configuration:
         self.family, self.scaling = (shape[1], shape[4]) if shape else (name, "")
         self.ranks, self.threads = (int(shape[2]), int(shape[3] or 1)) if shape else (1, 1)
         self.cores = self.ranks * self.threads
+        self.source, _, self.workers = re.sub(r"-(\d+)-workers-\w+$", r" \1", self.base).partition(" ")
 
     def __getattr__(self, quantity):
         return self._results.fact(f"{self.suite}.{self.name}.{quantity}")
@@ -318,20 +319,27 @@ class Sentences(jinja2.ext.Extension):
         return f"\n{'#' * (self.environment.depth + 2)} {title}\n\n{body}\n"
 
 
+@functools.lru_cache
+def text_environment():
+    """Jinja2 for text.j2, compiled once; `results` and `depth` are set for each text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), extensions=[Sentences], undefined=jinja2.StrictUndefined,
+        finalize=lambda value: environment.results.show(value), trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.tests.update(above=is_above, unclear=is_unclear)
+    return environment
+
+
 def make_text(analysis):
     """The text with its markup, from text.j2: twice, as what it says about missing sections is known at the end."""
-    missing_sections = []
+    environment, missing_sections = text_environment(), []
+    machines = [Entry(machine) for machine in analysis["environments"]]
     for _ in range(2):
-        results = Results(analysis)
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES), extensions=[Sentences], undefined=jinja2.StrictUndefined,
-            finalize=results.show, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # fmt: skip
-        environment.results, environment.depth = results, 0
-        environment.tests.update(above=is_above, unclear=is_unclear)
+        results = environment.results = Results(analysis)
+        environment.depth = 0
         text = environment.get_template("text.j2").render(
             **{name: analysis[name] for name in ("runs", "marks", "missing", "failed_runs")},
+            machines=machines, machine=machines[0] if machines else Entry({}),
             repeats=sorted({fact["n"] for fact in analysis["facts"].values() if fact.get("n")}),
-            machines=[Entry(environment) for environment in analysis["environments"]],
             fact=results.fact, run=results.run, every_run=results.every_run, best=results.best, rest=results.rest,
             tables=functools.partial(results.every_block, "table"),
             figures=functools.partial(results.every_block, "figure"),

@@ -212,7 +212,8 @@ class Results:
         """A value as it stands in the text, with what would be markup there escaped."""
         self.shown += value not in ("", [])
         if isinstance(value, list):
-            return "".join(map(self.show, value))
+            separator = ", " if value and not isinstance(value[0], Block) else ""
+            return separator.join(map(self.show, value))
         if isinstance(value, Block):
             new = value not in self.seen
             self.seen.add(value)
@@ -233,16 +234,30 @@ def absent(name):
     return jinja2.StrictUndefined(f"the results have no {name}", exc=MissingFact)
 
 
-def is_above(fact, other):
+def ends(value):
+    """The ends of a fact's interval, None where it has none; a number is both ends of itself."""
+    return (value, value) if isinstance(value, (int, float)) else (value.low, value.high)
+
+
+def is_above(value, other):
     """Whether a mean is larger beyond doubt: its interval lies above a number, or above the interval of another."""
-    limit = other if isinstance(other, (int, float)) else other.high
-    return fact.low is not None and limit is not None and fact.low > limit
+    low, limit = ends(value)[0], ends(other)[1]
+    return low is not None and limit is not None and low > limit
 
 
-def is_unclear(fact, other):
-    """Whether two means have intervals that overlap, or a mean one that the number lies in."""
-    low, high = (other, other) if isinstance(other, (int, float)) else (other.low, other.high)
-    return None not in (fact.low, fact.high, low, high) and fact.low <= high and low <= fact.high
+def is_below(value, other):
+    return is_above(other, value)
+
+
+def is_unclear(value, other):
+    """Whether the intervals of two means overlap, or a number lies in one."""
+    return None not in (*ends(value), *ends(other)) and not is_above(value, other) and not is_below(value, other)
+
+
+def amdahl_limit(fraction):
+    """The speed-up that no number of cores exceeds, from a serial fraction in percent."""
+    low, high = (end and 100 / end for end in ends(fraction))
+    return Fact(100 / fraction.value, high, low, fraction.n, "×")
 
 
 @functools.lru_cache
@@ -325,7 +340,7 @@ def text_environment():
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), extensions=[Sentences], undefined=jinja2.StrictUndefined,
         finalize=lambda value: environment.results.show(value), trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.tests.update(above=is_above, unclear=is_unclear)
+    environment.tests.update(above=is_above, below=is_below, unclear=is_unclear)
     return environment
 
 
@@ -333,17 +348,20 @@ def make_text(analysis):
     """The text with its markup, from text.j2: twice, as what it says about missing sections is known at the end."""
     environment, missing_sections = text_environment(), []
     machines = [Entry(machine) for machine in analysis["environments"]]
+    failures = {}
+    for failed in analysis["failed_runs"]:
+        failures.setdefault((failed["status"], (failed["output"] or [""])[-1]), []).append(failed["run"])
     for _ in range(2):
         results = environment.results = Results(analysis)
         environment.depth = 0
         text = environment.get_template("text.j2").render(
-            **{name: analysis[name] for name in ("runs", "marks", "missing", "failed_runs")},
+            **{name: analysis[name] for name in ("runs", "marks", "missing", "failed_runs")}, failures=failures,
             machines=machines, machine=machines[0] if machines else Entry({}),
             repeats=sorted({fact["n"] for fact in analysis["facts"].values() if fact.get("n")}),
             fact=results.fact, run=results.run, every_run=results.every_run, best=results.best, rest=results.rest,
             tables=functools.partial(results.every_block, "table"),
             figures=functools.partial(results.every_block, "figure"),
-            network=describe_network, missing_sections=missing_sections)  # fmt: skip
+            network=describe_network, amdahl_limit=amdahl_limit, missing_sections=missing_sections)  # fmt: skip
         missing_sections = results.empty_sections
     return text
 
@@ -365,7 +383,7 @@ def parse_spans(text):
 def parse_blocks(text, analysis):
     """The text → [{"kind": "heading", "level": 2, "spans": ...} | paragraph | list | note | keys | table | figure].
 
-    Lines that follow each other are one paragraph, or one list of "- item", "> note" or "= key :: spread :: what".
+    Lines that follow each other are one paragraph, or one list of "- item", "> note" or "= key :: what".
     """
 
     def kind_of(line):
@@ -379,8 +397,11 @@ def parse_blocks(text, analysis):
         for kind, group in itertools.groupby(lines, kind_of):
             group = list(group)
             if kind in ("list", "note", "keys"):
-                items = [list(map(parse_spans, line[2:].split(" :: "))) for line in group]
-                blocks.append({"kind": kind, "items": items if kind == "keys" else [item for item, *_ in items]})
+                items = [line[2:] for line in group]
+                split = re.compile(r"(.*?)( \(.*\))? :: (.*)")  # 1.84 × (1.80 to 1.88, n = 3) :: the speed-up
+                blocks.append({"kind": kind, "items": [
+                    [parse_spans(part or "") for part in split.fullmatch(item).groups()] if kind == "keys"
+                    else parse_spans(item) for item in items]})  # fmt: skip
             elif kind == "heading":
                 marks, _, title = group[0].partition(" ")
                 name = re.sub(r"\W+", "-", title.lower()).strip("-")

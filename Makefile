@@ -2,7 +2,7 @@
 # `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments bench lint test clean
+.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments analyze bench lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -47,6 +47,9 @@ demo: $(READY)  ## watch serial, MPI and hybrid train in the terminal, then thei
 
 experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--suite all" runs all suites
 	$(PYTHON) run_experiments.py $(OPTIONS)
+
+analyze: $(READY)  ## tables and plots of what make experiments has measured, into results/analysis
+	$(PYTHON) analyze_results.py $(ARGS)
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) bench.py $(ARGS)

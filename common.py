@@ -1722,6 +1722,8 @@ def peak_rss():
 
 def environment():
     """The machine and software that a result depends on, for the sidecar of a log."""
+    import psutil
+
     here = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -1730,7 +1732,8 @@ def environment():
         commit = None
     names = ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy")
     versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-    return {"host": platform.node(), "cpu": cpu_model(), "cores": available_cores(), "blas": blas_info(),
+    return {"host": platform.node(), "cpu": cpu_model(), "cores": available_cores(),
+            "memory_mb": psutil.virtual_memory().total / MIB, "blas": blas_info(),
             "git_commit": commit, "versions": {"python": platform.python_version(), **versions}}
 
 

@@ -654,6 +654,8 @@ def train_epochs(trainer, data, args, run, placement, monitor):
         total += monitor.take()
         placement.check()
         run.totals["cpu_time_inside"] = total.shares()
+        groups = {"forward": placement.split.forward, "backward": placement.split.backward}
+        run.totals["idle"] = {group: total.idle(cores) for group, cores in groups.items() if cores}
         run.end_epoch(*placement.groups["all"].submit(evaluate, trainer.model, data.x_test, data.y_test, args).result())
         if not args.quiet:
             print(f"epoch {epoch}/{args.epochs}  CPU time inside the assigned cores: {total}", flush=True)

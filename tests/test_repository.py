@@ -20,9 +20,15 @@ TINY = {
     "train_resnet50_split_cores.py": ["--subset", "8", "--batch-size", "4", "--micro-batches", "2", "--epochs", "1",
                                       "--rounds", "3", "--dataset", "synthetic"],
     "demo.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
+    "analyze_results.py": [],
     "run_experiments.py": ["--epochs", "1", "--subset", "64", "--repeats", "1", "--dataset", "synthetic"],
     "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
 }
+NEEDED = {  # what must be there before a script runs, and how it gets there
+    "analyze_results.py": {"results/index.json": "python run_experiments.py --only serial",
+                           "results/serial_cnn.csv": "python serial_cnn.py",
+                           "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py"},
+}  # fmt: skip
 TINY_MAKE = {
     "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
     "train-cifar-s3": ["EPOCHS=1", "SUBSET=16", "ARGS=--batch-size 8 --model cnn",
@@ -59,13 +65,18 @@ def run_line(where, line, cwd, scripts):
         if "--source disk" in line:
             folder = words[words.index("--data-dir") + 1]
             run_usage_line(scripts, REPO / script, f"python {script} --export {folder}", *TINY[script])
+        for file, needed in NEEDED.get(script, {}).items():
+            if not (scripts / file).exists():
+                name = next(word for word in needed.split() if word.endswith(".py"))
+                run_usage_line(scripts, REPO / name, needed, *TINY[name])
         device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
         return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"
     copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
-    command = ["make", f"PYTHON={sys.executable}", *words[1:], *TINY_MAKE.get(words[1], [])]
-    done = subprocess.run(command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    for target in (*["experiments"] * (words[1] == "analyze"), words[1]):
+        command = ["make", f"PYTHON={sys.executable}", target, *words[2:], *TINY_MAKE.get(target, [])]
+        done = subprocess.run(command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done
 
 

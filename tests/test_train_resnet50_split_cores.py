@@ -531,6 +531,9 @@ def test_run_writes_log_and_sidecar(run_script, tmp_path):
     assert sidecar["cores_of_phases"] == {"forward": list(split.forward), "backward": list(split.backward)}
     assert sidecar["status"] == "done"
     assert min(sidecar["totals"]["cpu_time_inside"].values()) >= 0.99
+    idle = sidecar["totals"]["idle"]  # each group waits for the other
+    assert all(0 < idle[group] < 1 for group in ("forward", "backward"))
+    assert idle["forward"] + idle["backward"] > 0.5
     assert "CPU time inside the assigned cores: forward 100.0%, backward 100.0%" in done.stdout
     assert "epoch 2/2  train loss" in done.stdout
 

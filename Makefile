@@ -2,7 +2,7 @@
 # `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments analyze bench lint test clean
+.PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial demo experiments analyze report bench lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -50,6 +50,9 @@ experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--
 
 analyze: $(READY)  ## tables and plots of what make experiments has measured, into results/analysis
 	$(PYTHON) analyze_results.py $(ARGS)
+
+report: analyze  ## the technical report of that: report/report.html, .md, .tex, and .pdf where LaTeX is installed
+	$(PYTHON) make_report.py --pdf
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) bench.py $(ARGS)

@@ -5,7 +5,6 @@ report/templates/text.j2, the numbers in analysis.json. A sentence that names a 
 condition does not hold, does not appear; a section without any result is named among the limits instead.
 
     make report
-    python make_report.py
     python make_report.py --analysis results/analysis --output-dir report
     python make_report.py --pdf                          # with latexmk, pdflatex or tectonic
 """
@@ -569,8 +568,8 @@ def in_words(value):
 
 def write_report(analysis, source, folder):
     """Write report.md, report.tex, report.html and the figures of the first two. Returns the paths of the reports."""
-    tables = [table for table in analysis["tables"] if table["name"] != "environment"]
-    analysis = {**analysis, "tables": [*tables, environment_table(analysis["environments"])]}
+    if analysis["environments"]:
+        analysis = {**analysis, "tables": [*analysis["tables"], environment_table(analysis["environments"])]}
     blocks = parse_blocks(make_text(analysis), analysis)
     names = [block["name"] for block in blocks if block["kind"] == "figure"]
     copies, inline = {n: f"figures/{n}.png" for n in names}, {n: data_uri(source, n) for n in names}

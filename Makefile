@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: bench lint test clean
+.PHONY: report bench lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -54,6 +54,9 @@ experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--
 
 analyze: $(READY)  ## tables and plots of what make experiments has measured, into results/analysis
 	$(PYTHON) analyze_results.py $(ARGS)
+
+report: analyze  ## the technical report of that: report/report.html, .md, .tex, and .pdf where LaTeX is installed
+	$(PYTHON) make_report.py --pdf
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) bench.py $(ARGS)

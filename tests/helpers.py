@@ -121,6 +121,8 @@ def run_usage_line(folder, path, line, *tiny):
     needed = REPO.glob("*.py") if starts_others else (*named, REPO / "common.py")
     for file in needed:
         shutil.copy2(file, folder)  # with its time, which Numba's cache goes by
+    if path.name == "make_report.py":
+        shutil.copytree(REPO / "report/templates", folder / "report/templates", dirs_exist_ok=True)
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (folder / "bin/python").chmod(0o755)

@@ -22,6 +22,7 @@ TINY = {
                                       "--rounds", "3", "--dataset", "synthetic"],
     "demo.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "analyze_results.py": [],
+    "make_report.py": [],
     "run_experiments.py": ["--epochs", "1", "--subset", "64", "--repeats", "1", "--dataset", "synthetic"],
     "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
 }
@@ -29,6 +30,8 @@ NEEDED = {  # what must be there before a script runs, and how it gets there
     "analyze_results.py": {"results/index.json": "python run_experiments.py --only serial",
                            "results/serial_cnn.csv": "python serial_cnn.py",
                            "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py"},
+    "make_report.py": {"results/index.json": "python run_experiments.py --only serial",
+                       "results/analysis/analysis.json": "python analyze_results.py"},
 }  # fmt: skip
 TINY_MAKE = {
     "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
@@ -75,7 +78,7 @@ def run_line(where, line, cwd, scripts):
         return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"
     copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
-    for target in (*["experiments"] * (words[1] == "analyze"), words[1]):
+    for target in (*["experiments"] * (words[1] in ("analyze", "report")), words[1]):
         command = ["make", f"PYTHON={sys.executable}", target, *words[2:], *TINY_MAKE.get(target, [])]
         done = subprocess.run(command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"

@@ -456,7 +456,7 @@ def print_tables(rows):
                      "communication"), scaling))  # fmt: skip
 
 
-LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = 50_000, 10_000, 640  # in an epoch; single: pictures one by one
+LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = 50_000, 10_000, 1600  # in an epoch; single: pictures one by one
 
 
 def loading_costs(args):

@@ -42,19 +42,20 @@ def collect(source, docs):
     if absent := [str(path) for path in parts if not path.is_file()]:
         raise InputError(f"there is no {', '.join(absent)}: make measure makes all of them")
     for name in BENCHMARKS:
-        write(docs / name, without_paths((source / name).read_text()))
+        write(docs / name, without_paths((source / name).read_text(), source))
     for name in EXPERIMENTS:
         shutil.rmtree(docs / name, ignore_errors=True)
         for path in sorted(source.glob(f"{name}/**/*")):
             if path.name in ("index.json", "run.json") and "analysis" not in path.parts:
-                write(docs / path.relative_to(source), without_paths(path.read_text()))
+                write(docs / path.relative_to(source), without_paths(path.read_text(), source))
             elif path.name == "run.csv":
                 write(docs / path.relative_to(source), without_batches(path.read_text()))
 
 
-def without_paths(text):
-    """JSON with relative paths to this folder's files, and `python` for the interpreter."""
-    return text.replace(json.dumps(sys.executable), '"python"').replace(f"{HERE}/", "")
+def without_paths(text, source):
+    """JSON with paths relative to `source` or to this folder, and `python` for the interpreter."""
+    text = text.replace(json.dumps(sys.executable), '"python"')
+    return text.replace(f"{source.resolve()}/", "").replace(f"{HERE}/", "")
 
 
 def without_batches(text):

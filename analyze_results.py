@@ -35,6 +35,12 @@ from common import BATCH, FETCH_TRAIN, LOG_COLUMNS, TRAIN, VALIDATE, InputError,
 SUITES = ("parallel", "hardware", "loading", "split")
 FROM_SCRATCH = ("serial_cnn", "parallel_cnn_mpi", "parallel_cnn_hybrid", "gpu_scratch")  # with the same weights
 PHASES = ("loading", "forward", "backward", "communication", "update")
+TRAINING = {  # what a report has to tell of a training: arguments of the scripts and entries of the sidecars
+    "model": "model", "train_images": "images", "test_images": "test images", "epochs": "epochs",
+    "global_batch_size": "images a step", "optimizer": "optimizer", "lr": "learning rate", "momentum": "momentum",
+    "weight_decay": "weight decay", "dtype": "dtype", "amp": "mixed precision", "augment": "augmentation",
+    "seed": "seed",
+}  # fmt: skip
 QUANTITIES = {  # label, unit, digits
     "n": ("repeats", "", 0),
     "cores": ("cores", "", 0),
@@ -397,7 +403,8 @@ def add_differences(configurations):
         for c in members[1:]:
             for name, factor, column in (("loss_difference", 1, "loss"), ("accuracy_difference", 100, "value1")):
                 gaps = [difference(first.curves(kind, column), c.curves(kind, column)) for kind in (TRAIN, VALIDATE)]
-                c.put(name, Estimate(factor * max(gaps), None, None, c.n, {}))
+                if np.isfinite(gaps).all():  # else one of them diverged
+                    c.put(name, Estimate(factor * max(gaps), None, None, c.n, {}))
 
 
 def comparable_groups(configurations):
@@ -482,13 +489,13 @@ SPLIT = ("n", "images_per_s", "speedup_over_all", "speedup_over_split", "step_ms
          "update_ms", "idle_forward", "idle_backward")  # fmt: skip
 STEP = ("step_ms", *(f"{phase}_ms" for phase in PHASES), *(f"{phase}_share" for phase in PHASES))
 TABLES = {  # kind: title, caption, quantities
-    "results": ("results", "Training time without warm-up and validation. RAM, CPU and GPU use are those of rank 0 and "
+    "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use are those of rank 0 and "
                 "its children.", RESULT),
-    "scaling": ("scaling", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank of one thread "
+    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank of one thread "
                 "for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
-    "learning": ("learning", "Last epoch. Differences: to the first configuration that computes the same, over all "
+    "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, over all "
                  "epochs and repeats, training and validation.", LEARNING),
-    "step": ("a step", "Seconds of the epochs divided by steps. Update and rest: what the logged phases leave of the "
+    "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged phases leave of the "
              "step; empty where phases overlap.", STEP),
     "loading": ("waiting for data", "Waiting for data during training, per epoch (record type 0) and per batch (type "
                 "2); alone: the same loading without a training.", LOADING),
@@ -671,7 +678,7 @@ def describe(members, machines):
         if mine := [run for run in runs if run.machine == machine]:
             _, cpu, cores, dataset, _ = machine
             sizes = "/".join(f"{n:,}" for n in sorted({run.sidecar.get("train_images") or 0 for run in mine}))
-            data = "SYNTHETIC DATA" if dataset == "synthetic" else dataset
+            data = {"synthetic": "SYNTHETIC DATA", "cifar10": "CIFAR-10"}.get(dataset, dataset)
             place = f"{cpu}, {cores} cores; {data}, {sizes} images" if cpu else "machine and data set unknown"
             lines.append(place if len(machines) == 1 else f"[{number}] {place}")
     repeats = sorted({c.n for c in members})
@@ -680,8 +687,9 @@ def describe(members, machines):
     if crowded := [c.name for c in members if c.oversubscribed]:
         lines.append(f"OVERSUBSCRIBED (more ranks × threads than cores): {', '.join(crowded)}")
     if len(commits := {run.sidecar.get("git_commit") for run in runs} - {None}) > 1:
-        lines.append(f"{len(commits)} DIFFERENT COMMITS: {', '.join(sorted(c[:8] for c in commits))}")
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 125))
+        short = sorted(c[:8] + "-dirty" * c.endswith("-dirty") for c in commits)
+        lines.append(f"{len(commits)} DIFFERENT COMMITS: {', '.join(short)}")
+    return "\n".join(part for line in ";\n".join(lines).split("\n") for part in textwrap.wrap(line, 125))
 
 
 def halves(members, quantity):
@@ -824,8 +832,8 @@ def plot_step(plot, members):
     ax.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))
     ax.grid(visible=False, axis="y")
     name_rows(ax, members)
-    plot.save(figure, "step", f"Where a step's time goes, {plot.suite}", "Shares of a training step of rank 0, behind "
-              "them the whole step. Communication has waiting for other ranks in it.", 5)  # fmt: skip
+    plot.save(figure, "step", f"Where a step's time goes, {plot.suite}", "Shares of a training step of rank 0, to "
+              "their right the whole step. Communication includes waiting for other ranks.", 5)  # fmt: skip
 
 
 def plot_curves(plot, members):
@@ -851,7 +859,7 @@ def plot_curves(plot, members):
     if same := [c for c in members if "loss_difference" in c.estimates]:
         worst = max(same, key=lambda c: c.get("loss_difference"))
         loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") for c in same)
-        said = (f"One colour computes the same. Largest difference: training or test loss {loss:.2g} ({worst.name}), "
+        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g} ({worst.name}), "
                 f"accuracy {points:.2g} points.")  # fmt: skip
     plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
@@ -925,8 +933,12 @@ def plot_suite(plot, suite, members):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def side_by_side(values):
+    return " / ".join(map(str, sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))))
+
+
 def environments(runs, machines):
-    """What each machine, with its data set, ran with; commits and versions that differ are listed side by side."""
+    """What each machine, with its data set, ran with; what differs between its runs is listed side by side."""
     found = []
     for machine in machines:
         mine = [run.sidecar for run in runs if run.machine == machine]
@@ -937,14 +949,17 @@ def environments(runs, machines):
         versions = {name: " / ".join(sorted(values)) for name, values in sorted(versions.items())}
         commits = sorted({s["git_commit"] for s in mine if s.get("git_commit")})
         gpus = sorted({s["device"] for s in mine if s.get("device") not in (None, "cpu")})
+        arguments = [{"global_batch_size": a.get("batch_size"), **s, **a} for s in mine for a in [s.get("arguments") or {}]]
+        training = {label: side_by_side(a.get(name) for a in arguments) for name, label in TRAINING.items()}
         blas = sorted({" ".join(str(b.get(name)) for name in ("library", "version", "kernel"))
                        for s in mine for b in s.get("blas") or []})  # fmt: skip
         memory = max((s.get("memory_mb") or 0 for s in mine), default=0)
         host, cpu, cores, dataset, fingerprint = machine
-        found.append({"host": host, "cpu": cpu, "cores": cores, "memory_gb": round(memory / 1024, 1) or None,
+        found.append({"host": host, "cpu": cpu, "cores": cores, "memory_gib": round(memory / 1024, 1) or None,
                       "gpu": " / ".join(gpus) or None, "blas": " / ".join(blas) or None,
                       "python": versions.pop("python", None), "versions": versions,
                       "commit": " / ".join(commits) or None, "dataset": dataset, "fingerprint": fingerprint,
+                      "training": {label: values for label, values in training.items() if values} or None,
                       "runs": len(mine)})  # fmt: skip
     return found
 
@@ -961,7 +976,11 @@ def list_missing(report, configurations, left_out):
     if not any("gpu_percent" in c.estimates for c in configurations):
         report.missing.append("GPU: no run used one")
     if single := [f"{c.suite}/{c.name}" for c in configurations if c.n < 2]:
-        report.missing.append(f"95 % intervals of {', '.join(single)}: one run each")
+        whose = "of all configurations" if 1 < len(single) == len(configurations) else f"of {', '.join(single)}"
+        report.missing.append(f"95 % intervals {whose}: one run each")
+    for c in configurations:
+        if not all(np.isfinite(c.curves(kind, "loss")).all() for kind in (TRAIN, VALIDATE)):
+            report.missing.append(f"losses of {c.suite}/{c.name}: not all are numbers, the training diverged")
     for c in configurations:
         if c.suite == "parallel" and c.scaling and "speedup" not in c.estimates:
             report.missing.append(f"speed-up of parallel/{c.name}: there is no run on one core to compare it with")

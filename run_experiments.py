@@ -83,12 +83,13 @@ def parallel_suite(args):
 
 
 def hardware_suite(args):
-    """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU."""
+    """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU; float32 and no augmentation in all."""
     cores, size, suite = len(available_cores()), ["--batch-size", args.batch_size], []
     one_rank, one_core = [find_mpirun(), "-np", 1], ["env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"]
     for model in ("cnn", "resnet18"):
         options = ["--model", model, *size]
-        on_cpu, on_gpu = [*options, "--device", "cpu"], [*options, "--device", "cuda"]
+        same = [*options, "--amp", "off", "--augment", "off"]  # as those from scratch train
+        on_cpu, on_gpu = [*same, "--device", "cpu"], [*same, "--device", "cuda"]
         for name, launch, script, more, used in (
             ("scratch-1-core", [], "serial_cnn.py", options, 1),
             (f"scratch-{cores}-cores", one_rank, "parallel_cnn_hybrid.py", [*options, "--num-threads", cores], cores),

@@ -48,6 +48,9 @@ RUNS = {  # the configurations of each suite, and what was measured
     "parallel.hybrid-1x2-strong": {
         "images_per_s": 2210, "speedup": 1.71, "speedup_over_serial": 2.19, "efficiency": 85.6,
         "serial_fraction": 16.9},
+    "parallel.hybrid-2x2-strong": {
+        "images_per_s": 2310, "speedup": 1.79, "speedup_over_serial": 2.29, "efficiency": 44.8,
+        "serial_fraction": 41.2},
     "parallel.hybrid-2x1-strong": {
         "images_per_s": 1120, "speedup": 0.87, "speedup_over_serial": 1.11, "efficiency": 43.4,
         "serial_fraction": 129},
@@ -78,6 +81,9 @@ def make_analysis():
     facts["parallel.largest_accuracy_difference"] = {**fact(0.14, "points"), "low": None, "high": None}
     facts["hardware.largest_loss_difference"] = {**fact(0.0521), "low": None, "high": None}
     facts["hardware.largest_accuracy_difference"] = {**fact(3.13, "points"), "low": None, "high": None}
+    for suite in ("loading", "split"):
+        facts[f"{suite}.largest_loss_difference"] = {**fact(0.0123), "low": None, "high": None}
+        facts[f"{suite}.largest_accuracy_difference"] = {**fact(1.56, "points"), "low": None, "high": None}
     facts["parallel.mpi.amdahl_serial_fraction"] = fact(41.8, "%")
     facts["parallel.hybrid.amdahl_serial_fraction"] = fact(17.6, "%")
     columns = [("configuration", "configuration", "", None), ("ranks", "ranks", "", 0), ("speedup", "speed-up", "×", 2),
@@ -92,6 +98,7 @@ def make_analysis():
         "failed_runs": [{"run": "parallel/mpi-8-weak/2", "status": "timeout", "output": ["first", "the last line"]}],
         "missing": ["GPU: no run used one"], "marks": ["synthetic data", "oversubscribed: mpi-8-weak, mpi-4-strong"],
         "environments": [{"host": "here", "cpu": "A processor", "cores": 2, "gpu": None, "versions": {"numpy": "2.4.6"},
+                          "training": {"epochs": "7", "images": "4800", "learning rate": "0.01"}, "memory_gib": 23.5,
                           "commit": "0123456789abcdef0123456789abcdef01234567", "dataset": "synthetic"}],
         "tables": [{"name": name, **table} for name in names],
         "figures": [{"name": name, "title": "A picture", "caption": "Of something.", "alt": "Lines"}

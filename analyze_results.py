@@ -489,14 +489,14 @@ SPLIT = ("n", "images_per_s", "speedup_over_all", "speedup_over_split", "step_ms
          "update_ms", "idle_forward", "idle_backward")  # fmt: skip
 STEP = ("step_ms", *(f"{phase}_ms" for phase in PHASES), *(f"{phase}_share" for phase in PHASES))
 TABLES = {  # kind: title, caption, quantities
-    "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use are those of rank 0 and "
-                "its children.", RESULT),
-    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank of one thread "
-                "for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
-    "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, over all "
-                 "epochs and repeats, training and validation.", LEARNING),
-    "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged phases leave of the "
-             "step; empty where phases overlap.", STEP),
+    "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use "
+                "are those of rank 0 and its children.", RESULT),
+    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank "
+                "of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
+    "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, "
+                 "over all epochs and repeats, training and validation.", LEARNING),
+    "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged "
+             "phases leave of the step; empty where phases overlap.", STEP),
     "loading": ("waiting for data", "Waiting for data during training, per epoch (record type 0) and per batch (type "
                 "2); alone: the same loading without a training.", LOADING),
     "modes": ("modes", "Idle: the share of the training in which a group's cores computed nothing.", SPLIT),
@@ -858,9 +858,9 @@ def plot_curves(plot, members):
     said = "No two compute the same."
     if same := [c for c in members if "loss_difference" in c.estimates]:
         worst = max(same, key=lambda c: c.get("loss_difference"))
-        loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") for c in same)
-        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g} ({worst.name}), "
-                f"accuracy {points:.2g} points.")  # fmt: skip
+        loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") or 0 for c in same)
+        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g} "
+                f"({worst.name}), accuracy {points:.2g} points.")  # fmt: skip
     plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
 
@@ -949,7 +949,8 @@ def environments(runs, machines):
         versions = {name: " / ".join(sorted(values)) for name, values in sorted(versions.items())}
         commits = sorted({s["git_commit"] for s in mine if s.get("git_commit")})
         gpus = sorted({s["device"] for s in mine if s.get("device") not in (None, "cpu")})
-        arguments = [{"global_batch_size": a.get("batch_size"), **s, **a} for s in mine for a in [s.get("arguments") or {}]]
+        arguments = [{**s, **(s.get("arguments") or {})} for s in mine]
+        arguments = [{"global_batch_size": each.get("batch_size"), **each} for each in arguments]
         training = {label: side_by_side(a.get(name) for a in arguments) for name, label in TRAINING.items()}
         blas = sorted({" ".join(str(b.get(name)) for name in ("library", "version", "kernel"))
                        for s in mine for b in s.get("blas") or []})  # fmt: skip

@@ -491,8 +491,8 @@ STEP = ("step_ms", *(f"{phase}_ms" for phase in PHASES), *(f"{phase}_share" for 
 TABLES = {  # kind: title, caption, quantities
     "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use "
                 "are those of rank 0 and its children.", RESULT),
-    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank "
-                "of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
+    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one "
+                "rank of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
     "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, "
                  "over all epochs and repeats, training and validation.", LEARNING),
     "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged "
@@ -1004,7 +1004,8 @@ def list_marks(report, configurations, found):
         report.marks.append(f"{len(found)} machines or data sets, told apart by [2] and so on, never compared")
     for number, environment in enumerate(found, 1):
         if " / " in (environment["commit"] or ""):
-            report.marks.append(f"different commits on machine [{number}]: {environment['commit']}")
+            commits = re.sub(r"\b([0-9a-f]{12})[0-9a-f]+", r"\1", environment["commit"])
+            report.marks.append(f"different commits on machine [{number}]: {commits}")
 
 
 def analyze(runs, failed, left_out, args, report):

@@ -128,6 +128,8 @@ class Fact:
     def spread(self):
         if self.low is None or self.high is None:
             return ""
+        if self.low == self.high:
+            return f"(n{NBSP}={NBSP}{self.n}, all alike)" if self.n else ""
         ends = " to ".join(significant(end, like=self.value) for end in (self.low, self.high))
         return f"({ends}, n{NBSP}={NBSP}{self.n})" if self.n else f"({ends})"
 

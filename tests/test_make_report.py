@@ -82,8 +82,8 @@ def make_analysis():
     facts["hardware.largest_loss_difference"] = {**fact(0.0521), "low": None, "high": None}
     facts["hardware.largest_accuracy_difference"] = {**fact(3.13, "points"), "low": None, "high": None}
     for suite in ("loading", "split"):
-        facts[f"{suite}.largest_loss_difference"] = {**fact(0.0123), "low": None, "high": None}
-        facts[f"{suite}.largest_accuracy_difference"] = {**fact(1.56, "points"), "low": None, "high": None}
+        facts[f"{suite}.largest_loss_difference"] = {**fact(0), "low": None, "high": None}
+        facts[f"{suite}.largest_accuracy_difference"] = {**fact(0, "points"), "low": None, "high": None}
     facts["parallel.mpi.amdahl_serial_fraction"] = fact(41.8, "%")
     facts["parallel.hybrid.amdahl_serial_fraction"] = fact(17.6, "%")
     columns = [("configuration", "configuration", "", None), ("ranks", "ranks", "", 0), ("speedup", "speed-up", "×", 2),

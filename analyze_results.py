@@ -335,6 +335,7 @@ class Configuration:
         self.batch, self.n = arguments.get("global_batch_size", arguments.get("batch_size")), len(runs)
         self.workers = arguments.get("workers")
         self.scaling = next((s for s in ("strong", "weak") if name.endswith(s)), None)
+        self.trains = any(row["loss"] is not None for run in runs for row in run.log.epochs[TRAIN])  # else --load-only
         measured = {run.repeat: measure(run) for run in runs}
         names = dict.fromkeys(name for values in measured.values() for name in values)
         self.estimates = {}
@@ -452,7 +453,7 @@ def add_alone(configurations):
     """What --load-only has measured, also with the training from the same source by as many workers."""
     by_name = {(c.suite, c.name): c for c in configurations}
     for c in configurations:
-        if "train_loss" not in c.estimates:
+        if not c.trains:
             training = by_name.get((c.suite, c.name.replace("-load", "-train")), c)
             for each in (c, training):
                 each.put("alone_images_per_s", c.estimates["images_per_s"])
@@ -460,7 +461,7 @@ def add_alone(configurations):
 
 def waiting_rows(members):
     """The configurations that train, and those that only load where no training has their numbers."""
-    training = {c.name for c in members if "train_loss" in c.estimates}
+    training = {c.name for c in members if c.trains}
     return [c for c in members if c.name in training or c.name.replace("-load", "-train") not in training]
 
 
@@ -492,7 +493,8 @@ TABLES = {  # kind: title, caption, quantities
     "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use "
                 "are those of rank 0 and its children.", RESULT),
     "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one "
-                "rank of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
+                "rank of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.",
+                SCALING),
     "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, "
                  "over all epochs and repeats, training and validation.", LEARNING),
     "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged "
@@ -547,7 +549,7 @@ def cell(configuration, quantity):
 
 
 def tabulate(report, suite, members):
-    trained = [c for c in members if "train_loss" in c.estimates]
+    trained = [c for c in members if c.trains]
     timed = [c for c in trained if "forward_ms" in c.estimates]
     report.add_table(suite, "results", members)
     if trained:
@@ -574,7 +576,7 @@ def collect_facts(report, configurations):
         members = [c for c in configurations if c.suite == suite]
         for quantity, word in (("loss_difference", "largest"), ("accuracy_difference", "largest"), ("speedup", "best"),
                                ("images_per_s", "best")):  # fmt: skip
-            found = [c.estimates[quantity] for c in members if {quantity, "train_loss"} <= c.estimates.keys()
+            found = [c.estimates[quantity] for c in members if c.trains and quantity in c.estimates
                      and not (word == "best" and c.oversubscribed)]  # fmt: skip
             if found:
                 best = max(found, key=lambda e: e.value)
@@ -868,7 +870,7 @@ def plot_batches(plot, members):
     """Total and waiting time over the batches of the first epoch of the first repeat, a panel for each source."""
     sources = {}
     for c in members:
-        if "train_loss" in c.estimates and c.runs[0].log.batch_lines:
+        if c.trains and c.runs[0].log.batch_lines:
             sources.setdefault(re.sub(r"-\d+-workers.*", "", c.name), []).append(c)
     if not sources:
         return
@@ -934,7 +936,8 @@ def plot_suite(plot, suite, members):
 
 
 def side_by_side(values):
-    return " / ".join(map(str, sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))))
+    values = sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))
+    return " / ".join(f"{v:,}" if type(v) is int else str(v) for v in values)
 
 
 def environments(runs, machines):

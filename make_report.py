@@ -331,11 +331,11 @@ class Sentences(jinja2.ext.Extension):
 
     def _section(self, title, caller):
         results = self.environment.results
-        shown, self.environment.depth = results.shown, self.environment.depth + 1
+        shown, empty, self.environment.depth = results.shown, len(results.empty_sections), self.environment.depth + 1
         body = caller()
         self.environment.depth -= 1
         if results.shown == shown:
-            results.empty_sections.append(title)
+            results.empty_sections[empty:] = [title]  # its own sections are not named too
             return ""
         return f"\n{'#' * (self.environment.depth + 2)} {title}\n\n{body}\n"
 

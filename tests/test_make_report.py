@@ -214,8 +214,9 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         table["rows"] = table["rows"][1:]
     analysis["environments"][0]["cpu"], analysis["runs"] = "Another", 43
     analysis["failed_runs"][0]["output"] = ["another last one"]
-    after = ("59.2 % (58.6 to 59.8, n = 3)", "1 December 2026, 07:05 UTC", "1.48 × (1.47 to 1.49, n = 3)", "1.37 × (1.36 to 1.38, n = 3)", "6.50 ± 0.38", "Another", "43 runs",
-             "another last one", "4.7 × 10", "trains for 8 epochs")  # fmt: skip
+    after = ("59.2 % (58.6 to 59.8, n = 3)", "1 December 2026, 07:05 UTC", "1.48 × (1.47 to 1.49, n = 3)",
+             "1.37 × (1.36 to 1.38, n = 3)", "6.50 ± 0.38", "Another", "43 runs", "another last one",
+             "4.7 × 10", "trains for 8 epochs")  # fmt: skip
     analysis["environments"][0]["training"]["epochs"] = "8"
     reports = write(analysis)
     assert_everywhere(reports, *after)
@@ -277,7 +278,7 @@ def test_a_section_without_results_is_named(analysis, write):
 
 
 def test_logs_of_single_runs(analysis, write):
-    """Of them nobody knows in what order they ran, and a section that is not there is named without its own sections."""
+    """Nobody knows in what order they ran; and a section that is not there is named without its own sections."""
     analysis.update(facts={"files.serial_cnn.images_per_s": fact(1010, "images/s", half=None)}, tables=[], figures=[])
     reports = write(analysis)
     assert_everywhere(reports, "Each run trains for 7 epochs on 4,800 images", "No section Performance")

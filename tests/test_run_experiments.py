@@ -140,6 +140,19 @@ def test_failing_and_hanging_runs_are_recorded_and_the_rest_goes_on(tmp_path, co
                                       ("mpi-2-weak", 1, "done"), ("mpi-2-weak", 2, "done")]  # fmt: skip
 
 
+def test_time_left_is_told_from_earlier_runs():
+    """A configuration's own mean, else that of its suite, else that of all."""
+    names = (("parallel", "serial"), ("parallel", "mpi-2-weak"), ("split", "all"))
+    todo = [(2, run_experiments.Configuration(*name, [], "", [], 1)) for name in names]
+    assert run_experiments.Overview(todo, 1).time_left(0) == "time left not known yet"
+    known = [{"suite": "parallel", "configuration": "serial", "seconds": 10 * n} for n in (1, 3)]
+    known.append({"suite": "parallel", "configuration": "mpi-2-strong", "seconds": 10})
+    overview = run_experiments.Overview(todo, 1, known)
+    assert overview.time_left(5) == "about 45 s left"  # 20 + (20 + 10) / 2 + (20 + 10) / 2 − 5
+    overview.end_run({**known[0], "status": "done", "repeat": 2, "oversubscribed": False, "output": []}, {})
+    assert overview.time_left(0) == "about 27 s left"  # serial now takes 16.7 s, and so all and mpi-2-weak 13.3 s
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_interrupted_and_gone_on(tmp_path, copy, cache, how):
     """On a terminal, with the overview; what runs is ended with all its ranks, and is not in the index."""

@@ -261,6 +261,17 @@ for suite in ("loading", "split"):
     assert lines[-1] == "{'train_resnet50_split_cores.py has no --mode replicas': ['split/replicas']}"
 
 
+def test_hardware_compares_the_same_training():
+    """PyTorch in float32 without augmentation, as from scratch; each network on each device by both."""
+    suite = run_experiments.hardware_suite(run_experiments.parse_args(["--suite", "hardware"]))
+    by_name = {c.name: c for c in suite}
+    for c in suite:
+        assert c.name.replace("scratch", "pytorch") in by_name
+        if c.script == "train_cifar.py":
+            assert " --amp off --augment off " in " ".join(map(str, c.options))
+    assert {"cnn-scratch-1-core", "cnn-scratch-gpu", "resnet18-scratch-1-core", "resnet18-pytorch-gpu"} <= by_name.keys()
+
+
 def test_every_source_is_loaded_from(tmp_path, cache):
     """Pictures are exported once; then memory, disk and a real S3 server, with the scripts as they are."""
     run(tmp_path, "--suite", "loading", "--only", "0-workers-load", "--repeats", 1, *TINY, cache=cache)

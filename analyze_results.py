@@ -993,7 +993,8 @@ def list_missing(report, configurations, left_out):
         report.missing.append(f"curves of scaling: those of {', '.join(f'[{n}]' for n in sorted(other))} are not drawn")
     for family, fit in fit_amdahl(parallel).items():
         if not 0 <= fit.value <= 100:
-            report.missing.append(f"curve of Amdahl's law for {family}: its serial fraction would be {fit.value:.0f} %")
+            name = family.replace("mpi", "MPI")
+            report.missing.append(f"curve of Amdahl's law for {name}: its serial fraction would be {fit.value:.0f} %")
     if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):
         report.missing.append("split: idle shares: the sidecars do not have them")
 
@@ -1015,6 +1016,7 @@ def analyze(runs, failed, left_out, args, report):
     """Fill the report, write all files, return the content of analysis.json."""
     machines = [machine for machine, _ in Counter(run.machine for run in runs).most_common()]
     configurations = make_configurations(runs, machines)
+    configurations.sort(key=lambda c: c.base != "serial")  # what the others are compared with, whenever it ran
     add_alone(configurations)
     add_speedups(configurations)
     add_differences(configurations)

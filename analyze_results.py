@@ -35,6 +35,12 @@ from common import BATCH, FETCH_TRAIN, LOG_COLUMNS, TRAIN, VALIDATE, InputError,
 SUITES = ("parallel", "hardware", "loading", "split")
 FROM_SCRATCH = ("serial_cnn", "parallel_cnn_mpi", "parallel_cnn_hybrid", "gpu_scratch")  # with the same weights
 PHASES = ("loading", "forward", "backward", "communication", "update")
+TRAINING = {  # what a report has to tell of a training: arguments of the scripts and entries of the sidecars
+    "model": "model", "train_images": "images", "test_images": "test images", "epochs": "epochs",
+    "global_batch_size": "images a step", "optimizer": "optimizer", "lr": "learning rate", "momentum": "momentum",
+    "weight_decay": "weight decay", "dtype": "dtype", "amp": "mixed precision", "augment": "augmentation",
+    "seed": "seed",
+}  # fmt: skip
 QUANTITIES = {  # label, unit, digits
     "n": ("repeats", "", 0),
     "cores": ("cores", "", 0),
@@ -330,6 +336,7 @@ class Configuration:
         self.batch, self.n = arguments.get("global_batch_size", arguments.get("batch_size")), len(runs)
         self.workers = arguments.get("workers")
         self.scaling = next((s for s in ("strong", "weak") if name.endswith(s)), None)
+        self.trains = any(row["loss"] is not None for run in runs for row in run.log.epochs[TRAIN])  # else --load-only
         measured = {run.repeat: measure(run) for run in runs}
         names = dict.fromkeys(name for values in measured.values() for name in values)
         self.estimates = {}
@@ -398,7 +405,8 @@ def add_differences(configurations):
         for c in members[1:]:
             for name, factor, column in (("loss_difference", 1, "loss"), ("accuracy_difference", 100, "value1")):
                 gaps = [difference(first.curves(kind, column), c.curves(kind, column)) for kind in (TRAIN, VALIDATE)]
-                c.put(name, Estimate(factor * max(gaps), None, None, c.n, {}))
+                if np.isfinite(gaps).all():  # else one of them diverged
+                    c.put(name, Estimate(factor * max(gaps), None, None, c.n, {}))
 
 
 def comparable_groups(configurations):
@@ -446,7 +454,7 @@ def add_alone(configurations):
     """What --load-only has measured, also with the training from the same source by as many workers."""
     by_name = {(c.suite, c.name): c for c in configurations}
     for c in configurations:
-        if "train_loss" not in c.estimates:
+        if not c.trains:
             training = by_name.get((c.suite, c.name.replace("-load", "-train")), c)
             for each in (c, training):
                 each.put("alone_images_per_s", c.estimates["images_per_s"])
@@ -454,7 +462,7 @@ def add_alone(configurations):
 
 def waiting_rows(members):
     """The configurations that train, and those that only load where no training has their numbers."""
-    training = {c.name for c in members if "train_loss" in c.estimates}
+    training = {c.name for c in members if c.trains}
     return [c for c in members if c.name in training or c.name.replace("-load", "-train") not in training]
 
 
@@ -484,14 +492,15 @@ SPLIT = ("n", "images_per_s", "speedup_over_all", "speedup_over_split", "step_ms
          "update_ms", "idle_forward", "idle_backward")  # fmt: skip
 STEP = ("step_ms", *(f"{phase}_ms" for phase in PHASES), *(f"{phase}_share" for phase in PHASES))
 TABLES = {  # kind: title, caption, quantities
-    "results": ("results", "Training time without warm-up and validation. RAM, CPU and GPU use are those of rank 0 and "
-                "its children.", RESULT),
-    "scaling": ("scaling", "Speed-up against the same work on one core: serial_cnn.py for MPI, one rank of one thread "
-                "for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.", SCALING),
-    "learning": ("learning", "Last epoch. Differences: to the first configuration that computes the same, over all "
-                 "epochs and repeats, training and validation.", LEARNING),
-    "step": ("a step", "Seconds of the epochs divided by steps. Update and rest: what the logged phases leave of the "
-             "step; empty where phases overlap.", STEP),
+    "results": ("time, throughput and resources", "Training time without warm-up and validation. RAM, CPU and GPU use "
+                "are those of rank 0 and its children.", RESULT),
+    "scaling": ("speed-up and efficiency", "Speed-up against the same work on one core: serial_cnn.py for MPI, one "
+                "rank of one thread for hybrid. Karp–Flatt: the serial fraction that a strong speed-up implies.",
+                SCALING),
+    "learning": ("loss and accuracy", "Last epoch. Differences: to the first configuration that computes the same, "
+                 "over all epochs and repeats, training and validation.", LEARNING),
+    "step": ("where a step's time goes", "Seconds of the epochs divided by steps. Update and rest: what the logged "
+             "phases leave of the step; empty where phases overlap.", STEP),
     "loading": ("waiting for data", "Waiting for data during training, per epoch (record type 0) and per batch (type "
                 "2); alone: the same loading without a training.", LOADING),
     "modes": ("modes", "Idle: the share of the training in which a group's cores computed nothing.", SPLIT),
@@ -542,7 +551,7 @@ def cell(configuration, quantity):
 
 
 def tabulate(report, suite, members):
-    trained = [c for c in members if "train_loss" in c.estimates]
+    trained = [c for c in members if c.trains]
     timed = [c for c in trained if "forward_ms" in c.estimates]
     report.add_table(suite, "results", members)
     if trained:
@@ -569,7 +578,7 @@ def collect_facts(report, configurations):
         members = [c for c in configurations if c.suite == suite]
         for quantity, word in (("loss_difference", "largest"), ("accuracy_difference", "largest"), ("speedup", "best"),
                                ("images_per_s", "best")):  # fmt: skip
-            found = [c.estimates[quantity] for c in members if {quantity, "train_loss"} <= c.estimates.keys()
+            found = [c.estimates[quantity] for c in members if c.trains and quantity in c.estimates
                      and not (word == "best" and c.oversubscribed)]  # fmt: skip
             if found:
                 best = max(found, key=lambda e: e.value)
@@ -673,7 +682,7 @@ def describe(members, machines):
         if mine := [run for run in runs if run.machine == machine]:
             _, cpu, cores, dataset, _ = machine
             sizes = "/".join(f"{n:,}" for n in sorted({run.sidecar.get("train_images") or 0 for run in mine}))
-            data = "SYNTHETIC DATA" if dataset == "synthetic" else dataset
+            data = {"synthetic": "SYNTHETIC DATA", "cifar10": "CIFAR-10"}.get(dataset, dataset)
             place = f"{cpu}, {cores} cores; {data}, {sizes} images" if cpu else "machine and data set unknown"
             lines.append(place if len(machines) == 1 else f"[{number}] {place}")
     repeats = sorted({c.n for c in members})
@@ -682,8 +691,9 @@ def describe(members, machines):
     if crowded := [c.name for c in members if c.oversubscribed]:
         lines.append(f"OVERSUBSCRIBED (more ranks × threads than cores): {', '.join(crowded)}")
     if len(commits := {run.sidecar.get("git_commit") for run in runs} - {None}) > 1:
-        lines.append(f"{len(commits)} DIFFERENT COMMITS: {', '.join(sorted(c[:8] for c in commits))}")
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 125))
+        short = sorted(c[:8] + "-dirty" * c.endswith("-dirty") for c in commits)
+        lines.append(f"{len(commits)} DIFFERENT COMMITS: {', '.join(short)}")
+    return "\n".join(part for line in ";\n".join(lines).split("\n") for part in textwrap.wrap(line, 125))
 
 
 def halves(members, quantity):
@@ -826,8 +836,8 @@ def plot_step(plot, members):
     ax.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))
     ax.grid(visible=False, axis="y")
     name_rows(ax, members)
-    plot.save(figure, "step", f"Where a step's time goes, {plot.suite}", "Shares of a training step of rank 0, behind "
-              "them the whole step. Communication has waiting for other ranks in it.", 5)  # fmt: skip
+    plot.save(figure, "step", f"Where a step's time goes, {plot.suite}", "Shares of a training step of rank 0, to "
+              "their right the whole step. Communication includes waiting for other ranks.", 5)  # fmt: skip
 
 
 def plot_curves(plot, members):
@@ -852,9 +862,9 @@ def plot_curves(plot, members):
     said = "No two compute the same."
     if same := [c for c in members if "loss_difference" in c.estimates]:
         worst = max(same, key=lambda c: c.get("loss_difference"))
-        loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") for c in same)
-        said = (f"One colour computes the same. Largest difference: training or test loss {loss:.2g} ({worst.name}), "
-                f"accuracy {points:.2g} points.")  # fmt: skip
+        loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") or 0 for c in same)
+        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g} "
+                f"({worst.name}), accuracy {points:.2g} points.")  # fmt: skip
     plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
 
@@ -862,7 +872,7 @@ def plot_batches(plot, members):
     """Total and waiting time over the batches of the first epoch of the first repeat, a panel for each source."""
     sources = {}
     for c in members:
-        if "train_loss" in c.estimates and c.runs[0].log.batch_lines:
+        if c.trains and c.runs[0].log.batch_lines:
             sources.setdefault(re.sub(r"-\d+-workers.*", "", c.name), []).append(c)
     if not sources:
         return
@@ -927,8 +937,13 @@ def plot_suite(plot, suite, members):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def side_by_side(values):
+    values = sorted(set(values) - {None}, key=lambda v: (isinstance(v, str), v))
+    return " / ".join(f"{v:,}" if type(v) is int else str(v) for v in values)
+
+
 def environments(runs, machines):
-    """What each machine, with its data set, ran with; commits and versions that differ are listed side by side."""
+    """What each machine, with its data set, ran with; what differs between its runs is listed side by side."""
     found = []
     for machine in machines:
         mine = [run.sidecar for run in runs if run.machine == machine]
@@ -939,14 +954,18 @@ def environments(runs, machines):
         versions = {name: " / ".join(sorted(values)) for name, values in sorted(versions.items())}
         commits = sorted({s["git_commit"] for s in mine if s.get("git_commit")})
         gpus = sorted({s["device"] for s in mine if s.get("device") not in (None, "cpu")})
+        arguments = [{**s, **(s.get("arguments") or {})} for s in mine]
+        arguments = [{"global_batch_size": each.get("batch_size"), **each} for each in arguments]
+        training = {label: side_by_side(a.get(name) for a in arguments) for name, label in TRAINING.items()}
         blas = sorted({" ".join(str(b.get(name)) for name in ("library", "version", "kernel"))
                        for s in mine for b in s.get("blas") or []})  # fmt: skip
         memory = max((s.get("memory_mb") or 0 for s in mine), default=0)
         host, cpu, cores, dataset, fingerprint = machine
-        found.append({"host": host, "cpu": cpu, "cores": cores, "memory_gb": round(memory / 1024, 1) or None,
+        found.append({"host": host, "cpu": cpu, "cores": cores, "memory_gib": round(memory / 1024, 1) or None,
                       "gpu": " / ".join(gpus) or None, "blas": " / ".join(blas) or None,
                       "python": versions.pop("python", None), "versions": versions,
                       "commit": " / ".join(commits) or None, "dataset": dataset, "fingerprint": fingerprint,
+                      "training": {label: values for label, values in training.items() if values} or None,
                       "runs": len(mine)})  # fmt: skip
     return found
 
@@ -963,7 +982,11 @@ def list_missing(report, configurations, left_out):
     if not any("gpu_percent" in c.estimates for c in configurations):
         report.missing.append("GPU: no run used one")
     if single := [f"{c.suite}/{c.name}" for c in configurations if c.n < 2]:
-        report.missing.append(f"95 % intervals of {', '.join(single)}: one run each")
+        whose = "of all configurations" if 1 < len(single) == len(configurations) else f"of {', '.join(single)}"
+        report.missing.append(f"95 % intervals {whose}: one run each")
+    for c in configurations:
+        if not all(np.isfinite(c.curves(kind, "loss")).all() for kind in (TRAIN, VALIDATE)):
+            report.missing.append(f"losses of {c.suite}/{c.name}: not all are numbers, the training diverged")
     for c in configurations:
         if c.suite == "parallel" and c.scaling and "speedup" not in c.estimates:
             report.missing.append(f"speed-up of parallel/{c.name}: there is no run on one core to compare it with")
@@ -972,7 +995,8 @@ def list_missing(report, configurations, left_out):
         report.missing.append(f"curves of scaling: those of {', '.join(f'[{n}]' for n in sorted(other))} are not drawn")
     for family, fit in fit_amdahl(parallel).items():
         if not 0 <= fit.value <= 100:
-            report.missing.append(f"curve of Amdahl's law for {family}: its serial fraction would be {fit.value:.0f} %")
+            name = family.replace("mpi", "MPI")
+            report.missing.append(f"curve of Amdahl's law for {name}: its serial fraction would be {fit.value:.0f} %")
     if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):
         report.missing.append("split: idle shares: the sidecars do not have them")
 
@@ -986,13 +1010,15 @@ def list_marks(report, configurations, found):
         report.marks.append(f"{len(found)} machines or data sets, told apart by [2] and so on, never compared")
     for number, environment in enumerate(found, 1):
         if " / " in (environment["commit"] or ""):
-            report.marks.append(f"different commits on machine [{number}]: {environment['commit']}")
+            commits = re.sub(r"\b([0-9a-f]{12})[0-9a-f]+", r"\1", environment["commit"])
+            report.marks.append(f"different commits on machine [{number}]: {commits}")
 
 
 def analyze(runs, failed, left_out, args, report):
     """Fill the report, write all files, return the content of analysis.json."""
     machines = [machine for machine, _ in Counter(run.machine for run in runs).most_common()]
     configurations = make_configurations(runs, machines)
+    configurations.sort(key=lambda c: c.base != "serial")  # what the others are compared with, whenever it ran
     add_alone(configurations)
     add_speedups(configurations)
     add_differences(configurations)

@@ -10,6 +10,7 @@ condition does not hold, does not appear; a section without any result is named 
 """
 
 import base64
+import datetime
 import fnmatch
 import functools
 import html
@@ -47,7 +48,10 @@ FORM = {  # of analysis.json, as far as it is used here
     "facts": dict,
 }  # fmt: skip
 FACT = {"value": NUMBER, "low": MAYBE_NUMBER, "high": MAYBE_NUMBER}
+PROPERTIES = {"cpu": "CPU", "gpu": "GPU", "memory_gib": "memory, GiB", "blas": "BLAS", "python": "Python"}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+          "November", "December")  # fmt: skip
 NBSP = "\N{NO-BREAK SPACE}"
 BLOCK = "\x01"  # begins the line of a table or figure in the text
 
@@ -124,6 +128,8 @@ class Fact:
     def spread(self):
         if self.low is None or self.high is None:
             return ""
+        if self.low == self.high:
+            return f"(n{NBSP}={NBSP}{self.n}, all alike)" if self.n else ""
         ends = " to ".join(significant(end, like=self.value) for end in (self.low, self.high))
         return f"({ends}, n{NBSP}={NBSP}{self.n})" if self.n else f"({ends})"
 
@@ -160,14 +166,14 @@ class Configuration:
 
 
 class Entry:
-    """A machine: its attributes are the entries of the dict that are not null."""
+    """A machine: its attributes are the entries of the dict, and of those in it, that are not null."""
 
     def __init__(self, entries):
         self._entries = entries
 
     def __getattr__(self, name):
         value = self._entries.get(name)
-        return absent(name) if value is None else value
+        return absent(name) if value is None else Entry(value) if isinstance(value, dict) else value
 
 
 class Block(NamedTuple):
@@ -278,7 +284,8 @@ def describe_network(name):
     forward = sum(layer["flops"] for layer in layers)
     return {"layers": layers, "parameters": model.params.size, "forward_mflops": forward / 1e6,
             "step_mflops": (3 * forward - layers[0]["flops"]) / 1e6,  # backward: dW and dx, but no dx of the images
-            "largest": max(layers, key=lambda layer: layer["share"])}  # fmt: skip
+            "largest": (largest := max(layers, key=lambda layer: layer["share"])),
+            "largest_flops_share": 100 * largest["flops"] / forward}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,11 +331,11 @@ class Sentences(jinja2.ext.Extension):
 
     def _section(self, title, caller):
         results = self.environment.results
-        shown, self.environment.depth = results.shown, self.environment.depth + 1
+        shown, empty, self.environment.depth = results.shown, len(results.empty_sections), self.environment.depth + 1
         body = caller()
         self.environment.depth -= 1
         if results.shown == shown:
-            results.empty_sections.append(title)
+            results.empty_sections[empty:] = [title]  # its own sections are not named too
             return ""
         return f"\n{'#' * (self.environment.depth + 2)} {title}\n\n{body}\n"
 
@@ -423,14 +430,14 @@ def parse_blocks(text, analysis):
 
 def escape_markdown(text, style="plain"):
     if style == "code":
-        return text.replace("`", "'").replace("|", "\\|")
+        return text.replace("`", "'")
     return re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", text.replace("&", "&amp;").replace(NBSP, " "))
 
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': "''", "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "–": "--", "—": "---",
+    "|": r"\textbar{}", "*": "{*}", '"': "''", "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "–": "--", "—": "---",
     "×": r"$\times$", "−": "$-$", "·": r"$\cdot$", "±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$",
     "→": r"$\to$", "…": r"\ldots{}", "’": "'", "“": "``", "”": "''", "µ": r"$\mu$", "μ": r"$\mu$", "°": r"$^\circ$",
     "®": r"\textregistered{}", "™": r"\texttrademark{}", NBSP: "~",
@@ -507,7 +514,8 @@ def header(column):
 def paper_columns(table, width=105):
     """Groups of columns that fit on paper, each with the first one: lists of (number, lines of its head).
 
-    width: of the paper, in characters.
+    width: of the paper, in characters. A table up to a quarter wider stays whole, in smaller letters; of one that is
+    divided all parts are about as wide.
     """
     heads, widths, groups = [], [], [[]]
     for i, column in enumerate(table["columns"]):
@@ -515,9 +523,14 @@ def paper_columns(table, width=105):
         widest = max(map(len, [*cells, *header(column).split()]))
         heads.append((i, textwrap.wrap(header(column), widest, break_long_words=False, break_on_hyphens=False)))
         widths.append(widest + 2)
-        if len(groups[-1]) > 1 and sum(widths[j] for j, _ in groups[-1]) + widths[i] > width:
+    first, others = widths[0], sum(widths[1:])
+    parts = 1 if first + others <= 1.25 * width else math.ceil(others / max(1.1 * width - first, 1))
+    used = 0
+    for i, head in enumerate(heads):
+        if i and used >= len(groups) * others / parts:
             groups.append([heads[0]])
-        groups[-1].append(heads[i])
+        groups[-1].append(head)
+        used += widths[i] if i else 0
     return groups
 
 
@@ -538,7 +551,16 @@ def make_page(form, blocks, pictures, created):
         mean=mean_of, paper_columns=paper_columns)  # fmt: skip
     environment.tests["numeric"] = is_numeric
     return environment.get_template(f"report.{form}.j2").render(
-        title=title["spans"], blocks=blocks, pictures=pictures, created=created)
+        title=title["spans"], blocks=blocks, pictures=pictures, created=created and date_in_words(created))
+
+
+def date_in_words(created):
+    """2026-11-21T16:31:40+00:00 → 21 November 2026, 16:31 UTC; what is no such date as it is."""
+    try:
+        when = datetime.datetime.fromisoformat(created).astimezone(datetime.timezone.utc)
+    except ValueError:
+        return created
+    return f"{when.day} {MONTHS[when.month - 1]} {when:%Y, %H:%M} UTC"
 
 
 def data_uri(folder, name):
@@ -552,13 +574,14 @@ def data_uri(folder, name):
 def environment_table(environments):
     """The machines as a table, a column each; what none of them tells is left out."""
     keys = dict.fromkeys(key for environment in environments for key in environment)
-    rows = [[key.replace("_", " "), *(in_words(e.get(key)) for e in environments)] for key in keys]
+    rows = [[PROPERTIES.get(key, key), *(in_words(e.get(key)) for e in environments)] for key in keys]
     columns = [{"label": f"machine [{i}]"} for i in range(1, len(environments) + 1)]
     return {"name": "environment", "title": "Environment", "caption": "As the runs have recorded it.",
             "columns": [{"label": "property"}, *columns], "rows": [row for row in rows if any(row[1:])]}  # fmt: skip
 
 
 def in_words(value):
+    """An entry of a machine as a table has it."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {in_words(v)}" for k, v in value.items() if v not in (None, ""))
     if isinstance(value, list):

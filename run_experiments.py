@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from common import (
@@ -83,12 +84,13 @@ def parallel_suite(args):
 
 
 def hardware_suite(args):
-    """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU."""
+    """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU; float32 and no augmentation in all."""
     cores, size, suite = len(available_cores()), ["--batch-size", args.batch_size], []
     one_rank, one_core = [find_mpirun(), "-np", 1], ["env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"]
     for model in ("cnn", "resnet18"):
         options = ["--model", model, *size]
-        on_cpu, on_gpu = [*options, "--device", "cpu"], [*options, "--device", "cuda"]
+        same = [*options, "--amp", "off", "--augment", "off"]  # as those from scratch train
+        on_cpu, on_gpu = [*same, "--device", "cpu"], [*same, "--device", "cuda"]
         for name, launch, script, more, used in (
             ("scratch-1-core", [], "serial_cnn.py", options, 1),
             (f"scratch-{cores}-cores", one_rank, "parallel_cnn_hybrid.py", [*options, "--num-threads", cores], cores),
@@ -289,9 +291,12 @@ def read_totals(folder):
 class Overview:
     """A line for each run that has ended and, on a terminal, one that tells what runs, what is done and time left."""
 
-    def __init__(self, todo, epochs):
+    def __init__(self, todo, epochs, known=()):
+        """known: entries of earlier runs, from which it can tell the time left at once."""
         self.todo, self.epochs, self.terminal = list(todo), epochs, sys.stdout.isatty()
         self.total, self.seconds, self.failed = len(self.todo), {}, 0
+        for entry in known:
+            self._add_seconds(entry)
 
     def show(self, configuration, repeat, folder, elapsed):
         if not self.terminal:
@@ -302,7 +307,7 @@ class Overview:
 
     def end_run(self, entry, totals):
         self.todo.pop(0)
-        self.seconds.setdefault((entry["suite"], entry["configuration"]), []).append(entry["seconds"])
+        self._add_seconds(entry)
         self.failed += entry["status"] != "done"
         name = f"{entry['suite']}/{entry['configuration']}/{entry['repeat']}"
         said = next((line for line in reversed(entry["output"]) if line.strip()), "")
@@ -314,13 +319,17 @@ class Overview:
               flush=True)  # fmt: skip
 
     def time_left(self, elapsed):
-        """From the runs so far: a configuration's own mean, else the mean of all."""
+        """From the runs so far: a configuration's own mean, else that of its suite, else that of all."""
         if not self.seconds:
             return "time left not known yet"
-        means = {name: sum(s) / len(s) for name, s in self.seconds.items()}
-        overall = sum(means.values()) / len(means)
-        left = sum(means.get((c.suite, c.name), overall) for _, c in self.todo) - elapsed
+        means = {name: mean(seconds) for name, seconds in self.seconds.items()}
+        by_suite = {s: mean([m for (suite, _), m in means.items() if suite == s]) for s, _ in means}
+        left = sum(means.get((c.suite, c.name), by_suite.get(c.suite, mean(means.values()))) for _, c in self.todo)
+        left -= elapsed
         return f"about {max(left, 0) / 60:.0f} min left" if left >= 90 else f"about {max(left, 0):.0f} s left"
+
+    def _add_seconds(self, entry):
+        self.seconds.setdefault((entry["suite"], entry["configuration"]), []).append(entry["seconds"])
 
     def _done(self):
         return self.total - len(self.todo)
@@ -359,7 +368,8 @@ def run_all(configurations, index, args, data):
     todo = [(repeat, c) for repeat, c in wanted if (c.suite, c.name, repeat) not in known]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are there already", flush=True)
-    signals, overview = [], Overview(todo, args.epochs)
+    signals = []
+    overview = Overview(todo, args.epochs, [entry for entry in index.entries.values() if entry["status"] == "done"])
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # looked at between two looks at the running process
         signal.signal(name, lambda received, _: signals.append(received))
     with contextlib.closing(overview):

@@ -216,6 +216,17 @@ def test_largest_difference_is_over_all_epochs_of_what_computes_the_same(results
     assert "parallel.c.loss_difference" not in content["facts"]  # another seed
 
 
+def test_a_training_that_diverged_is_named_and_nothing_is_made_of_its_losses(results):
+    results.add("parallel/serial", 1.0, 1.0)
+    results.add("parallel/mpi-2-strong", 1.0, 1.0, epoch={"loss": float("nan"), "test_loss": float("nan")}, cores=2)
+    content, out = analyze(results)
+    assert "losses of parallel/mpi-2-strong: not all are numbers, the training diverged" in content["missing"]
+    assert not {"train_loss", "loss_difference", "alone_images_per_s"} & {
+        name.rpartition(".")[2] for name in content["facts"] if "mpi-2-strong" in name}
+    assert read_table(out, "parallel_learning")["mpi-2-strong"]["train_loss"] == ""
+    assert "NaN" not in (out / "analysis.json").read_text()
+
+
 def test_where_a_step_goes(results):
     """Half a second of 2.0 for forward, 1.0 backward, 0.2 communication, 0.1 loading: 0.2 are the update and the rest.
 

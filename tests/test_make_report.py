@@ -48,6 +48,9 @@ RUNS = {  # the configurations of each suite, and what was measured
     "parallel.hybrid-1x2-strong": {
         "images_per_s": 2210, "speedup": 1.71, "speedup_over_serial": 2.19, "efficiency": 85.6,
         "serial_fraction": 16.9},
+    "parallel.hybrid-2x2-strong": {
+        "images_per_s": 2310, "speedup": 1.79, "speedup_over_serial": 2.29, "efficiency": 44.8,
+        "serial_fraction": 41.2},
     "parallel.hybrid-2x1-strong": {
         "images_per_s": 1120, "speedup": 0.87, "speedup_over_serial": 1.11, "efficiency": 43.4,
         "serial_fraction": 129},
@@ -78,6 +81,9 @@ def make_analysis():
     facts["parallel.largest_accuracy_difference"] = {**fact(0.14, "points"), "low": None, "high": None}
     facts["hardware.largest_loss_difference"] = {**fact(0.0521), "low": None, "high": None}
     facts["hardware.largest_accuracy_difference"] = {**fact(3.13, "points"), "low": None, "high": None}
+    for suite in ("loading", "split"):
+        facts[f"{suite}.largest_loss_difference"] = {**fact(0), "low": None, "high": None}
+        facts[f"{suite}.largest_accuracy_difference"] = {**fact(0, "points"), "low": None, "high": None}
     facts["parallel.mpi.amdahl_serial_fraction"] = fact(41.8, "%")
     facts["parallel.hybrid.amdahl_serial_fraction"] = fact(17.6, "%")
     columns = [("configuration", "configuration", "", None), ("ranks", "ranks", "", 0), ("speedup", "speed-up", "×", 2),
@@ -92,6 +98,7 @@ def make_analysis():
         "failed_runs": [{"run": "parallel/mpi-8-weak/2", "status": "timeout", "output": ["first", "the last line"]}],
         "missing": ["GPU: no run used one"], "marks": ["synthetic data", "oversubscribed: mpi-8-weak, mpi-4-strong"],
         "environments": [{"host": "here", "cpu": "A processor", "cores": 2, "gpu": None, "versions": {"numpy": "2.4.6"},
+                          "training": {"epochs": "7", "images": "4,800", "learning rate": "0.01"}, "memory_gib": 23.5,
                           "commit": "0123456789abcdef0123456789abcdef01234567", "dataset": "synthetic"}],
         "tables": [{"name": name, **table} for name in names],
         "figures": [{"name": name, "title": "A picture", "caption": "Of something.", "alt": "Lines"}
@@ -193,8 +200,13 @@ def assert_nowhere(reports, *texts):
 
 
 def test_altered_numbers_change_in_all_formats(analysis, write):
-    before = ("1.81 × (1.79 to 1.83, n = 3)", "7.25 ± 0.12", "A processor", "42 runs", "the last line", "3.2 × 10")
+    change(analysis, "parallel.serial.test_accuracy", 61.1, low=61.1, high=61.1)
+    before = ("61.1 % (n = 3, all alike)", "21 November 2026, 14:00 UTC",
+              "1.81 × (1.79 to 1.83, n = 3)", "7.25 ± 0.12", "A processor", "42 runs", "the last line", "3.2 × 10",
+              "trains for 7 epochs")  # fmt: skip
     assert_everywhere(write(analysis), *before)
+    change(analysis, "parallel.serial.test_accuracy", 59.2)
+    analysis["created"] = "2026-12-01T09:05:00+02:00"
     change(analysis, "parallel.mpi-2-weak.speedup", 1.37)
     change(analysis, "parallel.largest_loss_difference", 4.7e-7, low=None, high=None)
     analysis["tables"][0]["rows"][0][2:] = 6.5, 0.375
@@ -202,8 +214,10 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         table["rows"] = table["rows"][1:]
     analysis["environments"][0]["cpu"], analysis["runs"] = "Another", 43
     analysis["failed_runs"][0]["output"] = ["another last one"]
-    after = ("1.48 × (1.47 to 1.49, n = 3)", "1.37 × (1.36 to 1.38, n = 3)", "6.50 ± 0.38", "Another", "43 runs",
-             "another last one", "4.7 × 10")  # fmt: skip
+    after = ("59.2 % (58.6 to 59.8, n = 3)", "1 December 2026, 07:05 UTC", "1.48 × (1.47 to 1.49, n = 3)",
+             "1.37 × (1.36 to 1.38, n = 3)", "6.50 ± 0.38", "Another", "43 runs", "another last one",
+             "4.7 × 10", "trains for 8 epochs")  # fmt: skip
+    analysis["environments"][0]["training"]["epochs"] = "8"
     reports = write(analysis)
     assert_everywhere(reports, *after)
     assert_nowhere(reports, *before)
@@ -263,6 +277,30 @@ def test_a_section_without_results_is_named(analysis, write):
         assert heading[form] not in reports[form]
 
 
+def test_logs_of_single_runs(analysis, write):
+    """Nobody knows in what order they ran; and a section that is not there is named without its own sections."""
+    analysis.update(facts={"files.serial_cnn.images_per_s": fact(1010, "images/s", half=None)}, tables=[], figures=[])
+    reports = write(analysis)
+    assert_everywhere(reports, "Each run trains for 7 epochs on 4,800 images", "No section Performance")
+    assert_nowhere(reports, "interleaved", "No section MPI", "No section Scaling")
+
+
+def test_amdahl_is_fitted_to_more_than_one_number_of_cores(analysis, write):
+    assert_everywhere(write(analysis), "fits the strong scaling of MPI best with a serial fraction of 41.8 %")
+    del analysis["facts"]["parallel.mpi-4-strong.serial_fraction"]
+    assert_nowhere(write(analysis), "fits the strong scaling of MPI", "could make MPI more than")
+
+
+def test_a_wide_table_is_divided_evenly():
+    columns = [{"label": "configuration"}] + [{"label": f"quantity{i}"} for i in range(20)]
+    table = {"columns": columns, "rows": [["a", *range(20)]]}
+    numbers = [[i for i, _ in group] for group in make_report.paper_columns(table)]
+    assert [group[0] for group in numbers] == [0] * len(numbers)
+    assert sorted(i for group in numbers for i in group[1:]) == list(range(1, 21))
+    assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
+    assert len(make_report.paper_columns({"columns": columns[:10], "rows": [table["rows"][0][:10]]})) == 1
+
+
 def test_nothing_of_the_results_is_lost(analysis, write):
     """Every table and figure stands there once, also one that the text does not know."""
     analysis["tables"].append({**analysis["tables"][0], "name": "new_kind", "title": "unheard-of"})
@@ -285,6 +323,7 @@ def test_marks_stand_out_at_the_top(analysis, write):
         places = [reports[form].index(mark) for mark in marks]
         assert places == sorted(places)
     assert_everywhere(reports, "slower than hybrid-1x2-weak: mpi-4-strong (oversubscribed).")
+    assert "> **synthetic data**\n>\n> **oversubscribed" in reports["md"]  # two paragraphs
     analysis["marks"] = []
     assert_nowhere(write(analysis), "synthetic data", "mpi-4-strong (oversubscribed)")
 

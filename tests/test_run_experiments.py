@@ -140,6 +140,19 @@ def test_failing_and_hanging_runs_are_recorded_and_the_rest_goes_on(tmp_path, co
                                       ("mpi-2-weak", 1, "done"), ("mpi-2-weak", 2, "done")]  # fmt: skip
 
 
+def test_time_left_is_told_from_earlier_runs():
+    """A configuration's own mean, else that of its suite, else that of all."""
+    names = (("parallel", "serial"), ("parallel", "mpi-2-weak"), ("split", "all"))
+    todo = [(2, run_experiments.Configuration(*name, [], "", [], 1)) for name in names]
+    assert run_experiments.Overview(todo, 1).time_left(0) == "time left not known yet"
+    known = [{"suite": "parallel", "configuration": "serial", "seconds": 10 * n} for n in (1, 3)]
+    known.append({"suite": "parallel", "configuration": "mpi-2-strong", "seconds": 10})
+    overview = run_experiments.Overview(todo, 1, known)
+    assert overview.time_left(5) == "about 45 s left"  # 20 + (20 + 10) / 2 + (20 + 10) / 2 − 5
+    overview.end_run({**known[0], "status": "done", "repeat": 2, "oversubscribed": False, "output": []}, {})
+    assert overview.time_left(0) == "about 27 s left"  # serial now takes 16.7 s, and so all and mpi-2-weak 13.3 s
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_interrupted_and_gone_on(tmp_path, copy, cache, how):
     """On a terminal, with the overview; what runs is ended with all its ranks, and is not in the index."""
@@ -246,6 +259,17 @@ for suite in ("loading", "split"):
     assert f"loading s3-given-1-workers-train {common} s3://bucket/cifar --workers 1" in lines
     assert "split pipelined --mode pipelined --batch-size 64" in lines
     assert lines[-1] == "{'train_resnet50_split_cores.py has no --mode replicas': ['split/replicas']}"
+
+
+def test_hardware_compares_the_same_training():
+    """PyTorch in float32 without augmentation, as from scratch; every network on every device by both."""
+    suite = run_experiments.hardware_suite(run_experiments.parse_args(["--suite", "hardware"]))
+    by_name = {c.name: c for c in suite}
+    for c in suite:
+        assert c.name.replace("scratch", "pytorch") in by_name
+        if c.script == "train_cifar.py":
+            assert " --amp off --augment off " in " ".join(map(str, c.options))
+    assert {"cnn-scratch-1-core", "cnn-pytorch-gpu", "resnet18-scratch-gpu"} <= by_name.keys()
 
 
 def test_every_source_is_loaded_from(tmp_path, cache):

@@ -1291,8 +1291,10 @@ class ResourceMonitor(threading.Thread):
                 self._sampled, self._cpu_seconds = now, seconds
             gpu, memory = None, None
             if self._nvml:
-                gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
-                memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
+                with contextlib.suppress(self._nvml.NVMLError):  # no GPU that is partitioned (MIG) tells its use
+                    gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
+                with contextlib.suppress(self._nvml.NVMLError):
+                    memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
             self.samples.append((cpu, ram / MIB, gpu, memory))
 
     def _measure(self):

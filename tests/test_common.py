@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -1785,6 +1786,24 @@ def test_monitor_outlives_children_and_needs_no_gpu():
     time.sleep(0.06)
     monitor.sample()
     assert len(monitor.samples) == 2
+
+
+def test_monitor_leaves_out_what_a_gpu_does_not_tell(monkeypatch):
+    """A partitioned GPU (MIG) tells its memory and refuses to tell its use. A stand-in for NVML."""
+
+    class NVMLError(Exception):
+        pass
+
+    def refuse(gpu):
+        raise NVMLError
+
+    nvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str,
+                           nvmlDeviceGetUtilizationRates=refuse,
+                           nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=3 * common.MIB))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monitor = ResourceMonitor(gpu_uuid="GPU-1")
+    monitor.sample()
+    assert monitor.samples[0][2:] == (None, 3)
 
 
 def test_summary_is_mean_use_and_peak_memory():

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -541,6 +542,30 @@ def test_a_missing_or_broken_cupy_is_one_line(run, tmp_path, cupy, message):
     done = run(*TINY, "--device", "cuda", status=2, env={"PYTHONPATH": tmp_path / "packages"})
     assert_one_error_line(done.stderr)
     assert message in done.stderr
+
+
+def test_no_driver_and_no_cupy_are_both_named(monkeypatch):
+    """Who has no GPU should not install CuPy first to be told so."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert gpu_scratch.missing_for_gpu().startswith("CuPy is not installed")
+
+    def not_there(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", not_there)
+    assert gpu_scratch.missing_for_gpu().startswith("no NVIDIA driver is found, and CuPy is not installed")
+
+
+def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
+    """A stand-in for the driver's library. NVML writes UUIDs so."""
+
+    def cuDeviceGetUuid(octets, number):
+        octets[:] = range(number, number + 16)
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetUuid=cuDeviceGetUuid))
+    assert gpu_scratch.gpu_uuid(0) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 
 
 @pytest.mark.parametrize("option", [("--graph",), ("--tf32", "on")])

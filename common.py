@@ -1340,7 +1340,8 @@ class Run:
 
     def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
         self.args, self.script, self.data, self.rank, self.get_arrays = args, script, data, rank, get_arrays
-        self.identity = {name: getattr(args, name) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)}
+        self.identity = {"augment": "off"}  # of scripts without the option, which go on from those that have it
+        self.identity.update((name, getattr(args, name)) for name in self.SAME_WHEN_RESUMED if hasattr(args, name))
         if hasattr(args, "global_batch_size"):  # what a step is, however many ranks share it
             self.identity["batch_size"] = args.global_batch_size
         self.identity.update(dataset=data.name, fingerprint=data.fingerprint)

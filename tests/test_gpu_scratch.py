@@ -506,10 +506,19 @@ def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
         assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=2e-6)
 
 
-def test_serial_cnn_goes_on_from_its_checkpoint(run, run_script, tmp_path, cache, serial):
-    run(*STEPS["cnn"], "--epochs", 1, "--device", "cpu", "--checkpoint", "run.npz")
-    run_script("serial_cnn.py", *STEPS["cnn"], "--checkpoint", "run.npz", "--resume", env=cache)
+@pytest.mark.parametrize("scripts", [(SCRIPT, "serial_cnn.py"), ("serial_cnn.py", SCRIPT)])
+def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(run_script, tmp_path, cache, serial, scripts):
+    for script, options in zip(scripts, (("--epochs", 1), ("--resume",)), strict=True):
+        device = ("--device", "cpu") if script == SCRIPT else ()
+        run_script(script, *STEPS["cnn"], *device, "--checkpoint", "run.npz", *options, env=cache)
     assert_same_weights(tmp_path / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
+
+
+def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(run, run_script, cache):
+    run(*TINY, "--device", "cpu", "--augment", "on", "--checkpoint", "run.npz")
+    done = run_script("serial_cnn.py", *TINY, "--checkpoint", "run.npz", "--resume", env=cache, status=2)
+    assert_one_error_line(done.stderr)
+    assert "augment on" in done.stderr
 
 
 def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):

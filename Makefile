@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: report bench lint test clean
+.PHONY: report bench measure readme lint test clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -60,6 +60,21 @@ report: analyze  ## the technical report of that: report/report.html, .md, .tex,
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) bench.py $(ARGS)
+
+MEASURED = results/measured
+TRAINING = run_experiments.py --repeats 1 --epochs 10 --subset 50000 --batch-size 32 --results-dir $(MEASURED)/training
+measure: $(READY)  ## measure all that the README shows anew, then make readme: an hour on an idle machine
+	$(PYTHON) bench.py --output $(MEASURED)/bench.json
+	$(PYTHON) bench.py --loading --output $(MEASURED)/loading.json
+	$(PYTHON) train_resnet50_split_cores.py --benchmark --output $(MEASURED)/split_cores.json
+	$(PYTHON) run_experiments.py --suite parallel --results-dir $(MEASURED)/experiments
+	$(PYTHON) run_experiments.py --suite hardware --only cnn --results-dir $(MEASURED)/experiments
+	$(PYTHON) $(TRAINING) --only serial
+	$(PYTHON) $(TRAINING) --only mpi-2-strong
+	$(PYTHON) update_readme.py --collect $(MEASURED)
+
+readme: $(READY)  ## build the tables of the README, and docs/report, from the measurements in docs/
+	$(PYTHON) update_readme.py
 
 lint: $(READY)  ## check the style
 	$(PYTHON) -m ruff check .

@@ -114,12 +114,13 @@ class Log:
 
     def steps(self):
         """How many batches the complete epochs had, and the row of the last one of each."""
-        complete, last, count = {f"{row['epoch']:.0f}" for row in self.epochs[TRAIN]}, {}, 0
+        complete, last = {f"{row['epoch']:.0f}" for row in self.epochs[TRAIN]}, {}
         for line in self.batch_lines:
             epoch = line.split(",", 2)[1]
             if epoch in complete:
-                count, last[epoch] = count + 1, line
-        return count, [row for line in last.values() if (row := parse_row(line))]
+                last[epoch] = line
+        rows = [row for line in last.values() if (row := parse_row(line))]
+        return sum(int(row["value1"]) for row in rows), rows
 
 
 def parse_row(line):
@@ -458,11 +459,12 @@ def waiting_rows(members):
 
 
 def batch_waits(rows):
-    """Seconds that each batch was waited for."""
+    """Seconds that each batch was waited for; nothing for one before which a batch is missing."""
     before, waits = {}, []
     for row in rows:
-        waits.append(row["loading"] - before.get(row["epoch"], 0.0))
-        before[row["epoch"]] = row["loading"]
+        if (row["epoch"], row["value1"] - 1) in before or row["value1"] == 1:
+            waits.append(row["loading"] - before.get((row["epoch"], row["value1"] - 1), 0.0))
+        before[row["epoch"], row["value1"]] = row["loading"]
     return waits
 
 

@@ -400,7 +400,7 @@ def rate(step, seconds):
 
 
 def compete(contest, pairs, seconds):
-    """Measure pairs of turns; returns the entry for bench.json and the share of the sgemm rate."""
+    """Measure pairs of turns; returns the row for bench.json."""
     torch.set_num_threads(contest.threads)
     limit_blas_threads(contest.threads)
     product = sgemm()
@@ -416,15 +416,16 @@ def compete(contest, pairs, seconds):
         print("\r\033[K", end="", file=sys.stderr)
     ours, peer, gemm = zip(*turns, strict=True)
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
-    per_image = contest.flops / contest.images
-    of_sgemm = statistics.median(a * per_image / (g * 2 * 1024**3) for a, g in zip(ours, gemm, strict=True))
     row = {"name": contest.name, "ours": statistics.median(ours), "peer": statistics.median(peer), "unit": "images/s",
            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "n": pairs}
+    if contest.flops:
+        per_image = contest.flops / contest.images / (2 * 1024**3)
+        row["of_sgemm"] = statistics.median(a * per_image / g for a, g in zip(ours, gemm, strict=True))
     if contest.cores:
         row.update(cores=contest.cores, efficiency=row["ratio"] / contest.cores)
     if isinstance(contest.ours, Worker):
         row["communication"] = statistics.median(contest.ours.communication[1:])
-    return row, of_sgemm
+    return row
 
 
 def run_contest(make, pairs, seconds):
@@ -437,16 +438,17 @@ def run_contest(make, pairs, seconds):
                 worker.stop()
 
 
-def print_tables(results):
-    """Rows beside PyTorch, then rows beside our own work on one core. results: [(row, share of sgemm)]."""
+def print_tables(rows):
+    """Rows beside PyTorch, then rows beside our own work on one core."""
 
     def ratio(row):
         return f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
 
     beside = [[row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", ratio(row), str(row["n"]),
-               f"{share:.0%}" if share else "-"] for row, share in results if "cores" not in row]  # fmt: skip
+               f"{row['of_sgemm']:.0%}" if "of_sgemm" in row else "-"]
+              for row in rows if "cores" not in row]  # fmt: skip
     scaling = [[row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", ratio(row), str(row["n"]),
-                f"{row['efficiency']:.0%}", f"{row['communication']:.1%}"] for row, _ in results if "cores" in row]
+                f"{row['efficiency']:.0%}", f"{row['communication']:.1%}"] for row in rows if "cores" in row]
     if beside:
         print(table(("training, images/s", "ours", "PyTorch", "ratio (min–max)", "n", "of sgemm"), beside))
     if scaling:
@@ -454,7 +456,7 @@ def print_tables(results):
                      "communication"), scaling))  # fmt: skip
 
 
-LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = 50_000, 10_000, 640  # in an epoch; single: pictures one by one
+LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = 50_000, 10_000, 1600  # in an epoch; single: pictures one by one
 
 
 def loading_costs(args):
@@ -512,8 +514,7 @@ def print_loading(rows):
     print(table(header, lines))
 
 
-def describe_machine():
-    env = environment()
+def describe_machine(env):
     blas = ", ".join(f"{b['library']} {b['version']} ({b['kernel']} kernels)" for b in env["blas"])
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -581,10 +582,10 @@ def main(argv=None):
     pairs, seconds = (7, 0.25) if args.quick else (args.pairs, 1.0)
     check_outputs([args.output])
     if args.loading is not None:
-        print(describe_machine(), flush=True)
+        print(describe_machine(env := environment()), flush=True)
         rows = loading_costs(args)
         print_loading(rows)
-        return write(rows, args.output)
+        return write(env, rows, args.output)
     data = load_cifar10(args.data_dir, args.dataset, subset=5000)
     if args.data_dir:
         os.environ["CIFAR10_DIR"] = args.data_dir  # for the workers
@@ -594,19 +595,19 @@ def main(argv=None):
     if not chosen:
         raise InputError(f"--only {args.only}: no such row{f' ({left_out})' if left_out else ''}; there are: "
                          + "; ".join(rows))  # fmt: skip
-    print(describe_machine(), flush=True)
+    print(describe_machine(env := environment()), flush=True)
     if left_out and not args.only:
         print(left_out, flush=True)
     if warning := blas_warning():
         print(warning, flush=True)
-    results = [run_contest(make, pairs, seconds) for make in chosen]
-    print_tables(results)
-    write([row for row, _ in results], args.output)
+    rows = [run_contest(make, pairs, seconds) for make in chosen]
+    print_tables(rows)
+    write(env, rows, args.output)
 
 
-def write(rows, path):
+def write(env, rows, path):
     with atomic_write(path, "w") as file:
-        json.dump(rows, file, indent=1)
+        json.dump({"environment": env, "rows": rows}, file, indent=1)
     print(f"written: {path}")
 
 

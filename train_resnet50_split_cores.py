@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import json
 import math
 import os
 import platform
@@ -48,8 +49,11 @@ from common import (
     InputError,
     Run,
     TrainingError,
+    atomic_write,
     available_cores,
+    check_outputs,
     cpu_model,
+    environment,
     epoch_order,
     get_torch_arrays,
     keep_freed_memory,
@@ -855,7 +859,16 @@ def run_benchmark(args, data):
     print(f"\nBenchmark: {cpu_model()}, cores: {split}; PyTorch {torch.__version__}; ResNet-50, {data.name}, "
           f"{args.image_size} pixels, batch {args.batch_size} in {args.micro_batches} micro-batches, {args.dtype}, "
           f"{args.memory_format}; medians (min–max) of {args.rounds} rounds", flush=True)
-    print(report(measure(args, split, data), args), flush=True)
+    turns = measure(args, split, data)
+    print(report(turns, args), flush=True)
+    shown = ("micro_batches", "batch_size", "dtype", "memory_format", "image_size", "rounds")
+    content = {"environment": environment(), "dataset": data.name, "cores": str(split),
+               "arguments": {name: getattr(args, name) for name in shown},
+               "turns": {name: [turn._asdict() for turn in taken] for name, taken in turns.items()},
+               "findings": findings(turns, args.micro_batches)}  # fmt: skip
+    with atomic_write(args.output, "w") as file:
+        json.dump(content, file, indent=1)
+    print(f"written: {args.output}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,6 +899,8 @@ def parse_args(argv=None):
     add("--image-size", type=int, default=32, metavar="S", help="32, 64, … 224: images are scaled (default: 32)")
     add("--benchmark", action="store_true", help="compare all modes instead of training")
     add("--rounds", type=number(int, 3, 1000), help="of the benchmark (default: 7; in the default run 3)")
+    add("--output", metavar="FILE", default="results/split_cores_benchmark.json",
+        help="the benchmark's figures (default: %(default)s)")
     args = parser.parse_args(argv)
     check_args(args)
     args.default_run = not args.benchmark and args.epochs is None and args.subset is None
@@ -917,13 +932,15 @@ def check_args(args):
 def main(argv=None):
     keep_freed_memory()
     args = parse_args(argv)
+    benchmark = args.benchmark or (args.default_run and len(available_cores()) > 1 and can_pin())
+    check_outputs([args.output] if benchmark else [])
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:
         print(f"A small run first: {args.subset} images, {args.epochs} epoch. The full one: "
               "python train_resnet50_split_cores.py --epochs 10 --subset 50000", flush=True)
     if not args.benchmark:
         run_training(args, data)
-    if args.benchmark or (args.default_run and len(available_cores()) > 1 and can_pin()):
+    if benchmark:
         run_benchmark(args, data)
 
 

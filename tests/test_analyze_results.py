@@ -130,6 +130,20 @@ def test_interval_is_student_t():
     assert estimate({1: None, 2: float("nan")}) is None
 
 
+def test_the_last_row_of_each_epoch_tells_the_steps(results):
+    """A log without the other rows of batches, as docs/ keeps it, has the same step, and no waits of batches."""
+    add_loading(results)
+    whole, _ = analyze(results)
+    for path in results.folder.glob("**/run.csv"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.split(",")[:1] != ["2"] or line.split(",")[5] == "2"))
+    thin, _ = analyze(results)
+    name = "loading.memory-0-workers-train"
+    assert value(thin, f"{name}.step_ms") == value(whole, f"{name}.step_ms") == pytest.approx(500)
+    assert value(whole, f"{name}.batch_loading_ms") == pytest.approx(100)
+    assert f"{name}.batch_loading_ms" not in thin["facts"]
+
+
 def test_ratio_is_repeat_by_repeat():
     ours, theirs = estimate({1: 2.0, 2: 9.0, 3: 5.0}), estimate({1: 1.0, 2: 3.0})
     assert ratio(ours, theirs).values == {1: 2.0, 2: 3.0}

@@ -20,7 +20,7 @@ def data():
 
 def test_quick_run_writes_table_and_json(run_script, tmp_path):
     done = run_script("bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic")
-    rows = json.loads((tmp_path / "results/bench.json").read_text())
+    rows = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert [set(row) for row in rows] == [KEYS]
     row = rows[0]
     assert row["n"] >= 7
@@ -36,7 +36,7 @@ def test_quick_run_writes_table_and_json(run_script, tmp_path):
                                             ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"})])  # fmt: skip
 def test_rows_of_processes_under_mpirun(run_script, tmp_path, name, more):
     done = run_script("bench.py", "--quick", "--only", name, "--dataset", "synthetic")
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())
+    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert set(row) == KEYS | more
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
     assert 0 < row["communication"] < 1
@@ -59,13 +59,13 @@ def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
     calls = []
     contest = bench.Contest("test", 10, 1, lambda: calls.append("a") or time.sleep(0.001),
                             lambda: calls.append("b") or time.sleep(0.002), 1e6)  # fmt: skip
-    row, share = bench.compete(contest, pairs=7, seconds=0.01)
+    row = bench.compete(contest, pairs=7, seconds=0.01)
     turns = "".join(calls[i] for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1])
     assert turns == "ab" * 8  # a warm-up and seven pairs
     assert row["ratio"] == pytest.approx(2, rel=0.3)
     assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
     assert row["n"] == 7
-    assert 0 < share < 1
+    assert 0 < row["of_sgemm"] < 1
 
 
 def test_rate_counts_whole_calls():
@@ -114,7 +114,7 @@ def test_gpu_rows_are_left_out_with_a_reason(run_script):
 @pytest.mark.skipif(bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA")
 def test_gpu_row(run_script, tmp_path):
     run_script("bench.py", "--quick", "--only", "gpu_scratch.py, CNN, batch 64", "--dataset", "synthetic", timeout=600)
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())
+    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert set(row) == KEYS
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
 

@@ -632,8 +632,6 @@ def test_a_port_in_use_is_an_error(server, run_script):
     assert "in use" in done.stderr
 
 
-
-
 def test_make_s3_server_serves_until_ctrl_c(tmp_path):
     """The data first, then the address and the environment for clients; Ctrl-C ends make, script and server."""
     copy = shutil.copytree(REPO, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
@@ -654,3 +652,16 @@ def test_make_s3_server_serves_until_ctrl_c(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
     assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_make_s3_upload_puts_pictures_and_shards_where_it_is_told(server):
+    def upload(*variables):
+        return subprocess.run(
+            ["make", f"PYTHON={sys.executable}", "s3-upload", "S3_DATA=--subset 40 --dataset synthetic", *variables],
+            cwd=REPO, env=script_environment(**server.env), capture_output=True, text=True, timeout=60)  # fmt: skip
+
+    assert upload("TO=s3://cifar10/made").returncode == 0
+    made = server.folder / "s3/buckets/cifar10/made"
+    assert len(list(made.glob("**/*.png"))) == 48
+    assert (made / "manifest.json").exists()
+    assert "TO=s3://bucket/prefix" in upload().stderr

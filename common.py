@@ -1291,8 +1291,10 @@ class ResourceMonitor(threading.Thread):
                 self._sampled, self._cpu_seconds = now, seconds
             gpu, memory = None, None
             if self._nvml:
-                gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
-                memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
+                with contextlib.suppress(self._nvml.NVMLError):  # no GPU that is partitioned (MIG) tells its use
+                    gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
+                with contextlib.suppress(self._nvml.NVMLError):
+                    memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
             self.samples.append((cpu, ram / MIB, gpu, memory))
 
     def _measure(self):
@@ -1338,7 +1340,8 @@ class Run:
 
     def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
         self.args, self.script, self.data, self.rank, self.get_arrays = args, script, data, rank, get_arrays
-        self.identity = {name: getattr(args, name) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)}
+        self.identity = {"augment": "off"}  # of scripts without the option, which go on from those that have it
+        self.identity.update((name, getattr(args, name)) for name in self.SAME_WHEN_RESUMED if hasattr(args, name))
         if hasattr(args, "global_batch_size"):  # what a step is, however many ranks share it
             self.identity["batch_size"] = args.global_batch_size
         self.identity.update(dataset=data.name, fingerprint=data.fingerprint)

@@ -20,6 +20,7 @@ import ctypes
 import math
 import sys
 import time
+import uuid
 
 import numpy as np
 
@@ -673,7 +674,7 @@ class Kernels:
             raise InputError(f"an array of {size:,} values would be needed: give a smaller --batch-size")
         kept = self.rooms.get(key)
         if kept is None or kept.size < size:
-            self.rooms.pop(key, None)
+            self.rooms[key] = kept = None  # freed before more is asked for
             try:
                 kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
             except MemoryError:
@@ -759,10 +760,9 @@ class Gpu(Kernels):
         super().__init__(cupy, dtype)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.stream.use()
-        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-        uuid = bytes(properties["uuid"][:16]).hex()
-        self.uuid = "GPU-" + "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
-        self.name = properties["name"].decode()
+        number = cupy.cuda.Device().id
+        self.name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
+        self.uuid = gpu_uuid(number)
         self.module = cupy.RawModule(code=kernel_source(dtype), options=("--std=c++14",))
         self.functions = {}
         self.one, self.zero = np.ones(1, dtype), np.zeros(1, dtype)
@@ -842,6 +842,13 @@ class Gpu(Kernels):
                 "gpu_device_mb": (total - free) / MIB}  # fmt: skip
 
 
+def gpu_uuid(number):
+    """A GPU's name for NVML, from the driver, since CuPy's ends at the first byte that is zero."""
+    octets = (ctypes.c_ubyte * 16)()
+    status = ctypes.CDLL("libcuda.so.1").cuDeviceGetUuid(octets, number)
+    return None if status else f"GPU-{uuid.UUID(bytes=bytes(octets))}"
+
+
 def load_cublas():
     """The cuBLAS that belongs to CuPy's CUDA."""
     from cupy_backends.cuda.api import runtime
@@ -856,7 +863,8 @@ def missing_for_gpu():
         import cupy
     except ImportError as error:
         if getattr(error, "name", None) == "cupy":
-            return "CuPy is not installed: python -m pip install -r requirements-gpu.txt"
+            driver = "" if _has_driver() else "no NVIDIA driver is found, and "
+            return f"{driver}CuPy is not installed: python -m pip install -r requirements-gpu.txt"
         return f"CuPy cannot be imported ({' '.join(str(error).split())}): install it again"
     runtime = cupy.cuda.runtime
     try:
@@ -879,6 +887,13 @@ def missing_for_gpu():
         reason = " ".join(str(error).split())
         return f"a CUDA library is missing ({reason}): python -m pip install -r requirements-gpu.txt"
     return None
+
+
+def _has_driver():
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return False
 
 
 def choose_device(args):
@@ -1213,7 +1228,7 @@ def make_steps(device, model, optimizer, data, args):
     before = {name: device.get(array) for name, array in get_arrays(model, optimizer).items()}
     batches = {size: lambda size=size: device.load(data.x_train, data.y_train, device.put(np.arange(size, dtype="i4")))
                for size in sizes}  # fmt: skip
-    for size in sizes:  # the largest first, so that no array grows after its place is known to a graph
+    for size in sizes:  # all before the first graph, which knows arrays by their place: none may grow after it
         steps[size](*batches[size]())
     set_arrays(model, optimizer, before)
     for size in sizes if args.graph else ():

@@ -1,8 +1,9 @@
-"""Train the CNN over MPI ranks × threads: parallel_cnn_mpi.py with layers that share a rank's images among threads.
+"""Train the CNN or ResNet-18 over MPI ranks × threads: parallel_cnn_mpi.py with layers that share images among threads.
 
 The layers below are those of common.py as Numba kernels: the loop over the images of a rank's share is a `prange` over
 OpenMP threads, and inside it each thread works through an image in buffers of its own, so that nothing but weights and
-results leaves its cache. Dense layers and the optimizer are threaded too: 98 % of all parameters are theirs.
+results leaves its cache. Dense layers and the optimizer are threaded too: 98 % of the CNN's parameters are theirs.
+--model resnet18 shares its batch normalisation among threads and ranks: the statistics are the global batch's.
 
     mpirun -np 2 python parallel_cnn_hybrid.py
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -505,10 +506,19 @@ def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
         assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=2e-6)
 
 
-def test_serial_cnn_goes_on_from_its_checkpoint(run, run_script, tmp_path, cache, serial):
-    run(*STEPS["cnn"], "--epochs", 1, "--device", "cpu", "--checkpoint", "run.npz")
-    run_script("serial_cnn.py", *STEPS["cnn"], "--checkpoint", "run.npz", "--resume", env=cache)
+@pytest.mark.parametrize("scripts", [(SCRIPT, "serial_cnn.py"), ("serial_cnn.py", SCRIPT)])
+def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(run_script, tmp_path, cache, serial, scripts):
+    for script, options in zip(scripts, (("--epochs", 1), ("--resume",)), strict=True):
+        device = ("--device", "cpu") if script == SCRIPT else ()
+        run_script(script, *STEPS["cnn"], *device, "--checkpoint", "run.npz", *options, env=cache)
     assert_same_weights(tmp_path / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
+
+
+def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(run, run_script, cache):
+    run(*TINY, "--device", "cpu", "--augment", "on", "--checkpoint", "run.npz")
+    done = run_script("serial_cnn.py", *TINY, "--checkpoint", "run.npz", "--resume", env=cache, status=2)
+    assert_one_error_line(done.stderr)
+    assert "augment on" in done.stderr
 
 
 def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):
@@ -541,6 +551,30 @@ def test_a_missing_or_broken_cupy_is_one_line(run, tmp_path, cupy, message):
     done = run(*TINY, "--device", "cuda", status=2, env={"PYTHONPATH": tmp_path / "packages"})
     assert_one_error_line(done.stderr)
     assert message in done.stderr
+
+
+def test_no_driver_and_no_cupy_are_both_named(monkeypatch):
+    """Who has no GPU should not install CuPy first to be told so."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert gpu_scratch.missing_for_gpu().startswith("CuPy is not installed")
+
+    def not_there(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", not_there)
+    assert gpu_scratch.missing_for_gpu().startswith("no NVIDIA driver is found, and CuPy is not installed")
+
+
+def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
+    """A stand-in for the driver's library. NVML writes UUIDs so."""
+
+    def cuDeviceGetUuid(octets, number):
+        octets[:] = range(number, number + 16)
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetUuid=cuDeviceGetUuid))
+    assert gpu_scratch.gpu_uuid(0) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 
 
 @pytest.mark.parametrize("option", [("--graph",), ("--tf32", "on")])

@@ -62,13 +62,15 @@ bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends wit
 	$(PYTHON) bench.py $(ARGS)
 
 MEASURED = results/measured
-TRAINING = run_experiments.py --repeats 1 --epochs 10 --subset 50000 --batch-size 32 --results-dir $(MEASURED)/training
+EXPERIMENTS = run_experiments.py --results-dir $(MEASURED)/experiments
+TRAINING = run_experiments.py --results-dir $(MEASURED)/training --repeats 1 --epochs 10 --subset 50000 --batch-size 32
 measure: $(READY)  ## measure all that the README shows anew, then make readme: an hour on an idle machine
 	$(PYTHON) bench.py --output $(MEASURED)/bench.json
 	$(PYTHON) bench.py --loading --output $(MEASURED)/loading.json
 	$(PYTHON) train_resnet50_split_cores.py --benchmark --output $(MEASURED)/split_cores.json
-	$(PYTHON) run_experiments.py --suite parallel --results-dir $(MEASURED)/experiments
-	$(PYTHON) run_experiments.py --suite hardware --only cnn --results-dir $(MEASURED)/experiments
+	$(PYTHON) $(EXPERIMENTS) --suite parallel --repeats 5
+	$(PYTHON) $(EXPERIMENTS) --suite hardware --only cnn --repeats 5
+	$(PYTHON) $(EXPERIMENTS) --suite loading
 	$(PYTHON) $(TRAINING) --only serial
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
 	$(PYTHON) update_readme.py --collect $(MEASURED)

@@ -872,7 +872,7 @@ def plot_batches(plot, members):
     """Total and waiting time over the batches of the first epoch of the first repeat, a panel for each source."""
     sources = {}
     for c in members:
-        if c.trains and c.runs[0].log.batch_lines:
+        if c.trains and "batch_loading_ms" in c.estimates:
             sources.setdefault(re.sub(r"-\d+-workers.*", "", c.name), []).append(c)
     if not sources:
         return
@@ -997,6 +997,8 @@ def list_missing(report, configurations, left_out):
         if not 0 <= fit.value <= 100:
             name = family.replace("mpi", "MPI")
             report.missing.append(f"curve of Amdahl's law for {name}: its serial fraction would be {fit.value:.0f} %")
+    if any(c.suite == "loading" and c.trains and "batch_loading_ms" not in c.estimates for c in configurations):
+        report.missing.append("loading: waiting batch by batch: the logs do not have the rows of all batches")
     if any(c.suite == "split" and "idle_forward" not in c.estimates for c in configurations):
         report.missing.append("split: idle shares: the sidecars do not have them")
 

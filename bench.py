@@ -79,23 +79,31 @@ class Contest(NamedTuple):
 def serial_contest(data, batch_size, model_name="cnn"):
     """serial_cnn.py's step against PyTorch eager on one thread, float32, channels_last (its faster layout)."""
     x, labels = load_batch(data.x_train, data.y_train, np.arange(batch_size))
-    model = make_model(model_name)
-    optimizer = SGD(model, lr=1e-3)
     peer, flops = pytorch_step(model_name, x, labels, channels_last=True)
     name = f"serial_cnn.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, 1 core"
-    return Contest(name, batch_size, 1, lambda: serial_cnn.train_step(model, optimizer, x, labels), peer, flops)
+    return Contest(name, batch_size, 1, serial_step(x, labels, model_name), peer, flops)
 
 
 def scaling_contest(data, ranks, per_rank, serial_batch, label, *options):
     """parallel_cnn_mpi.py on `ranks` cores against serial_cnn.py on one."""
-    x, labels = load_batch(data.x_train, data.y_train, np.arange(serial_batch))
-    model = make_cnn()
-    optimizer = SGD(model, lr=1e-3)
-    images = ranks * per_rank
+    images, batch = ranks * per_rank, load_batch(data.x_train, data.y_train, np.arange(serial_batch))
     ours = Worker(data, "mpi", ranks, images, *options)
     name = f"parallel_cnn_mpi.py, {label}, {ranks} ranks"
-    return Contest(name, images, 1, ours, lambda: serial_cnn.train_step(model, optimizer, x, labels),
-                   peer_images=serial_batch, cores=ranks)  # fmt: skip
+    return Contest(name, images, 1, ours, serial_step(*batch), peer_images=serial_batch, cores=ranks)
+
+
+def copies_contest(data, copies, batch_size):
+    """serial_cnn.py on every core at once against once: what cores that share memory and clock leave to any method."""
+    images, batch = copies * batch_size, load_batch(data.x_train, data.y_train, np.arange(batch_size))
+    name = f"serial_cnn.py, {copies} at once that share nothing, {batch_size} each"
+    ours = Worker(data, "copies", copies, images)
+    return Contest(name, images, 1, ours, serial_step(*batch), peer_images=batch_size, cores=copies)
+
+
+def serial_step(x, labels, model_name="cnn"):
+    model = make_model(model_name)
+    optimizer = SGD(model, lr=1e-3)
+    return lambda: serial_cnn.train_step(model, optimizer, x, labels)
 
 
 def ddp_contest(data, ranks, batch_size):
@@ -269,7 +277,8 @@ def pytorch_step(model_name, x, labels, channels_last, wrap=lambda model: model)
 class Worker:
     """A training step in processes of its own, under mpirun, which sleep until they are told to run for some seconds.
 
-    kind: "mpi", "hybrid", "ddp" or "train_cifar"; images: in a step of all ranks together; options: of the script.
+    kind: "mpi", "hybrid", "ddp", "train_cifar" or "copies" of serial_cnn.py; images: in a step of all ranks together;
+    options: of the script.
     """
 
     def __init__(self, data, kind, ranks, images, *options):
@@ -309,6 +318,8 @@ def work(spec, data):
     x, labels = load_batch(data.x_train, data.y_train, mine)
     if spec["kind"] == "train_cifar":
         step, waited = train_cifar_step(spec, data), lambda: 0.0
+    elif spec["kind"] == "copies":
+        step, waited = serial_step(x, labels), lambda: 0.0
     else:
         step, waited = (ddp_step if spec["kind"] == "ddp" else ranks_step)(spec, x, labels, comm)
     for _ in range(3):
@@ -328,8 +339,8 @@ def work(spec, data):
         started, before, steps = time.perf_counter(), waited(), max(2, round(float(line) * per_second))
         for _ in range(steps):
             step()
-        seconds = comm.bcast(time.perf_counter() - started)
-        per_second = steps / seconds
+        seconds = time.perf_counter() - started
+        per_second = comm.allreduce(steps / seconds) / comm.size
         answer = [per_second, comm.allreduce(waited() - before) / comm.size / seconds]
 
 
@@ -535,6 +546,8 @@ def contests(data, quick):
             rows[f"parallel_cnn_hybrid.py, {model}, batch {batch_size}, {threads} {unit}"] = functools.partial(
                 hybrid_contest, data, batch_size, threads, model_name)  # fmt: skip
     for ranks in (n for n in (2, 4, 8, 16) if n <= cores):
+        rows[f"serial_cnn.py, {ranks} at once that share nothing, 32 each"] = functools.partial(
+            copies_contest, data, ranks, 32)  # fmt: skip
         for label, per_rank, serial_batch, *options in (
             ("weak: 32 a rank", 32, 32),
             ("the same by messages", 32, 32, "--reduce", "messages"),

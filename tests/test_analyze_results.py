@@ -142,6 +142,8 @@ def test_the_last_row_of_each_epoch_tells_the_steps(results):
     assert value(thin, f"{name}.step_ms") == value(whole, f"{name}.step_ms") == pytest.approx(500)
     assert value(whole, f"{name}.batch_loading_ms") == pytest.approx(100)
     assert f"{name}.batch_loading_ms" not in thin["facts"]
+    assert [figure["name"] for figure in whole["figures"] if figure not in thin["figures"]] == ["loading_batches"]
+    assert "loading: waiting batch by batch: the logs do not have the rows of all batches" in thin["missing"]
 
 
 def test_ratio_is_repeat_by_repeat():

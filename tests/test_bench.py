@@ -21,7 +21,7 @@ def data():
 def test_quick_run_writes_table_and_json(run_script, tmp_path):
     done = run_script("bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic")
     rows = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
-    assert [set(row) for row in rows] == [KEYS]
+    assert [set(row) for row in rows] == [KEYS | {"of_sgemm"}]
     row = rows[0]
     assert row["n"] >= 7
     assert row["unit"] == "images/s"
@@ -32,14 +32,18 @@ def test_quick_run_writes_table_and_json(run_script, tmp_path):
 
 
 @pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
-@pytest.mark.parametrize(("name", "more"), [("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
-                                            ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"})])  # fmt: skip
+@pytest.mark.parametrize(("name", "more"), [
+    ("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
+    ("2 at once that share nothing", {"cores", "efficiency", "communication"}),
+    ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"}),
+])  # fmt: skip
 def test_rows_of_processes_under_mpirun(run_script, tmp_path, name, more):
     done = run_script("bench.py", "--quick", "--only", name, "--dataset", "synthetic")
     (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert set(row) == KEYS | more
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
-    assert 0 < row["communication"] < 1
+    assert (row["communication"] == 0) == ("share nothing" in name)
+    assert row["communication"] < 1
     assert row.get("efficiency", row["ratio"] / 2) == row["ratio"] / 2
     assert row["name"] in done.stdout
 

@@ -321,6 +321,28 @@ def test_average_and_dense(gpu):
         against(gpu, ours, common.Dense(50, 37, rng=0, dtype=gpu.dtype), normal(gpu, 1, 70, 50))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_of_random_shapes(gpu, seed):
+    """Sizes that no author has chosen: images, height and width in tiles of four, channels; kernel, stride, padding."""
+    rng = np.random.default_rng(seed)
+    n, rows, columns, c, c_out = map(int, rng.integers(1, [9, 4, 4, 40, 40]))
+    k, stride, padding = int(rng.choice([1, 3, 5])), int(rng.integers(1, 4)), int(rng.integers(3))
+    x = normal(gpu, seed, n, 4 * rows, 4 * columns, c)
+    for ours, theirs, *options in (
+        (gpu_scratch.Im2col, common.Conv2D, k, stride, padding), (gpu_scratch.WinogradConv, common.WinogradConv2D),
+    ):  # fmt: skip
+        ours, theirs = (layer(c, c_out, *options, bias=False, rng=seed, dtype=gpu.dtype) for layer in (ours, theirs))
+        against(gpu, ours, theirs, x)
+    for ours, theirs in ((gpu_scratch.Im2colReLUPool, common.ConvReLUPool),
+                         (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool)):  # fmt: skip
+        ours, theirs = (layer(c, c_out, rng=seed, dtype=gpu.dtype) for layer in (ours, theirs))
+        against(gpu, ours, theirs, x)
+    against(gpu, gpu_scratch.Norm(c, dtype=gpu.dtype), common.BatchNorm2D(c, dtype=gpu.dtype), x)
+    against(gpu, gpu_scratch.AvgPool(), common.GlobalAvgPool(), x)
+    ours = gpu_scratch.DenseReLU(c, c_out, relu=bool(seed % 2), rng=seed, dtype=gpu.dtype)
+    against(gpu, ours, common.Dense(c, c_out, rng=seed, dtype=gpu.dtype), normal(gpu, seed, 16 * n, c))
+
+
 def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
     """A training that diverges is stopped by its loss, which must show it."""
     x = np.full((1, 4, 4, 2), np.nan, gpu.dtype)
@@ -492,6 +514,13 @@ STEPS = {  # 30 and 8 of them
     "resnet18": ("--dataset", "synthetic", "--subset", "8", "--batch-size", "1", "--epochs", "1", "--model",
                  "resnet18", "--dtype", "float64"),
 }  # fmt: skip
+
+
+def test_memory_stays_flat_on_numpy(run, tmp_path):
+    run("--device", "cpu", "--dataset", "synthetic", "--subset", 300, "--batch-size", 60, "--epochs", 10)
+    ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
+    assert len(ram) == 10
+    assert ram[9] - ram[0] < 20
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -206,9 +206,10 @@ def test_real_images(run, real_data, tmp_path):
     assert json.loads((tmp_path / SIDECAR).read_text())["dataset"] == "cifar10"
 
 
-def test_memory_stays_flat(run, tmp_path):
-    # evaluation takes batches of 100: with the same in training, all buffers are there in the first epoch
-    run("--dataset", "synthetic", "--subset", 300, "--batch-size", 100, "--epochs", 10)
+@pytest.mark.parametrize(("model", "subset", "batch_size"), [("cnn", 300, 100), ("resnet18", 25, 5)])
+def test_memory_stays_flat(run, tmp_path, model, subset, batch_size):
+    # with batches as large as evaluation's, all buffers are there in the first epoch
+    run("--model", model, "--dataset", "synthetic", "--subset", subset, "--batch-size", batch_size, "--epochs", 10)
     ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
     assert ram[9] - ram[0] < 20
 

@@ -144,7 +144,7 @@ def test_a_gpu_turn_is_timed_by_its_events():
     assert len(calls) - before == 20
 
 
-@pytest.mark.parametrize(("options", "message"), [(("--only", "nothing"), "no such row"), (("--pairs", 3), "--pairs")])
+@pytest.mark.parametrize(("options", "message"), [(("--only", "absent"), "no such row"), (("--pairs", 3), "--pairs")])
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
     done = run_script("bench.py", *options, "--dataset", "synthetic", status=2)
     assert done.stderr.startswith("error: ")

@@ -326,7 +326,8 @@ def test_layers_of_random_shapes(gpu, seed):
     """Sizes that no author has chosen: images, height and width in tiles of four, channels; kernel, stride, padding."""
     rng = np.random.default_rng(seed)
     n, rows, columns, c, c_out = map(int, rng.integers(1, [9, 4, 4, 40, 40]))
-    k, stride, padding = int(rng.choice([1, 3, 5])), int(rng.integers(1, 4)), int(rng.integers(3))
+    k, stride = int(rng.choice([1, 3, 5])), int(rng.integers(1, 4))
+    padding = int(rng.integers(k // 2, 3))
     x = normal(gpu, seed, n, 4 * rows, 4 * columns, c)
     for ours, theirs, *options in (
         (gpu_scratch.Im2col, common.Conv2D, k, stride, padding), (gpu_scratch.WinogradConv, common.WinogradConv2D),

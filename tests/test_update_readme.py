@@ -41,7 +41,7 @@ def test_readme_and_report_are_built_from_docs():
 def test_a_changed_measurement_changes_the_readme_and_the_report(tmp_path):
     copy = shutil.copytree(REPO, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "data", "results", "tests"))
     change(copy / "docs/bench.json", r'"ours": [\d.]+', '"ours": 7654321')
-    change(copy / "docs/experiments/parallel/serial/1/run.json", r'"images_per_s": [\d.]+', '"images_per_s": 1234567')
+    change(copy / "docs/experiments/parallel/serial/1/run.json", r'"peak_ram_mb": [\d.]+', '"peak_ram_mb": 1234567')
     done = run(copy, "--check")
     assert done.returncode == 1
     assert_one_error_line(done.stderr)

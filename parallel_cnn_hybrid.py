@@ -71,7 +71,9 @@ from common import (
 BLOCK = 32  # channels in a tile
 A, B = (float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3]))  # 0, A, -A, B, -B and infinity
 
-kernel = functools.partial(njit, cache=True, fastmath={"contract"})  # contract: a multiplication and an addition in one
+# No fastmath: what has just been compiled and what comes from the cache differ as machine code (Numba optimises the
+# body of a prange both by itself and within its function), and only strict arithmetic gives the same bits in both.
+kernel = functools.partial(njit, cache=True)
 inlined = kernel(forceinline=True)
 
 

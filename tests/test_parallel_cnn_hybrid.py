@@ -203,9 +203,13 @@ def test_threads_change_no_result_beyond_rounding(name):
 @pytest.mark.parametrize(("ranks", "threads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_ranks_and_threads_give_the_serial_weights(tmp_path, serial, cache, ranks, threads, dtype, tolerance):
-    """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps."""
+    """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps.
+
+    The layers sum in another order than the serial ones. In float32 a pooling window may then round the other way, which
+    moves weights by the learning rate times its gradient: by up to 4e-5 at 0.0003, where training moves them by 6e-3.
+    """
     same = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
-            "--lr", 0.01 if dtype == "float64" else 0.001)  # fmt: skip
+            "--lr", 0.01 if dtype == "float64" else 0.0003)  # fmt: skip
     reference = serial(*same, "--batch-size", 64)
     mpirun(tmp_path, ranks, SCRIPT, *same, "--global-batch-size", 64, "--checkpoint", "run.npz",
            "--num-threads", threads, "--force-threads", env={**cache, "NUMBA_NUM_THREADS": 2})  # fmt: skip
@@ -256,17 +260,22 @@ def test_resnet18_resumes_bit_for_bit(tmp_path, cache):
 
 
 def test_compiling_is_told_and_not_timed(tmp_path, cache):
-    """Into an empty cache: the seconds stand in the sidecar and on a line of their own; training has none of them."""
+    """Into an empty cache: the seconds stand in the sidecar and on a line of their own; training has none of them.
+
+    What has just been compiled and what comes from the cache compute the same, bit for bit.
+    """
     env = {**cache, "NUMBA_CACHE_DIR": tmp_path / "numba"}
-    seconds = []
+    seconds, weights = [], []
     for _ in range(2):
-        out, _ = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", 1, env=env)
+        out, _ = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", 1, "--checkpoint", "run.npz", env=env)
+        weights.append(read_npz(tmp_path / "run.npz")["params"].tobytes())
         sidecar = json.loads((tmp_path / SIDECAR).read_text())
         assert "kernels ready after" in out
         seconds.append(sidecar["compile_seconds"])
         assert sidecar["totals"]["train_seconds"] < 5
     assert seconds[0] > 5
     assert seconds[1] < seconds[0] / 2  # kept on disk
+    assert weights[0] == weights[1]
 
 
 def test_a_rank_takes_no_more_than_its_share_of_the_cores(tmp_path, cache):

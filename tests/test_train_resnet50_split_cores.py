@@ -483,7 +483,18 @@ def test_benchmark_compares_all_modes(run_script, tmp_path):
     assert {*split_cores.MODES, split_cores.USUAL, split_cores.ONE_PIECE} <= rows
     for words in ("ResNet-50, synthetic", "medians (min–max) of 3 rounds", "× the time of its phases", "of the bound"):
         assert words in done.stdout
-    assert not (tmp_path / "results").exists()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["split_cores_benchmark.json"]
+    content = json.loads((tmp_path / "results/split_cores_benchmark.json").read_text())
+    assert {len(turns) for turns in content["turns"].values()} == {3}
+    assert all(turn["seconds"] >= turn["forward"] for turn in content["turns"]["all"])
+    assert all(sentence in done.stdout for sentence in content["findings"])
+    assert content["arguments"]["batch_size"] == 4
+
+
+def test_benchmark_that_cannot_write_starts_nothing(run_script, tmp_path):
+    done = run_script(SCRIPT, *TINY, "--batch-size", 4, "--benchmark", "--rounds", 3, "--output", tmp_path, status=2)
+    assert_one_error_line(done.stderr)
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,8 @@ def test_threads_change_no_result_beyond_rounding(name):
 def test_ranks_and_threads_give_the_serial_weights(tmp_path, serial, cache, ranks, threads, dtype, tolerance):
     """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps.
 
-    The layers sum in another order than the serial ones. In float32 a pooling window may then round the other way, which
-    moves weights by the learning rate times its gradient: by up to 4e-5 at 0.0003, where training moves them by 6e-3.
+    The layers sum in another order than the serial ones. In float32 a pooling window may then round the other way and
+    move weights by the learning rate times its gradient: by up to 4e-5 at 0.0003, where training moves them by 6e-3.
     """
     same = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
             "--lr", 0.01 if dtype == "float64" else 0.0003)  # fmt: skip

@@ -1,6 +1,7 @@
 """What the tests have in common: scripts run as their users run them, their logs, their usage lines."""
 
 import ast
+import contextlib
 import os
 import re
 import shlex
@@ -187,8 +188,12 @@ def mpirun(folder, ranks, script, *args, status=0, timeout=240, **options):
 
 def ranks_of(process):
     """The rank processes of a running mpirun, by rank."""
-    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "PMI_RANK" in p.environ()]
-    return sorted(family, key=lambda p: int(p.environ()["PMI_RANK"]))
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that is just ending, a zombie too, tells nothing
+            if rank := child.environ().get("PMI_RANK"):
+                found[int(rank)] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def assert_same_weights(path, other, tolerance):

@@ -202,6 +202,15 @@ def assert_same_weights(path, other, tolerance):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+def assert_same_resnet18_statistics(path, other, tolerance):
+    """Running means and variances of the 20 normalisations in two checkpoints, apart by less than tolerance."""
+    ours, theirs = read_npz(path), read_npz(other)
+    statistics = [name for name in ours if name.startswith("state")]
+    assert len(statistics) == 2 * 20
+    for name in statistics:
+        assert abs(ours[name] - theirs[name]).max() < tolerance * abs(theirs[name]).max()
+
+
 def assert_gone(processes):
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive

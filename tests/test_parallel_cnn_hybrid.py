@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import (
     assert_gone,
+    assert_same_resnet18_statistics,
     assert_same_run,
     assert_same_weights,
     count_rows,
@@ -232,11 +233,7 @@ def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache
     mpirun(tmp_path, ranks, SCRIPT, *same, *options, "--global-batch-size", 4, "--checkpoint", "run.npz",
            "--num-threads", threads, "--force-threads", env={**cache, "NUMBA_NUM_THREADS": 2})  # fmt: skip
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    ours, theirs = read_npz(tmp_path / "run.npz"), read_npz(reference / "run.npz")
-    statistics = [name for name in ours if name.startswith("state")]
-    assert len(statistics) == 2 * 20
-    for name in statistics:
-        assert abs(ours[name] - theirs[name]).max() < 1e-10 * abs(theirs[name]).max()
+    assert_same_resnet18_statistics(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     row, expected = read_log(tmp_path / LOG)[-1], read_log(reference / "results/serial_cnn.csv")[-1]
     assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-8)  # in evaluation mode
 

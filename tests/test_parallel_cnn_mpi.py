@@ -13,6 +13,7 @@ import pytest
 from helpers import (
     REPO,
     assert_gone,
+    assert_same_resnet18_statistics,
     assert_same_weights,
     count_rows,
     mpirun,
@@ -73,11 +74,7 @@ def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache
     reference = serial(*tiny, "--batch-size", 4)
     mpirun(tmp_path, 3, SCRIPT, *tiny, "--global-batch-size", 4, "--checkpoint", "run.npz", env=cache)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    ours, theirs = read_npz(tmp_path / "run.npz"), read_npz(reference / "run.npz")
-    statistics = [name for name in ours if name.startswith("state")]
-    assert len(statistics) == 2 * 20
-    for name in statistics:
-        assert abs(ours[name] - theirs[name]).max() < 1e-10 * abs(theirs[name]).max()
+    assert_same_resnet18_statistics(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     assert read_log(tmp_path / LOG)[-1]["value1"] == read_log(reference / "results/serial_cnn.csv")[-1]["value1"]
 
 

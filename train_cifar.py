@@ -270,6 +270,7 @@ class Bucket:
                              "~/.aws/credentials")
         self.timeout = min(max(patience, 1), 20)  # seconds without a byte until a request has failed
         self.stopped = threading.Event()  # set: nothing is repeated any more
+        self.failure = None  # what has ended the run, in words
 
     def connect(self):
         from obstore.store import S3Store
@@ -323,10 +324,14 @@ class Bucket:
                 problem, final = describe(error)
             pause = min(0.1 * 2 ** min(tries, 6), 5) * random.uniform(0.5, 1)
             passed = time.monotonic() - started
-            if final or passed + pause > self.patience or self.stopped.wait(pause):
-                self.stopped.set()  # the run ends: what else is being repeated ends too
+            given_up = final or passed + pause > self.patience
+            if given_up or self.stopped.wait(pause):
                 times = f", tried {tries} times in {passed:.0f} s" if tries > 1 else ""
-                raise LoadingError(f"{self.name(key)}: {problem}{times}")
+                message = f"{self.name(key)}: {problem}{times}"
+                if given_up:  # the run ends; what is being repeated beside it ends too, and is not the reason
+                    self.failure = self.failure or message
+                    self.stopped.set()
+                raise LoadingError(self.failure or message)
 
     def manifest(self):
         """The manifest: "dataset", "fingerprint", and lists of Entry: "train", "test", "train_shards", "test_shards".

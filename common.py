@@ -1928,9 +1928,8 @@ def check_launcher(comm):
 def stop_all_on_error(comm):
     """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort."""
 
-    def hook(kind, error, trace):
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        lines = "".join(f"[rank {comm.rank}] {line}\n" for line in lines.splitlines())
+    def hook(_, error, __):
+        lines = "".join(f"[rank {comm.rank}] {line}\n" for line in describe_error(error).splitlines())
         print(lines, end="", file=sys.__stderr__, flush=True)
         comm.Abort(1)
 
@@ -2122,8 +2121,20 @@ def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
     return parser
 
 
+def describe_error(error):
+    """What an error that nobody catches prints: one line where memory ran out, else its traceback.
+
+    NumPy and CuPy raise a MemoryError, PyTorch and CUDA a RuntimeError.
+    """
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory")):
+        problem = " ".join(str(error).split())
+        return f"error: the memory does not suffice: give a smaller --batch-size or --subset ({problem})"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
 def run_main(main):
     """Call main() and end the process with the exit status that the README promises."""
+    sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
     for name in (signal.SIGINT, signal.SIGTERM):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
         signal.signal(name, signal.default_int_handler)
     try:

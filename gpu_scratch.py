@@ -675,10 +675,7 @@ class Kernels:
         kept = self.rooms.get(key)
         if kept is None or kept.size < size:
             self.rooms[key] = kept = None  # freed before more is asked for
-            try:
-                kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
-            except MemoryError:
-                raise InputError("the memory does not suffice: give a smaller --batch-size") from None
+            kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
         return kept[:size].reshape(shape)
 
     def argument(self, value):

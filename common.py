@@ -2127,7 +2127,7 @@ def describe_error(error):
     NumPy and CuPy raise a MemoryError, PyTorch and CUDA a RuntimeError.
     """
     if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory")):
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error).split()) or "not told how much was asked for"
         return f"error: the memory does not suffice: give a smaller --batch-size or --subset ({problem})"
     return "".join(traceback.format_exception(error)).rstrip()
 

@@ -174,7 +174,7 @@ def run_usage_line(folder, path, line, *tiny):
     (folder / "bin/python").chmod(0o755)
     env = script_environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run(f"{line} {shlex.join(map(str, tiny))}", shell=True, cwd=folder, env=env, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+                          text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done
 
@@ -204,7 +204,7 @@ def run_on_terminal(folder, script, *args, env=None, status=0, **size):
     except OSError:  # how Linux says that the other side is closed
         pass
     os.close(ours)
-    assert process.wait(60) == status, sent.decode()
+    assert process.wait(180) == status, sent.decode()
     lines = []
     for line in sent.decode().replace("\r\n", "\n").split("\n"):
         shown = ""

@@ -526,7 +526,7 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         loader = self.call("Page.navigate", url=path.as_uri())["loaderId"]
-        while not any((event["name"], event["loaderId"]) == ("load", loader)  # of this page: about:blank's may come late
+        while not any((event["name"], event["loaderId"]) == ("load", loader)  # about:blank has its own, maybe late
                       for event in self.told("Page.lifecycleEvent")):  # fmt: skip
             self.events.append(self.receive())
 

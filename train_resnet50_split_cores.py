@@ -192,6 +192,15 @@ def python_thread_ids():
     return {thread.native_id for thread in threading.enumerate()}
 
 
+def affinities():
+    """{thread: the cores it may run on} of all threads; one that is just ending, as a pool's do late, is left out."""
+    cores = {}
+    for thread in thread_ids():
+        with contextlib.suppress(ProcessLookupError):
+            cores[thread] = os.sched_getaffinity(thread)
+    return cores
+
+
 def pin(threads, cores):
     """Let the threads run on these cores alone, and check that they do. A thread that has ended is passed over.
 
@@ -267,7 +276,7 @@ class Placement:
         self.split, self.groups = split, {}
 
     def __enter__(self):
-        self._affinity = {thread: os.sched_getaffinity(thread) for thread in thread_ids()}
+        self._affinity = affinities()
         self._threads = torch.get_num_threads()
         try:
             pin(thread_ids(), self.split.reserved or self.split.forward + self.split.backward)

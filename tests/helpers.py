@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,51 @@ def start_command(folder, command, env=None, **options):
     return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
 
 
-def finish(process, status=0, timeout=60):
+STOPPING = """
+import os, runpy, signal, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import common, zipfile
+import numpy as np
+real = {at}
+def stopping(*args, **options):
+    if {when}:
+        for _ in range({times}):
+            os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*args, **options)
+{at} = stopping
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_stopping(folder, script, *args, at="common.Run.end_batch", when, times=1, env=None):
+    """Start a script that stops itself (SIGSTOP) where it is to be met, however long the test takes to come there.
+
+    at: the function before which it stops; when: a condition on its `args`; times: so often. A signal that is sent
+    meanwhile comes with the SIGCONT; see send().
+    """
+    code = STOPPING.format(at=at, when=when, times=times)
+    process = start_command(folder, [sys.executable, "-c", code, REPO / script, *args], env)
+    wait_until_stopped(process)
+    return process
+
+
+def wait_until_stopped(process):
+    wait_until(process, lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG))
+
+
+def send(process, *signals):
+    """Send signals to a process that has stopped, and let it go on."""
+    for number in (*signals, signal.SIGCONT):
+        process.send_signal(number)
+
+
+def before_batch(epoch, batch):
+    """start_stopping()'s condition: batch (from 1) of epoch is trained, but not counted yet."""
+    return f"(args[0].epoch, args[0].batch + 1) == ({epoch}, {batch})"
+
+
+def finish(process, status=0, timeout=180):
     """Wait for a started script; returns its stdout and stderr."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -49,7 +94,7 @@ def finish(process, status=0, timeout=60):
     return out, err
 
 
-def wait_until(process, condition, timeout=60):
+def wait_until(process, condition, timeout=180):
     """Return as soon as condition() holds; fail if the process ends before."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -129,7 +174,7 @@ def run_usage_line(folder, path, line, *tiny):
     (folder / "bin/python").chmod(0o755)
     env = script_environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run(f"{line} {shlex.join(map(str, tiny))}", shell=True, cwd=folder, env=env, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+                          text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done
 
@@ -159,7 +204,7 @@ def run_on_terminal(folder, script, *args, env=None, status=0, **size):
     except OSError:  # how Linux says that the other side is closed
         pass
     os.close(ours)
-    assert process.wait(60) == status, sent.decode()
+    assert process.wait(180) == status, sent.decode()
     lines = []
     for line in sent.decode().replace("\r\n", "\n").split("\n"):
         shown = ""

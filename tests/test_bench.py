@@ -1,7 +1,7 @@
 """bench.py: what it measures is the same work on both sides, and its arithmetic holds. No figure is judged here."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,23 +59,35 @@ def test_both_sides_do_the_same_work(data, monkeypatch):
     assert losses[-1] < first / 2  # it trains, it does not only run
 
 
+class Clock:
+    """perf_counter() that steps alone move."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def pass_by(self, seconds):
+        self.now += seconds
+
+
 def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
-    calls = []
-    contest = bench.Contest("test", 10, 1, lambda: calls.append("a") or time.sleep(0.001),
-                            lambda: calls.append("b") or time.sleep(0.002), 1e6)  # fmt: skip
+    calls, clock = [], Clock(monkeypatch)
+    monkeypatch.setattr(bench, "sgemm", lambda: lambda: clock.pass_by(0.001))
+    contest = bench.Contest("test", 10, 1, lambda: calls.append("a") or clock.pass_by(0.001),
+                            lambda: calls.append("b") or clock.pass_by(0.002), 1e6)  # fmt: skip
     row = bench.compete(contest, pairs=7, seconds=0.01)
     turns = "".join(calls[i] for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1])
     assert turns == "ab" * 8  # a warm-up and seven pairs
-    assert row["ratio"] == pytest.approx(2, rel=0.3)
-    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert (row["ours"], row["peer"]) == pytest.approx((10_000, 5_000))
+    assert (row["ratio_min"], row["ratio"], row["ratio_max"]) == pytest.approx((2, 2, 2))
     assert row["n"] == 7
-    assert 0 < row["of_sgemm"] < 1
+    assert row["of_sgemm"] == pytest.approx(1e6 / (2 * 1024**3))
 
 
-def test_rate_counts_whole_calls():
-    calls = []
-    rate = bench.rate(lambda: calls.append(1) or time.sleep(0.01), seconds=0.1)
-    assert rate == pytest.approx(len(calls) / 0.1, rel=0.3)
+def test_rate_counts_whole_calls(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert bench.rate(lambda: clock.pass_by(0.03), seconds=0.1) == pytest.approx(4 / 0.12)
+    assert bench.rate(lambda: clock.pass_by(7), seconds=0.1) == pytest.approx(2 / 14)  # at least two
 
 
 def test_train_cifar_row_uses_what_the_script_uses(data):

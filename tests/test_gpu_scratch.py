@@ -24,13 +24,14 @@ from helpers import (
     assert_one_error_line,
     assert_same_run,
     assert_same_weights,
-    count_rows,
+    before_batch,
     finish,
     numbers,
     read_log,
     read_npz,
+    send,
     start,
-    wait_until,
+    start_stopping,
 )
 
 import common
@@ -632,9 +633,8 @@ def test_interrupted_and_resumed_it_is_the_same_run(run, tmp_path, cache):
         folder = tmp_path / name
         folder.mkdir()
         if options:
-            process = start(folder, SCRIPT, *LONG, env=cache)
-            wait_until(process, lambda folder=folder: count_rows(folder / LOG) > 20)
-            process.send_signal(signal.SIGINT)
+            process = start_stopping(folder, SCRIPT, *LONG, when=before_batch(1, 20), env=cache)
+            send(process, signal.SIGINT)
             finish(process, status=130)
         finish(start(folder, SCRIPT, *LONG, *options, env=cache))
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", "gpu_scratch")

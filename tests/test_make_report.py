@@ -501,10 +501,11 @@ class Browser:
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def receive(self):
         while b"\0" not in self.received:
-            assert select.select([self.output], [], [], 60)[0], "the browser does not answer"
+            assert select.select([self.output], [], [], 180)[0], "the browser does not answer"
             part = os.read(self.output, 65536)
             assert part, "the browser has ended"
             self.received += part
@@ -524,9 +525,9 @@ class Browser:
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        loaded = len(self.told("Page.loadEventFired"))
-        self.call("Page.navigate", url=path.as_uri())
-        while len(self.told("Page.loadEventFired")) == loaded:
+        loader = self.call("Page.navigate", url=path.as_uri())["loaderId"]
+        while not any((event["name"], event["loaderId"]) == ("load", loader)  # about:blank has its own, maybe late
+                      for event in self.told("Page.lifecycleEvent")):  # fmt: skip
             self.events.append(self.receive())
 
     def told(self, *methods):
@@ -545,7 +546,7 @@ class Browser:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(120)
         os.close(self.input)
         os.close(self.output)
 

@@ -16,7 +16,7 @@ def run_script(tmp_path):
     status: the exit status that is expected, None for any. env: changes to the environment.
     """
 
-    def run(script, *args, status=0, env=None, timeout=120):
+    def run(script, *args, status=0, env=None, timeout=240):
         command = [sys.executable, str(REPO / script), *map(str, args)]
         done = subprocess.run(command, cwd=tmp_path, env=script_environment(**(env or {})), capture_output=True,
                               text=True, timeout=timeout)  # fmt: skip

@@ -181,7 +181,9 @@ def run_trainings(trainings, at_once, show, signals):
             if signals:
                 raise Interrupted(f"interrupted by {signal.Signals(signals[0]).name}")
         for training in trainings:
+            training.done()  # the last one may have failed since it was looked at
             training.finish()
+        show()  # and it has ended since it was shown
     finally:
         stop_processes([t.process for t in trainings if t.running()])
 
@@ -336,6 +338,7 @@ class Lines:
             ended = training.process is not None and not training.running() and training.name not in self.ended
             if ended:
                 self.ended.add(training.name)
+                training.read()  # what it has written since the last look
             if ended or (due and training.running()):
                 state = [part for part in describe_state(training, self.style, 16) if part]
                 print(f"{training.script:22}  {'  '.join(state)}", flush=True)

@@ -89,9 +89,16 @@ def wait_for(process, port, log):
 
 def run_command(command, env):
     """Run a command and return its exit status. Ctrl-C and SIGTERM are passed on once; it ends in its own time."""
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    process, early = None, []  # early: signals that come before there is a process to pass them on to
+
+    def pass_on(number, _):
+        process.send_signal(number) if process else early.append(number)
+
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, _: process.send_signal(number))
+        signal.signal(name, pass_on)
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    while early:
+        process.send_signal(early.pop(0))
     status = process.wait()
     return status if status >= 0 else 128 - status
 

@@ -98,9 +98,32 @@ def wait_until(process, condition, timeout=180):
     """Return as soon as condition() holds; fail if the process ends before."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended too early\n{''.join(process.communicate())}"
+        assert process.poll() is None, f"ended too early\n{''.join(filter(None, process.communicate()))}"
         assert time.monotonic() < deadline, f"nothing within {timeout} s"
         time.sleep(0.002)
+
+
+PAUSING = """
+import sys, time
+sys.path.insert(0, {repo!r})
+import {module} as script
+
+class Run(script.Run):
+    def end_batch(self, *args, **options):
+        super().end_batch(*args, **options)
+        while self.rank == 0 and (self.epoch, self.batch) == ({epoch}, {batch}) and not self.signal:
+            time.sleep(0.01)
+
+script.Run = Run
+script.run_main(script.main)
+"""
+
+
+def pausing(folder, script, epoch, batch):
+    """A script that waits after that batch (its row is written) for a signal, so that a slow test cannot miss it."""
+    path = folder / f"pausing_{script}"
+    path.write_text(PAUSING.format(repo=str(REPO), module=script.removesuffix(".py"), epoch=epoch, batch=batch))
+    return path
 
 
 def count_rows(log):

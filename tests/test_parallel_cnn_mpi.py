@@ -18,6 +18,7 @@ from helpers import (
     count_rows,
     mpirun,
     numbers,
+    pausing,
     ranks_of,
     read_log,
     read_npz,
@@ -36,11 +37,12 @@ ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--
 def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, ranks, dtype, tolerance):
     """1,001 images in global batches of 64, two epochs: 32 steps, the order of the sums the only difference.
 
-    In float32 with --lr 0.001: at 0.01 training starts so wildly that it makes 1e-3 of a rounding, as it does between
-    PyTorch in float32 and PyTorch in float64.
+    In float32 with --lr 0.0001: BLAS rounds otherwise for other numbers of rows, a pooling window may then send its
+    gradient to another pixel, and weights move by the learning rate times that. With other seeds and other kernels of
+    OpenBLAS that was up to 1.3e-4 of the largest weight at 0.001, and 6e-5 at 0.0003.
     """
     common = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
-              "--lr", 0.01 if dtype == "float64" else 0.001)  # fmt: skip
+              "--lr", 0.01 if dtype == "float64" else 0.0001)  # fmt: skip
     reference = serial(*common, "--batch-size", 64)
     mpirun(tmp_path, ranks, SCRIPT, *common, "--global-batch-size", 64, "--checkpoint", "run.npz", env=cache)
     assert read_npz(tmp_path / "run.npz")["optimizer_steps"] == 32
@@ -131,12 +133,12 @@ def test_loss_that_explodes_stops_all_ranks(tmp_path, cache):
 
 
 def run_until_second_epoch(folder, ranks, *options, env):
-    process = start_ranks(folder, ranks, SCRIPT, *LONG, *options, env=env)
-    wait_until(process, lambda: count_rows(folder / LOG) >= 12)
+    process = start_ranks(folder, ranks, pausing(folder, SCRIPT, epoch=2, batch=1), *LONG, *options, env=env)
+    wait_until(process, lambda: count_rows(folder / LOG) >= 11 + 2 + 1)
     return process
 
 
-LONG = ("--dataset", "synthetic", "--subset", 603, "--lr", 0.001, "--global-batch-size", 60, "--epochs", 3, "--quiet",
+LONG = ("--dataset", "synthetic", "--subset", 603, "--lr", 0.0001, "--global-batch-size", 60, "--epochs", 3, "--quiet",
         "--checkpoint", "run.npz", "--checkpoint-every", 0)  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, 
     assert len(ranks) == 2
     ranks[victim].kill()
     killed = time.monotonic()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert time.monotonic() - killed < 10
     assert process.returncode != 0
     assert_gone(ranks)
@@ -179,7 +181,7 @@ def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
     mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--checkpoint", "run.npz", env=cache)
     mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--seed", 7, env=cache)  # its log takes the place of the first
     resume = ("--epochs", 2, "--checkpoint", "run.npz", "--resume")
-    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, *resume, status=2, timeout=30, env=cache)
+    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, *resume, status=2, timeout=60, env=cache)
     assert "is the log of another run" in err
     assert err.count("\n") == 1
 
@@ -187,7 +189,7 @@ def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
 def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
     assert "--resume" in out
     assert json.loads((tmp_path / SIDECAR).read_text())["status"] == "interrupted"
@@ -198,7 +200,7 @@ def test_ctrl_c_ends_with_130(tmp_path, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     ranks = ranks_of(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in err
     assert_gone(ranks)
@@ -229,7 +231,7 @@ def broken(folder, what):
 
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(tmp_path, cache):
     script = broken(tmp_path, "raise ZeroDivisionError('on purpose')")
-    _, err = mpirun(tmp_path, 2, script, *ODD, status=1, timeout=30, env=cache)
+    _, err = mpirun(tmp_path, 2, script, *ODD, status=1, timeout=60, env=cache)
     assert "[rank 1] Traceback" in err
     assert "[rank 1] ZeroDivisionError: on purpose" in err
 
@@ -333,11 +335,12 @@ def test_hosts_with_unequal_ranks_cannot_share(tmp_path, two_hosts, cache):
 
 
 def test_a_killed_rank_on_another_host_ends_the_job(tmp_path, two_hosts, cache):
-    process = start_ranks(tmp_path, 2, SCRIPT, *LONG, env=cache, **two_hosts.options(1))
+    script = pausing(tmp_path, SCRIPT, epoch=1, batch=3)
+    process = start_ranks(tmp_path, 2, script, *LONG, env=cache, **two_hosts.options(1))
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= 3)
     ranks = ranks_of(process)
     assert len(ranks) == 2
     ranks[1].kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode != 0
     assert_gone(ranks)

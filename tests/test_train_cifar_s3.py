@@ -2,6 +2,7 @@
 
 import http.client
 import http.server
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import obstore
@@ -30,6 +32,7 @@ from helpers import (
     wait_until,
 )
 
+import s3_server
 import train_cifar
 from common import InputError, make_synthetic
 from train_cifar import AHEAD, Arrays, Bucket, Entry, Folder, Loader, LoadingError, S3Pictures, S3Shards
@@ -39,10 +42,15 @@ CPU = torch.device("cpu")
 TINY = ("--model", "cnn", "--batch-size", 16, "--subset", 96, "--threads", 1)
 
 
+HELD = []
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port where nobody listens, and nobody but our own servers will: a bound socket keeps it until the tests end."""
+    HELD.append(socket.socket())
+    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, which may then listen there
+    HELD[-1].bind(("127.0.0.1", 0))
+    return HELD[-1].getsockname()[1]
 
 
 class Server:
@@ -88,7 +96,8 @@ class Proxy(http.server.ThreadingHTTPServer):
     """Passes requests on to the server, and does to each what fault(method, path, times asked before) says.
 
     A number is a status, ("wait", seconds) delays, "truncate" breaks the answer off after half of it, "shorten" sends
-    half of it as if it were all, "alter" changes a byte, "close" closes the connection without an answer; None passes.
+    half of it as if it were all, "alter" changes a byte, "close" closes the connection without an answer, "hang" waits
+    until the client does; None passes.
     """
 
     daemon_threads = True
@@ -119,7 +128,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = self.server.fault(*asked, before)
         if isinstance(fault, tuple):
             time.sleep(fault[1])
-        if fault == "close":
+        if fault == "hang":
+            self.connection.recv(1)
+        if fault in ("close", "hang"):
             self.close_connection = True
             return
         if isinstance(fault, int):
@@ -297,7 +308,7 @@ def test_images_keep_their_labels_whatever_arrives_first(aws):
         order = source.order(5, 1)[:128]
         found, labels = zip(*Loader(2).run(source.read, np.split(order, 4)), strict=True)
         arrived = [path for _, path in proxy.requests if path.endswith(".png")]
-    assert len(arrived) == 128
+    assert len(set(arrived)) == 128
     np.testing.assert_array_equal(np.concatenate(found), expected.images[order])
     np.testing.assert_array_equal(np.concatenate(labels), expected.labels[order])
 
@@ -305,18 +316,17 @@ def test_images_keep_their_labels_whatever_arrives_first(aws):
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "close", "truncate", "shorten", "alter", ("wait", 1.5)])
+@pytest.mark.parametrize("fault", [500, 503, 429, "close", "truncate", "shorten", "alter", "hang"])
 def test_a_fault_that_passes_is_survived(aws, fault):
-    """The first two answers for one picture are wrong; a wait is longer than the client has patience with one."""
+    """The first two answers for one picture are wrong, or never come."""
     bad = "/cifar10/data/train/00003_"
     with Proxy(aws.port, lambda _, path, before: fault if path.startswith(bad) and before < 2 else None) as proxy:
-        source = pictures(proxy, patience=1.0 if isinstance(fault, tuple) else 10.0, n=8)
-        if isinstance(fault, tuple):
-            source.bucket.patience = 10.0
-            source.bucket.timeout = 1.0
+        source = pictures(proxy, patience=20.0, n=8)
+        if fault == "hang":
+            source.bucket.timeout = 1.0  # seconds of silence
         found, _ = source.read(np.arange(8))
         asked = sum(path.startswith(bad) for _, path in proxy.requests)
-    assert asked == 3
+    assert asked == 3 or (asked > 3 and fault == "hang")  # a slow machine may be silent for a second by itself
     np.testing.assert_array_equal(found, images().images[:8])
 
 
@@ -325,13 +335,14 @@ def test_a_fault_that_passes_is_survived(aws, fault):
     [(500, "500 Internal Server Error"), (503, "503 Service Unavailable (SlowDown)"), (403, "403 Forbidden"),
      ("close", ""), ("truncate", ""), ("shorten", "bytes arrived instead of"), ("alter", "its checksum is wrong")],
 )  # fmt: skip
-def test_a_fault_that_stays_ends_with_the_object_and_the_endpoint(aws, fault, reason):
+def test_a_fault_that_stays_ends_with_the_object_and_the_endpoint(aws, monkeypatch, fault, reason):
+    """The clock tells the pauses alone: so the number of attempts does not depend on the speed of the machine."""
     with Proxy(aws.port, lambda _, path, __: fault if "/train/00003_" in path else None) as proxy:
-        source = pictures(proxy, patience=1.0, n=8)
-        started = time.monotonic()
+        source, pauses = pictures(proxy, patience=10.0, n=8), []
+        monkeypatch.setattr(source.bucket.stopped, "wait", lambda pause: pauses.append(pause))
+        monkeypatch.setattr(train_cifar.time, "monotonic", lambda: sum(pauses))
         with pytest.raises(LoadingError) as error:
             source.read(np.arange(8))
-        assert time.monotonic() - started < 10
         asked = sum("/train/00003_" in path for _, path in proxy.requests)
     message = str(error.value)
     assert "s3://cifar10/data/train/00003_" in message
@@ -339,6 +350,7 @@ def test_a_fault_that_stays_ends_with_the_object_and_the_endpoint(aws, fault, re
     assert reason in message
     assert "\n" not in message
     assert len(message) < 250
+    assert sum(pauses) <= 10
     assert asked == 1 if fault == 403 else 2 <= asked <= 8  # no use in asking again; bounded
     if fault in ("shorten", "alter"):
         assert asked == 3
@@ -350,8 +362,10 @@ def test_pauses_grow_and_vary(aws, monkeypatch):
         pauses = []
         monkeypatch.setattr(source.bucket.stopped, "wait", lambda pause: pauses.append(pause))
         monkeypatch.setattr(train_cifar.time, "monotonic", lambda: sum(pauses) / 4)
-        with pytest.raises(LoadingError):
-            source.read(np.arange(4))
+        client = source.bucket.connect()
+        with ThreadPoolExecutor(4) as pool:  # to the end of all four, however they take turns
+            ends = [pool.submit(source.bucket.fetch, client, entry) for entry in source.entries]
+    assert all(isinstance(end.exception(), LoadingError) for end in ends)
     assert len(set(pauses)) == len(pauses) > 8
     assert max(pauses) > 4 * min(pauses)
     assert max(pauses) <= 5
@@ -373,7 +387,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(aws):
 def test_a_damaged_manifest_is_not_used(aws):
     with Proxy(aws.port, lambda _, path, __: "alter" if path.endswith("manifest.json") else None) as proxy:
         with pytest.raises(LoadingError, match=r"manifest\.json at .* damaged"):
-            Bucket("s3://cifar10/data", proxy.url, 1.0).manifest()
+            Bucket("s3://cifar10/data", proxy.url).manifest()
 
 
 def test_shard_with_other_contents_than_the_manifest_says(aws):
@@ -434,7 +448,7 @@ def test_a_server_that_never_answers(server, run_script, tmp_path):
 def run_cnn(folder, *options, env=None):
     command = [sys.executable, REPO / "train_cifar.py", *TINY, "--epochs", 2, "--checkpoint", "run.npz", *options]
     done = subprocess.run(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})),
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return read_npz(folder / "run.npz")["params"]
 
@@ -468,15 +482,13 @@ def test_an_outage_too_long_leaves_a_checkpoint_to_resume_from(server, tmp_path)
     whole, options = tmp_path / "whole", ("--source", "s3://cifar10/data", "--s3-mode", "stream")
     whole.mkdir()
     expected = run_cnn(whole, *options, env=server.env)
-    count = [0]
 
-    def fault(_, path, __):
-        count[0] += path.endswith(".png")
-        return 503 if count[0] > 200 else None
+    def fault(*_):
+        return 503 if sum(path.endswith(".png") for _, path in proxy.requests) > 200 else None
 
     with Proxy(server.port, fault) as proxy:
         process = start(tmp_path, "train_cifar.py", *TINY, "--epochs", 2, "--checkpoint", "run.npz", *options,
-                        "--endpoint-url", proxy.url, "--retry-seconds", 1, env=server.env)  # fmt: skip
+                        "--endpoint-url", proxy.url, "--retry-seconds", 5, env=server.env)  # fmt: skip
         _, stderr = finish(process, status=1)
     assert_one_error_line(stderr)
     assert "503 Service Unavailable" in stderr
@@ -545,7 +557,7 @@ def test_an_export_goes_on_where_it_broke_off(aws):
 
     An object that is still being repeated then, and comes before the refused ones, is not named as the reason.
     """
-    options = ["--dataset", "synthetic", "--subset", "100", "--quiet", "--retry-seconds", "10"]
+    options = ["--dataset", "synthetic", "--subset", "100", "--quiet", "--retry-seconds", "60"]
 
     def put(fault):
         with Proxy(aws.port, fault) as proxy:
@@ -555,13 +567,12 @@ def test_an_export_goes_on_where_it_broke_off(aws):
                 paths = {path for method, path in proxy.requests if method == "PUT"}
         return paths
 
-    count = [0]
+    count = itertools.count(1)  # next() is one step, whatever the threads do
 
     def refuse(method, path, _):
         if method == "PUT" and "/00002_" in path:
             return 503
-        count[0] += method == "PUT"
-        return 403 if method == "PUT" and count[0] > 60 else None
+        return 403 if method == "PUT" and next(count) > 60 else None
 
     with pytest.raises(LoadingError, match="403 Forbidden"):
         put(refuse)
@@ -615,6 +626,21 @@ time.sleep(60)"""
     assert err == ""
 
 
+def test_ctrl_c_while_the_command_is_being_started_reaches_it(monkeypatch):
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(s3_server.subprocess, "Popen", Popen)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert s3_server.run_command(["sleep", "60"], None) == 128 + signal.SIGINT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_a_second_command_uses_the_running_server(server):
     code = "import os; print(open(os.environ['AWS_CONFIG_FILE']).read())"
     out, _ = finish(start(server.folder, "s3_server.py", "--dir", "s3", sys.executable, "-c", code))
@@ -639,7 +665,7 @@ def test_a_port_in_use_is_an_error(server, run_script):
 
 def test_make_s3_server_serves_until_ctrl_c(tmp_path):
     """The data first, then the address and the environment for clients; Ctrl-C ends make, script and server."""
-    copy = shutil.copytree(REPO, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
+    copy = shutil.copytree(REPO, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__*__", "data", "results"))
     command = ["make", f"PYTHON={sys.executable}", "s3-server", "S3_DATA=--subset 40 --dataset synthetic"]
     process = subprocess.Popen(command, cwd=copy, env=script_environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # fmt: skip

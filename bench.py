@@ -360,7 +360,7 @@ def ranks_step(spec, x, labels, comm):
         args = script.parse_args(spec["options"])
         model = make_cnn()
         optimizer = SGD(model, args.lr)
-    reducer = script.make_reducer(comm, model, args)
+    reducer = script.make_reducer(comm, model, optimizer, args)
     return lambda: script.train_step(model, optimizer, x, labels, spec["images"], reducer), lambda: reducer.seconds
 
 

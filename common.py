@@ -1049,15 +1049,16 @@ class Model:
                     self.params[part] = value.reshape(-1)
                     setattr(leaf, name, self.params[part].reshape(value.shape))
                     setattr(leaf, "d" + name, self.grads[part].reshape(value.shape))
-                    self._places.append((leaf, "d" + name, part, value.shape))
+                    self._places.append((leaf, name, part, value.shape))
                     start = part.stop
             self.slices.append(slice(first, start))
 
-    def move_grads(self, buffer):
-        """Keep the gradients in `buffer`, as large as `grads`: memory that processes share, for instance."""
-        self.grads = buffer
+    def move(self, params, grads):
+        """Keep parameters and gradients in these buffers, which have their values: memory that processes share, say."""
+        self.params, self.grads = params, grads
         for leaf, name, part, shape in self._places:
-            setattr(leaf, name, buffer[part].reshape(shape))
+            setattr(leaf, name, params[part].reshape(shape))
+            setattr(leaf, "d" + name, grads[part].reshape(shape))
 
     def forward(self, x):
         for layer in self.layers:
@@ -1158,8 +1159,8 @@ def evaluate(model, images, labels, batch_size=100, reduce=lambda sums: None):
 class Optimizer:
     """step(count) divides the summed gradients by count and updates the model's flat parameter buffer in place.
 
-    grads: the sums, if they are not in the model's own buffer. `slots` are the arrays that a checkpoint needs, by name.
-    The buffers are walked in pieces that stay in the cache.
+    grads: the sums, if they are not in the model's own buffer. parts: the slices to update, if not all. `slots` are the
+    arrays that a checkpoint needs, by name. The buffers are walked in pieces that stay in the cache.
     """
 
     PIECE = 64 * 1024  # elements
@@ -1170,15 +1171,16 @@ class Optimizer:
         self.slots = {name: aligned_zeros(model.params.shape, dtype, xp) for name in slots}
         self._g = aligned_zeros((self.PIECE,), dtype, xp)
 
-    def step(self, count, grads=None):
+    def step(self, count, grads=None, parts=None):
         self.steps += 1
         w, grads = self.model.params, self.model.grads if grads is None else grads
-        for start in range(0, len(w), self.PIECE):
-            part = slice(start, min(start + self.PIECE, len(w)))
-            g = array_module(w).multiply(grads[part], 1 / count, out=self._g[:part.stop - part.start])
-            if self.weight_decay:
-                g += self.weight_decay * w[part]
-            self._update(w[part], g, **{name: slot[part] for name, slot in self.slots.items()})
+        for part in [slice(0, len(w))] if parts is None else parts:
+            for start in range(part.start, part.stop, self.PIECE):
+                piece = slice(start, min(start + self.PIECE, part.stop))
+                g = array_module(w).multiply(grads[piece], 1 / count, out=self._g[:piece.stop - piece.start])
+                if self.weight_decay:
+                    g += self.weight_decay * w[piece]
+                self._update(w[piece], g, **{name: slot[piece] for name, slot in self.slots.items()})
 
 
 class SGD(Optimizer):
@@ -1974,11 +1976,15 @@ def resume_on_all(run, model, optimizer, comm):
 
 
 def check_equal(model, comm, epoch):
-    """Raise TrainingError unless all ranks hold the same weights, bit for bit."""
-    digests = comm.allgather(hashlib.blake2b(model.params.data, digest_size=16).hexdigest())
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise TrainingError(f"after epoch {epoch} the weights of rank {different[0]} are not those of rank 0")
+    """Raise TrainingError unless all ranks hold the same weights and running statistics, bit for bit."""
+    for what, arrays in (("weights", [model.params]), ("running statistics", model.state())):
+        digest = hashlib.blake2b(digest_size=16)
+        for array in arrays:
+            digest.update(array.data)
+        digests = comm.allgather(digest.digest())
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise TrainingError(f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0")
 
 
 def report_communication(run, comm):

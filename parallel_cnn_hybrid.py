@@ -912,11 +912,12 @@ def sgd_update(w, g, velocity, scale, lr, momentum, weight_decay):
 
 
 class ThreadedSGD(SGD):
-    def step(self, count, grads=None):
+    def step(self, count, grads=None, parts=None):
         self.steps += 1
         w, g = self.model.params, self.model.grads if grads is None else grads
-        scalars = (w.dtype.type(s) for s in (1 / count, self.lr, self.momentum, self.weight_decay))
-        sgd_update(w, g, self.slots["velocity"], *scalars)
+        scalars = [w.dtype.type(s) for s in (1 / count, self.lr, self.momentum, self.weight_decay)]
+        for part in [slice(None)] if parts is None else parts:
+            sgd_update(w[part], g[part], self.slots["velocity"][part], *scalars)
 
 
 @kernel(parallel=True)
@@ -930,12 +931,13 @@ def adam_update(w, g, m, v, scale, lr, beta1, beta2, root, eps, weight_decay):
 
 
 class ThreadedAdam(Adam):
-    def step(self, count, grads=None):
+    def step(self, count, grads=None, parts=None):
         self.steps += 1
         w, g, (beta1, beta2) = self.model.params, self.model.grads if grads is None else grads, self.betas
         lr, root = self.lr / (1 - beta1**self.steps), 1 / math.sqrt(1 - beta2**self.steps)
-        scalars = (w.dtype.type(s) for s in (1 / count, lr, beta1, beta2, root, self.eps, self.weight_decay))
-        adam_update(w, g, self.slots["m"], self.slots["v"], *scalars)
+        scalars = [w.dtype.type(s) for s in (1 / count, lr, beta1, beta2, root, self.eps, self.weight_decay)]
+        for part in [slice(None)] if parts is None else parts:
+            adam_update(w[part], g[part], self.slots["m"][part], self.slots["v"][part], *scalars)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -946,12 +948,13 @@ class ThreadedAdam(Adam):
 class Reducer:
     """Sums the gradients of all ranks with MPI messages while the backward pass goes on.
 
-    start(part) is called when that slice of model.grads is complete; after wait() `total` has the sums over all ranks.
-    start_sums(array) does the same, in place, for a small array. overlap=False: start() itself waits.
-    seconds: time spent in these functions so far.
+    start(part) is called when that slice of model.grads is complete; after wait() `total` has the sums over all ranks,
+    and the rank updates the weights; after finish() they are updated on all ranks. start_sums(array) adds up a small
+    array in place. overlap=False: start() itself waits. seconds: time spent in these functions so far.
     """
 
     name = "messages"
+    parts = None  # slices that this rank has the sums of, and updates: all
 
     def __init__(self, comm, model, overlap=True):
         self.comm, self.overlap, self.requests, self.seconds = comm, overlap, [], 0.0
@@ -974,6 +977,9 @@ class Reducer:
         self._wait()
         self.seconds += time.perf_counter() - started
 
+    def finish(self):
+        """Each rank has updated all weights itself."""
+
     def gather(self, array):
         """The arrays of all ranks, stacked, for statistics of the global batch."""
         started = time.perf_counter()
@@ -992,29 +998,45 @@ class Reducer:
 
 
 class SharedMemoryReducer(Reducer):
-    """The same where ranks share a machine: nothing is sent, each adds up its share of a slice from all ranks' memory.
+    """The same where ranks share a machine: nothing is sent, and neither sums nor updates are computed twice.
 
-    The ranks' gradients and `total` lie in a window of shared memory: Hoefler et al., "MPI + MPI: a new hybrid approach
-    to parallel programming with MPI plus shared memory", 2013. On several machines, which must have equal numbers of
-    ranks, each share is then summed over the machines by messages, all shares at once.
+    Weights, optimizer state and all ranks' gradients lie in a window of shared memory: Hoefler et al., "MPI + MPI: a
+    new hybrid approach to parallel programming with MPI plus shared memory", 2013. Each rank adds up its share of a
+    slice from all ranks' gradients, and updates its share of the weights: Rajbhandari et al., "ZeRO: memory
+    optimizations toward training trillion parameter models", 2020. On several machines, which must have equal numbers
+    of ranks, each share is summed over the machines by messages before that, all shares at once.
     """
 
     name = "shared"
 
-    def __init__(self, comm, model, overlap=True):
+    def __init__(self, comm, model, optimizer, overlap=True):
         super().__init__(comm, model, overlap)
         self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.same_share = comm.Split(self.machine.rank)  # one rank of each machine
-        dtype, n = model.grads.dtype, model.grads.size
+        self.parts = [self._share(part) for part in model.slices]
+        dtype, n, private = model.grads.dtype, model.grads.size, [model.params, *optimizer.slots.values()]
         size = -(-model.grads.nbytes // 64) * 64  # whole cache lines
-        mine = size if self.machine.rank else 2 * size  # rank 0 has room for `total`
+        mine = size if self.machine.rank else size * (1 + len(private))  # gradients; rank 0 has room for the rest
         self.window = MPI.Win.Allocate_shared(mine, dtype.itemsize, comm=self.machine)
         memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
         self.grads = [np.frombuffer(m, dtype, n) for m in memory]
-        self.total = np.frombuffer(memory[0], dtype, n, offset=size)
+        shared = [np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))]
         self.window.Lock_all(MPI.MODE_NOCHECK)
+        for part in self.parts:  # a page of memory is near the rank that first writes to it
+            for ours, theirs in zip(shared, private, strict=True):
+                ours[part] = theirs[part]
+        self.finish()
+        model.move(shared[0], self.grads[self.machine.rank])
+        optimizer.slots.update(zip(optimizer.slots, shared[1:], strict=True))
         self.summing = []  # slices that this rank has completed, and the request that tells that all ranks have
-        model.move_grads(self.grads[self.machine.rank])
+
+    def finish(self):
+        """Wait until all shares are updated; then nobody reads this rank's gradients any more either."""
+        started = time.perf_counter()
+        self.window.Sync()
+        self.machine.Barrier()
+        self.window.Sync()
+        self.seconds += time.perf_counter() - started
 
     def _start(self, part):
         self.window.Sync()  # what this rank wrote is now seen by the others
@@ -1027,13 +1049,9 @@ class SharedMemoryReducer(Reducer):
             self.summing[0][1].Wait()
             self._sum()
         super()._wait()
-        self.window.Sync()
-        self.machine.Barrier()  # all shares are there, and nobody reads this rank's gradients any more
 
     def _sum(self):
-        part, _ = self.summing.pop(0)
-        mine = share(part.stop - part.start, self.machine.rank, self.machine.size)
-        mine = slice(part.start + mine.start, part.start + mine.stop)
+        mine = self._share(self.summing.pop(0)[0])
         self.window.Sync()
         self.total[mine] = self.grads[0][mine]
         for grads in self.grads[1:]:
@@ -1041,14 +1059,19 @@ class SharedMemoryReducer(Reducer):
         if self.same_share.size > 1:
             self.requests.append(self.same_share.Iallreduce(MPI.IN_PLACE, self.total[mine]))
 
+    def _share(self, part):
+        mine = share(part.stop - part.start, self.machine.rank, self.machine.size)
+        return slice(part.start + mine.start, part.start + mine.stop)
 
-def make_reducer(comm, model, args):
+
+def make_reducer(comm, model, optimizer, args):
     sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
     equal = min(sizes) == max(sizes)
     if args.reduce == "shared" and not equal:
         raise InputError("--reduce shared: the machines have different numbers of ranks: use --reduce messages")
-    shared = args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1)
-    return (SharedMemoryReducer if shared else Reducer)(comm, model, args.overlap)
+    if args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1):
+        return SharedMemoryReducer(comm, model, optimizer, args.overlap)
+    return Reducer(comm, model, args.overlap)
 
 
 def train_step(model, optimizer, x, labels, count, reducer, stop=None):
@@ -1066,7 +1089,8 @@ def train_step(model, optimizer, x, labels, count, reducer, stop=None):
     model.backward(dlogits, on_grad_ready=reducer.start)
     backward = time.perf_counter() - (reducer.seconds - waited)
     reducer.wait()
-    optimizer.step(count, reducer.total)
+    optimizer.step(count, reducer.total, reducer.parts)
+    reducer.finish()
     return sums, forward - started, backward - forward
 
 
@@ -1168,7 +1192,7 @@ def main(argv=None):
     data = load_on_all(args, comm)
     model = make_model(args.model, args.seed, np.dtype(args.dtype))
     optimizer = make_optimizer(model, args, sgd=ThreadedSGD, adam=ThreadedAdam)
-    reducer = make_reducer(comm, model, args)
+    reducer = make_reducer(comm, model, optimizer, args)
     model.gather_statistics(reducer.gather)
     with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
         run = together(comm, lambda: Run(

@@ -884,13 +884,13 @@ OPTIMIZERS = {
 }
 
 
-def optimized(make, count=1, steps=3):
+def optimized(make, count=1, steps=3, parts=None):
     rng = np.random.default_rng(0)
     model = Model([Dense(50, 21, rng=1, dtype=np.float64)])
     optimizer = make(model)
     for _ in range(steps):
         model.grads[...] = count * rng.standard_normal(model.grads.shape)
-        optimizer.step(count)
+        optimizer.step(count, parts=parts)
     return model.params
 
 
@@ -905,6 +905,16 @@ def test_an_optimizers_pieces_do_not_change_its_result(make, piece, monkeypatch)
     wanted = optimized(make).copy()
     monkeypatch.setattr(common.Optimizer, "PIECE", piece)
     np.testing.assert_array_equal(optimized(make), wanted)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_updates_the_parts_that_it_is_given(make, monkeypatch):
+    monkeypatch.setattr(common.Optimizer, "PIECE", 100)
+    wanted, untouched = optimized(make).copy(), optimized(make, steps=0).copy()
+    parts = [slice(0, 0), slice(7, 350), slice(900, 1071)]
+    for part in parts:
+        untouched[part] = wanted[part]
+    np.testing.assert_array_equal(optimized(make, parts=parts), untouched)
 
 
 def test_sgd_is_its_formula():

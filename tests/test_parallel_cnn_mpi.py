@@ -236,12 +236,17 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(tmp_path, cach
     assert "[rank 1] ZeroDivisionError: on purpose" in err
 
 
-def test_weights_that_differ_are_found(tmp_path, cache):
-    """One bit of one weight on one rank: the checksum at the end of the epoch stops the run."""
-    change = "weights = args[0].params; weights[12345] = script.np.nextafter(weights[12345], script.np.float32(9))"
-    script = broken(tmp_path, change)
-    _, err = mpirun(tmp_path, 2, script, *ODD, "--epochs", 1, status=1, env=cache)
-    assert "error: after epoch 1 the weights of rank 1 are not those of rank 0" in err
+@pytest.mark.parametrize("what", ["weights", "running statistics"])
+def test_ranks_that_differ_are_found(tmp_path, cache, what):
+    """One number on one rank: the checksum at the end of the epoch stops the run.
+
+    Weights can only differ where the ranks do not share them.
+    """
+    number, options = {"weights": ("params[1234]", ("--reduce", "messages")),
+                       "running statistics": ("state()[3][0]", ("--model", "resnet18", "--subset", 150))}[what]
+    script = broken(tmp_path, f"args[0].{number} += 0.001")
+    _, err = mpirun(tmp_path, 2, script, *ODD, *options, "--epochs", 1, status=1, env=cache)
+    assert f"error: after epoch 1 the {what} of rank 1 are not those of rank 0" in err
 
 
 def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):

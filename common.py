@@ -2022,8 +2022,8 @@ def add_rank_options(parser):
     add("--no-overlap", dest="overlap", action="store_false",
         help="wait for the sum of each slice before the backward pass goes on")  # fmt: skip
     add("--reduce", choices=("auto", "shared", "messages"), default="auto",
-        help="sum gradients in memory that the ranks of a machine share, or by messages; auto: shared where the "
-             "machines have equal numbers of ranks (default: %(default)s)")  # fmt: skip
+        help="let the ranks of a machine share weights and gradients, or sum gradients by messages; auto: shared where "
+             "the machines have equal numbers of ranks (default: %(default)s)")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ The kernels' arithmetic is tested on any machine, compiled as C++. The script ha
 """
 
 import ctypes
+import functools
 import math
 import sys
 import time
@@ -747,7 +748,7 @@ class Kernels:
 
 
 class Gpu(Kernels):
-    """The same on the GPU that CuPy uses, in a stream of its own, since the default stream cannot be captured."""
+    """The same on the GPU that CuPy uses."""
 
     overlaps = True
 
@@ -755,8 +756,7 @@ class Gpu(Kernels):
         import cupy
 
         super().__init__(cupy, dtype)
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.stream.use()
+        self.stream = own_stream()
         number = cupy.cuda.Device().id
         self.name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
         self.uuid = gpu_uuid(number)
@@ -837,6 +837,16 @@ class Gpu(Kernels):
         pool, (free, total) = self.xp.get_default_memory_pool(), self.xp.cuda.runtime.memGetInfo()
         return {"gpu_arrays_mb": pool.used_bytes() / MIB, "gpu_pool_mb": pool.total_bytes() / MIB,
                 "gpu_device_mb": (total - free) / MIB}  # fmt: skip
+
+
+@functools.cache
+def own_stream():
+    """The stream of all that this process does on a GPU, since the default stream cannot be captured."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    stream.use()
+    return stream
 
 
 def gpu_uuid(number):

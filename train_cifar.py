@@ -1130,11 +1130,13 @@ def train_seeds(args, data, setup):
         results.append(train_once(mine, data, setup))
     if setup.world.rank == 0:
         summary = {}
-        for name in ("best_accuracy", "final_accuracy", "train_seconds", "images_per_s", "seconds_to_accuracy"):
+        for name, form in (("best_accuracy", ".4f"), ("final_accuracy", ".4f"), ("train_seconds", ".2f"),
+                           ("images_per_s", ",.0f"), ("seconds_to_accuracy", ".2f")):  # fmt: skip
             values = [result[name] for result in results if name in result]
             if len(values) == len(results):
                 summary[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-                print("{}: {mean:.4g} ± {std:.2g} (n = {})".format(name, len(values), **summary[name]), flush=True)
+                mean, std = (format(summary[name][key], form) for key in ("mean", "std"))
+                print(f"{name}: {mean} ± {std} (n = {len(values)})", flush=True)
         path = Path(args.log).with_name(Path(args.log).stem + "_seeds.json")
         with atomic_write(path, "w") as file:
             json.dump({"seeds": args.seeds, "arguments": vars(args), **summary}, file, indent=1, default=str)

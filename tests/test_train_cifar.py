@@ -202,6 +202,7 @@ def test_interrupted_run_resumes_bit_for_bit(run_script, tmp_path, options):
         (("--load-only", "--source", "synthetic-batch"), "--load-only"),
         (("--nesterov", "--optimizer", "adam"), "--nesterov"),
         (("--accuracy", 90), "--accuracy"),
+        (("--seeds", 2, "--log", "."), "--log '.'"),
     ],
 )
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):

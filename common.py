@@ -1565,6 +1565,7 @@ class Run:
                     writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(kept)
+                log.close()
                 log = open(path, "a", newline="")
                 self._claim(log)
             else:

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -1365,7 +1366,7 @@ class Run:
         if self.rank == 0:
             self._log_file = self._open_log()
             self._log = csv.writer(self._log_file, lineterminator="\n")
-            if self._log_file.tell() == 0:
+            if os.fstat(self._log_file.fileno()).st_size == 0:
                 self._log.writerow(LOG_COLUMNS)
                 self._log_file.flush()
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1551,7 +1552,11 @@ class Run:
         path, kept = Path(self.args.log), []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self.args.resume and path.exists():
+            log = open(path, "a", newline="")  # not "w": another run may be writing it
+            if not path.is_file():  # a device, such as /dev/null
+                return log
+            self._claim(log)
+            if self.args.resume and path.stat().st_size:
                 self._check_own_log()
                 with open(path, newline="") as file:
                     rows = csv.DictReader(file)
@@ -1560,11 +1565,28 @@ class Run:
                     writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(kept)
-                return open(path, "a", newline="")
-            return open(path, "w", newline="")
+                log.close()
+                log = open(path, "a", newline="")
+                self._claim(log)
+            else:
+                log.truncate(0)
+            return log
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"--log {path}: {reason}: choose another file") from None
+
+    def _claim(self, log):
+        """Raise InputError if another run is writing this log: their rows would be mixed. The system ends the claim."""
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"--log {log.name}: another run is writing it: wait for its end, or give this one "
+                                 "files of its own (--log, --save-metrics, --checkpoint)") from None
+            except OSError:  # a file system without locks
+                pass
 
     def _check_own_log(self):
         """Raise InputError if the sidecar tells that the log is another run's than the checkpoint."""
@@ -1771,12 +1793,13 @@ def environment():
     """The machine and software that a result depends on, for the sidecar of a log."""
     import psutil
 
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
+    commit, here = None, Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # not `describe --dirty`, which locks the index
+        git = ["git", "--no-optional-locks", "-C", str(here), "status", "--porcelain=v2", "--branch",
+               "--untracked-files=no"]  # fmt: skip
+        status = subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=10).stdout
+        if found := re.match(r"# branch\.oid ([0-9a-f]{40})$", status, re.MULTILINE):
+            commit = found[1] + "-dirty" * any(not line.startswith("#") for line in status.splitlines())
     names = ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy")
     versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     return {"host": platform.node(), "cpu": cpu_model(), "cores": available_cores(),
@@ -1928,22 +1951,32 @@ def check_launcher(comm):
 
 
 def stop_all_on_error(comm):
-    """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort."""
+    """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort.
+
+    So too a signal while no Run takes care of it: ranks that wait in MPI for this one would not see theirs.
+    """
 
     def hook(_, error, __):
         lines = "".join(f"[rank {comm.rank}] {line}\n" for line in describe_error(error).splitlines())
         print(lines, end="", file=sys.__stderr__, flush=True)
         comm.Abort(1)
 
+    def stop(*_):
+        print("interrupted", file=sys.stderr, flush=True)
+        comm.Abort(130)
+
     sys.excepthook = hook
+    if comm.size > 1:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
 
 
 def together(comm, action):
-    """Call action() on every rank and return its result; an InputError on any rank is raised on all of them."""
+    """Call action() on every rank and return its result; an error of input on any rank is raised on all of them."""
     result, problem = None, None
     try:
         result = action()
-    except InputError as error:
+    except (InputError, OSError) as error:
         problem = str(error)
     problems = [text for text in comm.allgather(problem) if text]
     if problems:
@@ -2140,6 +2173,11 @@ def describe_error(error):
 
 def run_main(main):
     """Call main() and end the process with the exit status that the README promises."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # a name must not end a run where it is printed
     sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
     for name in (signal.SIGINT, signal.SIGTERM):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
         signal.signal(name, signal.default_int_handler)

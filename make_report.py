@@ -128,7 +128,7 @@ class Fact:
     def spread(self):
         if self.low is None or self.high is None:
             return ""
-        if self.low == self.high:
+        if math.isclose(self.low, self.high, rel_tol=1e-12):  # means of equal numbers are rounded
             return f"(n{NBSP}={NBSP}{self.n}, all alike)" if self.n else ""
         ends = " to ".join(significant(end, like=self.value) for end in (self.low, self.high))
         return f"({ends}, n{NBSP}={NBSP}{self.n})" if self.n else f"({ends})"

@@ -1121,7 +1121,10 @@ def choose_threads(args, comm):
     """Set and return the threads of this rank: no more than its share of the cores it may run on, unless forced."""
     cores, local = len(available_cores()), comm.Split_type(MPI.COMM_TYPE_SHARED).size
     mine = max(1, cores // local)
-    asked = args.num_threads or int((os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0]) or mine
+    wanted = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
+    if not args.num_threads and not wanted.isdecimal():
+        raise InputError(f"OMP_NUM_THREADS={wanted}: set it to a whole number, or give --num-threads")
+    asked = args.num_threads or int(wanted) or mine
     threads = asked if args.force_threads else min(asked, mine)
     if threads < asked:
         print(f"{threads} threads a rank instead of {asked}: {local} ranks share {cores} cores (--force-threads keeps "

@@ -170,7 +170,10 @@ class Folder(Arrays):
     PICTURE = re.compile(r"(\d+)_(\d+)\.(?:png|jpe?g)", re.IGNORECASE)
 
     def __init__(self, folder, subset=None):
-        found = sorted(self._numbered(folder) or self._classes(folder))[:subset]
+        numbered, self.classes = self._numbered(folder), []
+        if not numbered and folder.is_dir():
+            self.classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+        found = sorted(numbered or self._pictures(folder))[:subset]
         if not found:
             raise InputError(f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, each with "
                              "<number>_<label>.png files or a folder for each class; --export makes one")
@@ -189,11 +192,10 @@ class Folder(Arrays):
                 raise InputError(f"{entry.path}: its name does not tell its label: call it <number>_<label>.png")
         return found
 
-    def _classes(self, folder):
+    def _pictures(self, folder):
         """The same of the pictures in its class folders, whose labels follow their names; the classes alternate."""
-        classes = sorted(f for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else ()
-        return [(i, label, str(path)) for label, f in enumerate(classes) for i, path in enumerate(
-            sorted(p for p in f.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")))]  # fmt: skip
+        return [(i, label, str(path)) for label, name in enumerate(self.classes) for i, path in enumerate(
+            sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")))]  # fmt: skip
 
     def read(self, index):
         return np.stack([self._picture(self.paths[i]) for i in index]), self.labels[index]
@@ -499,7 +501,7 @@ def export(args):
         client, retry, stop = target.connect(), target.retry, target.stopped.set
     else:
         check_outputs([Path(args.export) / MANIFEST])
-        client, retry, stop = LocalStore(args.export, mkdir=True), lambda key, action: action(), lambda: None
+        client, retry, stop = LocalStore(args.export, mkdir=True), name_failure, lambda: None
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     objects = {"train": [], "train_shards": [], "test": [], "test_shards": []}
     present = retry("", lambda: list_objects(client))
@@ -525,6 +527,17 @@ def export(args):
     put_object(client, retry, {}, (MANIFEST, manifest, 0))  # last: where it is, everything is
     print(f"train_cifar: {len(data.y_train):,} training and {len(data.y_test):,} test images of {data.name} are in "
           f"{args.export}", flush=True)
+
+
+def name_failure(key, action):
+    """action(), which reads or writes a file; LoadingError, in one line, if it cannot."""
+    from obstore.exceptions import BaseError
+
+    try:
+        return action()
+    except (BaseError, OSError) as error:
+        problem = str(error).partition("\n")[0]
+        raise LoadingError(f"{key or 'the folder'} cannot be exported: {problem}") from None
 
 
 def list_objects(client):
@@ -599,6 +612,9 @@ def open_data(args, device, loader):
     if args.source == "disk":
         root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
         train, test = (Folder(root / split, n) for split, n in split_sizes(args))
+        if train.classes != test.classes:  # the labels are their numbers
+            raise InputError(f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
+                             f"{', '.join(test.classes) or 'in the names'}: give both the same")
         names = "\n".join(os.path.relpath(path, root) for path in train.paths + test.paths)
         data = Data(train, test, f"pictures in {root}", hashlib.sha256(names.encode()).hexdigest())
     elif args.source == "builtin":
@@ -607,7 +623,9 @@ def open_data(args, device, loader):
     else:
         data = open_bucket(args, loader)
     if args.subset and len(data.y_train) < args.subset:
-        raise InputError(f"--subset {args.subset}: there are {len(data.y_train)} training images in {args.source}")
+        if not args.cpu_default:
+            raise InputError(f"--subset {args.subset}: there are {len(data.y_train)} training images in {args.source}")
+        args.subset = len(data.y_train)
     if device.type == "cuda" and type(data.train) is Arrays:
         data = data._replace(train=OnDevice(data.train, device), test=OnDevice(data.test, device))
     return data
@@ -833,6 +851,7 @@ def train(model, net, optimizer, data, args, run, setup):
             run.end_batch(stop - start, sums[0], int(sums[1]), int(sums[2]), loading, stop=sums[3] > 0, **phases)
         run.end_training()
         run.end_epoch(*evaluate(net, data.test, setup), stop=world.sum(bool(run.signal))[0] > 0)
+    has_reached(args.accuracy, run)  # in the last epoch too
 
 
 def epoch_plan(source, args, epoch):
@@ -982,10 +1001,11 @@ def parse_args(argv=None):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
-    if args.device == "cpu" and args.epochs is None and args.subset is None and not args.export:
+    args.cpu_default = args.device == "cpu" and args.epochs is None and args.subset is None and not args.export
+    if args.cpu_default:
         args.epochs, args.subset = CPU_DEFAULT["epochs"], CPU_DEFAULT["subset"]
-        print(f"On a CPU: {args.subset:,} images and {args.epochs} epochs. The full run: "
-              f"python train_cifar.py --model {args.model} --epochs 10 --subset 50000", flush=True)
+        print(f"On a CPU: {args.subset:,} images and {args.epochs} epochs. The full run: the same with --epochs 10",
+              flush=True)
     args.epochs = args.epochs or 10
     args.schedule_epochs = args.epochs if args.schedule != "constant" or args.warmup else None  # what --resume compares
     return args
@@ -1102,17 +1122,21 @@ def train_seeds(args, data, setup):
         mine = argparse.Namespace(**{**vars(args), "seed": seed})
         for name in ("log", "save_metrics", "checkpoint"):
             if path := getattr(args, name):
+                if not Path(path).name:
+                    raise InputError(f"--{name.replace('_', '-')} {path!r}: give a file name")
                 stem, dot, suffix = Path(path).name.partition(".")
                 setattr(mine, name, str(Path(path).with_name(f"{stem}_seed{seed}{dot}{suffix}")))
         mine.resume = args.resume and (not mine.checkpoint or Path(mine.checkpoint).exists())
         results.append(train_once(mine, data, setup))
     if setup.world.rank == 0:
         summary = {}
-        for name in ("best_accuracy", "final_accuracy", "train_seconds", "images_per_s", "seconds_to_accuracy"):
+        for name, form in (("best_accuracy", ".4f"), ("final_accuracy", ".4f"), ("train_seconds", ".2f"),
+                           ("images_per_s", ",.0f"), ("seconds_to_accuracy", ".2f")):  # fmt: skip
             values = [result[name] for result in results if name in result]
             if len(values) == len(results):
                 summary[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-                print("{}: {mean:.4g} ± {std:.2g} (n = {})".format(name, len(values), **summary[name]), flush=True)
+                mean, std = (format(summary[name][key], form) for key in ("mean", "std"))
+                print(f"{name}: {mean} ± {std} (n = {len(values)})", flush=True)
         path = Path(args.log).with_name(Path(args.log).stem + "_seeds.json")
         with atomic_write(path, "w") as file:
             json.dump({"seeds": args.seeds, "arguments": vars(args), **summary}, file, indent=1, default=str)

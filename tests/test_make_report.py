@@ -200,7 +200,7 @@ def assert_nowhere(reports, *texts):
 
 
 def test_altered_numbers_change_in_all_formats(analysis, write):
-    change(analysis, "parallel.serial.test_accuracy", 61.1, low=61.1, high=61.1)
+    change(analysis, "parallel.serial.test_accuracy", 61.1, low=61.1, high=61.10000000000001)
     before = ("61.1 % (n = 3, all alike)", "21 November 2026, 14:00 UTC",
               "1.81 × (1.79 to 1.83, n = 3)", "7.25 ± 0.12", "A processor", "42 runs", "the last line", "3.2 × 10",
               "trains for 7 epochs")  # fmt: skip

@@ -314,6 +314,12 @@ def test_more_threads_than_numba_was_started_with_is_one_line(tmp_path, cache):
     assert err.splitlines()[-1].startswith("error: 99 threads")
 
 
+@pytest.mark.parametrize("value", ["two", "-3"])
+def test_omp_num_threads_that_is_no_number_is_one_line(tmp_path, cache, value):
+    _, err = mpirun(tmp_path, 1, SCRIPT, *TINY, status=2, env={**cache, "OMP_NUM_THREADS": value})
+    assert err.splitlines()[-1].startswith(f"error: OMP_NUM_THREADS={value}")
+
+
 def test_a_killed_rank_ends_the_job(tmp_path, cache):
     process = start_ranks(tmp_path, 2, pausing(tmp_path, SCRIPT, epoch=1, batch=5), "--dataset", "synthetic",
                           "--subset", 2000, "--quiet", env=cache)  # fmt: skip

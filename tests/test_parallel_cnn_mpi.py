@@ -126,6 +126,11 @@ def test_bad_input_is_one_line_for_all_ranks(tmp_path, cache, options, message):
     assert message in err
 
 
+def test_a_folder_that_cannot_be_read_ends_all_ranks(tmp_path, cache):
+    _, err = mpirun(tmp_path, 2, SCRIPT, "--data-dir", "x" * 300, status=2, env=cache)
+    assert "File name too long" in err
+
+
 def test_loss_that_explodes_stops_all_ranks(tmp_path, cache):
     _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 3, "--lr", 1e10, status=1, env=cache)
     assert err.startswith("error: the ")
@@ -194,6 +199,24 @@ def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
     assert "--resume" in out
     assert json.loads((tmp_path / SIDECAR).read_text())["status"] == "interrupted"
     assert_resumes(tmp_path, whole, cache)
+
+
+def test_a_signal_before_the_training_ends_all_ranks(tmp_path):
+    """Rank 0 waits inside MPI, where no Python handler runs, for rank 1, which the signal reaches."""
+    (tmp_path / "wait.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPO)!r})
+from mpi4py import MPI
+from common import run_main, stop_all_on_error
+def main():
+    stop_all_on_error(MPI.COMM_WORLD)
+    if MPI.COMM_WORLD.rank:
+        os.kill(os.getpid(), signal.SIGTERM)
+    MPI.COMM_WORLD.Barrier()
+run_main(main)
+""")
+    _, err = mpirun(tmp_path, 2, tmp_path / "wait.py", status=130)
+    assert "interrupted" in err
 
 
 def test_ctrl_c_ends_with_130(tmp_path, cache):

@@ -31,6 +31,7 @@ from helpers import (
     run_usage_line,
     send,
     start,
+    start_command,
     start_stopping,
     usage_lines,
     wait_until,
@@ -159,6 +160,14 @@ def test_quiet_prints_one_line(run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs sh")
+def test_closed_output_and_one_that_cannot_show_a_name(tmp_path, cache):
+    closing = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
+    finish(start_command(tmp_path, [*closing, sys.executable, REPO / SCRIPT, *TINY], cache))
+    out, _ = finish(start(tmp_path, SCRIPT, *TINY, "--log", "ü.csv", env={**cache, "PYTHONIOENCODING": "ascii"}))
+    assert out.endswith("log: \\xfc.csv\n")
+
+
 def test_bar_on_a_terminal(tmp_path, cache):
     long = ("--dataset", "synthetic", "--subset", 1000, "--epochs", 1)
     sent, lines = run_on_terminal(tmp_path, SCRIPT, *long, env=cache)
@@ -359,6 +368,19 @@ def test_output_that_cannot_be_written(refused, tmp_path, option, place):
 @pytest.mark.parametrize("place", ["", ".", "/"])
 def test_log_without_a_name(refused, place):
     refused(*TINY, "--log", place, about="--log|folder")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_log_that_another_run_is_writing(run, tmp_path, cache):
+    process = start_stopping(tmp_path, SCRIPT, *NORMAL, when=before_batch(1, 3), env=cache)
+    done = run(*TINY, status=2)
+    assert_one_error_line(done.stderr)
+    assert "another run is writing it" in done.stderr
+    assert len(read_log(tmp_path / LOG)) == 2
+    run(*TINY, "--log", "other.csv", "--save-metrics", "other.npz")
+    send(process, signal.SIGKILL)
+    process.communicate()
+    run(*TINY)  # its claim ended with it
 
 
 def test_resume_with_a_log_that_is_none(normal, refused, tmp_path):

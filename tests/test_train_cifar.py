@@ -160,7 +160,7 @@ def test_cpu_default_is_small_and_says_so():
     command = [sys.executable, "-c", "import train_cifar; print(vars(train_cifar.parse_args(['--device', 'cpu'])))"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert "5,000 images and 2 epochs" in done.stdout
-    assert "--epochs 10 --subset 50000" in done.stdout
+    assert "the same with --epochs 10" in done.stdout
     assert "'epochs': 2" in done.stdout
     assert "'subset': 5000" in done.stdout
     args = train_cifar.parse_args(["--device", "cpu", "--epochs", "3"])
@@ -202,6 +202,7 @@ def test_interrupted_run_resumes_bit_for_bit(run_script, tmp_path, options):
         (("--load-only", "--source", "synthetic-batch"), "--load-only"),
         (("--nesterov", "--optimizer", "adam"), "--nesterov"),
         (("--accuracy", 90), "--accuracy"),
+        (("--seeds", 2, "--log", "."), "--log '.'"),
     ],
 )
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
@@ -312,7 +313,15 @@ def eleven(folder):
     save(folder / "train/0_10.png", np.zeros((32, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize(("make", "words"), [(empty, "no pictures there"), (unnamed, "cat.png"), (eleven, "over 9")])
+def unequal(folder):
+    for place in ("train/bird", "train/cat", "train/.hidden", "test/cat"):
+        save(folder / place / "0.png", np.zeros((32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (empty, "no pictures there"), (unnamed, "cat.png"), (eleven, "over 9"),
+    (unequal, "train/ has the classes bird, cat, test/ cat"),
+])  # fmt: skip
 def test_bad_folder_is_one_line(run_script, tmp_path, make, words):
     make(tmp_path)
     done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, status=2)
@@ -326,6 +335,8 @@ def test_subset_larger_than_the_folder(run_script, tmp_path):
     done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--subset", 9, status=2)
     assert_one_error_line(done.stderr)
     assert "there are 1 training images" in done.stderr
+    run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--model", "cnn", "--device", "cpu")
+    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["train_images"] == 1
 
 
 def truncated(path):
@@ -424,6 +435,8 @@ def test_accuracy_ends_the_run_and_tells_the_time(run_script, tmp_path):
     assert epochs < 30
     seconds = sum(float(row["duration"]) for row in rows if row["type"] == "0")
     assert sidecar["totals"]["seconds_to_accuracy"] == pytest.approx(seconds, rel=1e-3)
+    run_script("train_cifar.py", *TINY, "--epochs", epochs, "--accuracy", 0.01)  # in the last one
+    assert "seconds_to_accuracy" in json.loads((tmp_path / "results/train_cifar.json").read_text())["totals"]
 
 
 def test_seeds_are_runs_of_their_own(run_script, tmp_path):

@@ -760,7 +760,8 @@ def plot_family(ax, line, quantity, number, label, shift):
 def bars(ax, members, quantity, place=0, places=1, log=False):
     """Horizontal bars, whiskers and numbers, the place-th of `places` in each row; a row without the number is empty.
 
-    A whisker that would leave the bars small is cut, and written behind its number.
+    On a logarithmic axis they are dots: the length of a bar would say nothing there. A whisker that would leave the
+    bars small is cut, and written behind its number.
     """
     rows = np.array([i for i, c in enumerate(members) if quantity in c.estimates])
     having = [members[i] for i in rows]
@@ -770,8 +771,12 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
     if unit == "%":
         limit = min(limit, 100)
     positions = rows + height * (place - (places - 1) / 2)
-    ax.barh(positions, values, height, color=SHADES[place + 1], hatch=HATCHES[place + 1] if places > 1 else "",
-            xerr=half if half.any() else None, label=label if places > 1 else None, **BAR)  # fmt: skip
+    style = {"xerr": half if half.any() else None, "label": label if places > 1 else None}
+    if log:
+        ax.errorbar(values, positions, fmt="os^"[place], color=SHADES[place + 1], ecolor="0.1", elinewidth=0.8, **style)
+    else:
+        hatch = HATCHES[place + 1] if places > 1 else ""
+        ax.barh(positions, values, height, color=SHADES[place + 1], hatch=hatch, **BAR, **style)
     for position, value, width in zip(positions, values, half, strict=True):
         cut = value + width > limit
         text = number_text(value, digits) + (f" ± {number_text(width, digits)}" if cut else "")
@@ -781,7 +786,10 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
 
 
 def plot_bars(plot, members, name, title, caption, panels, columns=2, log=()):
-    """Panels (axis label, quantities) of bars that share their rows; quantities that nobody has are left out."""
+    """Panels (axis label, quantities) of bars that share their rows; quantities that nobody has are left out.
+
+    Those of `log` have a logarithmic axis where one value is more than a hundred times another.
+    """
     there = {q for c in members for q in c.estimates}
     panels = [(label, [q for q in quantities if q in there]) for label, quantities in panels]
     panels = [panel for panel in panels if panel[1]]
@@ -791,15 +799,16 @@ def plot_bars(plot, members, name, title, caption, panels, columns=2, log=()):
     lines, most = math.ceil(len(panels) / columns), max(len(quantities) for _, quantities in panels)
     figure, axes = plot.figure(0.6 + lines * (0.45 + (0.1 + 0.12 * most) * len(members)), lines, columns, sharey=True)
     for ax, (label, quantities) in zip(axes.flat, panels, strict=False):
-        scale = set(quantities) <= set(log)
-        ranges = [bars(ax, members, q, i, len(quantities), scale) for i, q in enumerate(quantities)]
+        values = [c.get(q) for q in quantities for c in members if q in c.estimates]
+        is_log = set(quantities) <= set(log) and 0 < 100 * min(values) < max(values)
+        ranges = [bars(ax, members, q, i, len(quantities), is_log) for i, q in enumerate(quantities)]
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-        if scale and low > 0:
+        if is_log:
             ax.set(xscale="log", xlim=(low / 3, high * (high / low) ** 0.25 * 2))
         else:
             ax.set_xlim(0, 1.35 * high or 1)
             ax.locator_params(axis="x", nbins=8 // columns + 1)
-        ax.set_xlabel(label + ", logarithmic" * scale)
+        ax.set_xlabel(label + ", logarithmic" * is_log)
         ax.grid(visible=False, axis="y")
     for ax in list(axes.flat)[len(panels):]:
         ax.set_visible(False)
@@ -863,8 +872,9 @@ def plot_curves(plot, members):
     if same := [c for c in members if "loss_difference" in c.estimates]:
         worst = max(same, key=lambda c: c.get("loss_difference"))
         loss, points = worst.get("loss_difference"), max(c.get("accuracy_difference") or 0 for c in same)
-        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g} "
-                f"({worst.name}), accuracy {points:.2g} points.")  # fmt: skip
+        where = f" ({worst.name})" if loss else ""
+        said = (f"Lines of one colour compute the same. Largest difference: training or test loss {loss:.2g}{where}, "
+                f"accuracy {points:.2g} points.")  # fmt: skip
     plot.save(figure, "curves", f"Loss and accuracy, {plot.suite}", said, said=said)
 
 

@@ -1127,8 +1127,8 @@ def choose_threads(args, comm):
     asked = args.num_threads or int(wanted) or mine
     threads = asked if args.force_threads else min(asked, mine)
     if threads < asked:
-        print(f"{threads} threads a rank instead of {asked}: {local} ranks share {cores} cores (--force-threads keeps "
-              f"{asked})", file=sys.stderr)  # fmt: skip
+        print(f"--num-threads {threads} instead of {asked}: ranks on this machine: {local}, cores: {cores} "
+              f"(--force-threads keeps {asked})", file=sys.stderr)  # fmt: skip
     if local * threads > cores:
         print(f"warning: {local} ranks of {threads} threads share {cores} cores: they wait for each other",
               file=sys.stderr)  # fmt: skip

@@ -301,7 +301,7 @@ def test_a_rank_takes_no_more_than_its_share_of_the_cores(tmp_path, cache):
     out, err = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, env=cache)
     share = max(1, cores // 2)
     if cores > 1:
-        assert f"{share} threads a rank instead of {cores}" in err
+        assert f"--num-threads {share} instead of {cores}" in err
     assert f"2 ranks x {share} threads" in out
     _, err = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, "--force-threads", env=cache)
     assert "warning: 2 ranks of" in err

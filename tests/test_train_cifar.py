@@ -43,6 +43,13 @@ def test_cnn_starts_from_the_same_distribution_as_from_scratch():
     assert theirs == pytest.approx(ours, rel=0.1)
 
 
+def test_resnet50_begins_with_blocks_that_pass_their_input_on():
+    """Each block adds nothing to its shortcut at first: Goyal et al., 2017, §5.1."""
+    scales = [p for name, p in train_cifar.make_model("resnet50").named_parameters() if name.endswith("bn3.weight")]
+    assert len(scales) == 16
+    assert not any(p.any() for p in scales)
+
+
 def test_cifar_stem_keeps_the_resolution():
     """8 × 8 positions of 512 channels reach ResNet-18's last block: no stride and no pooling in the stem."""
     model = train_cifar.make_model("resnet18").eval()

@@ -761,7 +761,7 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
     """Horizontal bars, whiskers and numbers, the place-th of `places` in each row; a row without the number is empty.
 
     On a logarithmic axis they are dots: the length of a bar would say nothing there. A whisker that would leave the
-    bars small is cut, and written behind its number.
+    bars small is cut, and written behind its number. Returns where the longest ends.
     """
     rows = np.array([i for i, c in enumerate(members) if quantity in c.estimates])
     having = [members[i] for i in rows]
@@ -782,7 +782,7 @@ def bars(ax, members, quantity, place=0, places=1, log=False):
         text = number_text(value, digits) + (f" ± {number_text(width, digits)}" if cut else "")
         ax.annotate(text, (value if cut else value + width, position), (4, 0), textcoords="offset points", va="center",
                     fontsize=6, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
-    return values.min(), min((values + half).max(), limit)
+    return min((values + half).max(), limit)
 
 
 def plot_bars(plot, members, name, title, caption, panels, columns=2, log=()):
@@ -800,9 +800,9 @@ def plot_bars(plot, members, name, title, caption, panels, columns=2, log=()):
     figure, axes = plot.figure(0.6 + lines * (0.45 + (0.1 + 0.12 * most) * len(members)), lines, columns, sharey=True)
     for ax, (label, quantities) in zip(axes.flat, panels, strict=False):
         values = [c.get(q) for q in quantities for c in members if q in c.estimates]
-        is_log = set(quantities) <= set(log) and 0 < 100 * min(values) < max(values)
-        ranges = [bars(ax, members, q, i, len(quantities), is_log) for i, q in enumerate(quantities)]
-        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        low = min(values)
+        is_log = set(quantities) <= set(log) and 0 < 100 * low < max(values)
+        high = max(bars(ax, members, q, i, len(quantities), is_log) for i, q in enumerate(quantities))
         if is_log:
             ax.set(xscale="log", xlim=(low / 3, high * (high / low) ** 0.25 * 2))
         else:

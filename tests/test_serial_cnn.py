@@ -159,7 +159,6 @@ def test_quiet_prints_one_line(run):
     assert re.fullmatch(r"serial_cnn: best test accuracy .*SYNTHETIC DATA.*\n", done.stdout)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
 @pytest.mark.skipif(sys.platform == "win32", reason="needs sh")
 def test_closed_output_and_one_that_cannot_show_a_name(tmp_path, cache):
     closing = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
@@ -168,6 +167,7 @@ def test_closed_output_and_one_that_cannot_show_a_name(tmp_path, cache):
     assert out.endswith("log: \\xfc.csv\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
 def test_bar_on_a_terminal(tmp_path, cache):
     long = ("--dataset", "synthetic", "--subset", 1000, "--epochs", 1)
     sent, lines = run_on_terminal(tmp_path, SCRIPT, *long, env=cache)

@@ -86,15 +86,23 @@ def serial_contest(data, batch_size, model_name="cnn"):
 
 def scaling_contest(data, ranks, per_rank, serial_batch, label, *options):
     """parallel_cnn_mpi.py on `ranks` cores against serial_cnn.py on one."""
-    images, batch = ranks * per_rank, load_batch(data.x_train, data.y_train, np.arange(serial_batch))
+    images, batch = (
+        ranks * per_rank,
+        load_batch(data.x_train, data.y_train, np.arange(serial_batch)),
+    )
     ours = Worker(data, "mpi", ranks, images, *options)
     name = f"parallel_cnn_mpi.py, {label}, {ranks} ranks"
-    return Contest(name, images, 1, ours, serial_step(*batch), peer_images=serial_batch, cores=ranks)
+    return Contest(
+        name, images, 1, ours, serial_step(*batch), peer_images=serial_batch, cores=ranks
+    )
 
 
 def copies_contest(data, copies, batch_size):
     """serial_cnn.py on every core at once against once: what cores that share memory and clock leave to any method."""
-    images, batch = copies * batch_size, load_batch(data.x_train, data.y_train, np.arange(batch_size))
+    images, batch = (
+        copies * batch_size,
+        load_batch(data.x_train, data.y_train, np.arange(batch_size)),
+    )
     name = f"serial_cnn.py, {copies} at once that share nothing, {batch_size} each"
     ours = Worker(data, "copies", copies, images)
     return Contest(name, images, 1, ours, serial_step(*batch), peer_images=batch_size, cores=copies)
@@ -110,7 +118,9 @@ def ddp_contest(data, ranks, batch_size):
     """parallel_cnn_mpi.py against PyTorch's DistributedDataParallel over gloo, both with one thread a rank."""
     images = ranks * batch_size
     name = f"parallel_cnn_mpi.py, beside DDP (gloo), {batch_size} a rank, {ranks} ranks"
-    return Contest(name, images, 1, Worker(data, "mpi", ranks, images), Worker(data, "ddp", ranks, images))
+    return Contest(
+        name, images, 1, Worker(data, "mpi", ranks, images), Worker(data, "ddp", ranks, images)
+    )
 
 
 def hybrid_contest(data, batch_size, threads, model_name="cnn"):
@@ -146,7 +156,10 @@ def train_cifar_contest(data, model_name, batch_size):
 
 def loading_contest(data, batch_size):
     """train_cifar.py's batches from memory, augmented, against torchvision's DataLoader with the same, one core."""
-    batches, theirs = our_batches(data, batch_size, workers=0), torchvision_batches(data, batch_size)
+    batches, theirs = (
+        our_batches(data, batch_size, workers=0),
+        torchvision_batches(data, batch_size),
+    )
     name = f"train_cifar.py --load-only, batch {batch_size}, 1 core"
     return Contest(name, batch_size, 1, lambda: next(batches), lambda: next(theirs), 0)
 
@@ -154,8 +167,13 @@ def loading_contest(data, batch_size):
 def gpu_contest(data, batch_size, model_name):
     """gpu_scratch.py's step as a graph against PyTorch eager with cuDNN, both float32 without TF32, on the same GPU."""
     name = f"gpu_scratch.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, GPU"
-    theirs = min((pytorch_gpu_step(model_name, data, batch_size, layout) for layout in (
-        torch.contiguous_format, torch.channels_last)), key=lambda step: step.seconds_per_call)  # fmt: skip
+    theirs = min(
+        (
+            pytorch_gpu_step(model_name, data, batch_size, layout)
+            for layout in (torch.contiguous_format, torch.channels_last)
+        ),
+        key=lambda step: step.seconds_per_call,
+    )
     return Contest(name, batch_size, 1, our_gpu_step(model_name, data, batch_size), theirs)
 
 
@@ -165,7 +183,9 @@ def our_gpu_step(model_name, data, batch_size):
     x_train, y_train = (device.put(array[:batch_size]) for array in (data.x_train, data.y_train))
     model = device.make_model(model_name, args.seed)
     optimizer = device.make_optimizer(model, args)
-    steps = gpu_scratch.make_steps(device, model, optimizer, data._replace(x_train=x_train, y_train=y_train), args)
+    steps = gpu_scratch.make_steps(
+        device, model, optimizer, data._replace(x_train=x_train, y_train=y_train), args
+    )
     batch = device.load(x_train, y_train, device.put(np.arange(batch_size, dtype=np.int32)))
     return GpuStep(lambda: steps[batch_size](*batch), device.mark, device.seconds)
 
@@ -225,18 +245,27 @@ def our_batches(data, batch_size, workers):
     """Batches of train_cifar.py, epoch after epoch."""
     source, loader = train_cifar.Arrays(data.x_train, data.y_train), train_cifar.Loader(workers)
     for epoch in itertools.count(1):
-        draws, order = train_cifar.draw_augmentation(len(data.y_train), 42, epoch), source.order(42, epoch)
+        draws, order = (
+            train_cifar.draw_augmentation(len(data.y_train), 42, epoch),
+            source.order(42, epoch),
+        )
         whole = len(order) // batch_size * batch_size
-        yield from loader.batches(source, order[:whole].reshape(-1, batch_size), draws, torch.device("cpu"))
+        yield from loader.batches(
+            source, order[:whole].reshape(-1, batch_size), draws, torch.device("cpu")
+        )
 
 
 def torchvision_batches(data, batch_size):
     """The same with torchvision's transforms and PyTorch's DataLoader, as its documentation has it."""
     transforms = import_torchvision().transforms
-    transform = transforms.Compose([
-        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
     class Images(torch.utils.data.Dataset):
         def __len__(self):
@@ -256,7 +285,10 @@ def pytorch_step(model_name, x, labels, channels_last, wrap=lambda model: model)
     step(x, labels) takes another batch, as tensors in NCHW.
     """
     model = train_cifar.make_model(model_name)
-    x, labels = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
+    x, labels = (
+        torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(labels).long(),
+    )
     if channels_last:
         model, x = (a.to(memory_format=torch.channels_last) for a in (model, x))
     model = wrap(model)
@@ -283,9 +315,20 @@ class Worker:
 
     def __init__(self, data, kind, ranks, images, *options):
         spec = {"kind": kind, "images": images, "options": [*map(str, options), "--lr", "0.001"]}
-        command = [find_mpirun(), "-np", str(ranks), sys.executable, __file__, "--dataset", data.name, "--worker",
-                   json.dumps(spec)]  # fmt: skip
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [
+            find_mpirun(),
+            "-np",
+            str(ranks),
+            sys.executable,
+            __file__,
+            "--dataset",
+            data.name,
+            "--worker",
+            json.dumps(spec),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.communication = []  # its share of the time in each turn
         self._answer()
 
@@ -331,12 +374,18 @@ def work(spec, data):
             print(json.dumps(answer), flush=True)
             line = sys.stdin.readline()
         awake = comm.Ibarrier()
-        while not awake.Test():  # waiting in MPI would keep the core busy that others are measured on
+        while (
+            not awake.Test()
+        ):  # waiting in MPI would keep the core busy that others are measured on
             time.sleep(0.005)
         line = comm.bcast(line)
         if not line:
             return
-        started, before, steps = time.perf_counter(), waited(), max(2, round(float(line) * per_second))
+        started, before, steps = (
+            time.perf_counter(),
+            waited(),
+            max(2, round(float(line) * per_second)),
+        )
         for _ in range(steps):
             step()
         seconds = time.perf_counter() - started
@@ -361,7 +410,9 @@ def ranks_step(spec, x, labels, comm):
         model = make_cnn()
         optimizer = SGD(model, args.lr)
     reducer = script.make_reducer(comm, model, optimizer, args)
-    return lambda: script.train_step(model, optimizer, x, labels, spec["images"], reducer), lambda: reducer.seconds
+    return lambda: script.train_step(
+        model, optimizer, x, labels, spec["images"], reducer
+    ), lambda: reducer.seconds
 
 
 def ddp_step(_, x, labels, comm):
@@ -370,7 +421,9 @@ def ddp_step(_, x, labels, comm):
     folder = tempfile.TemporaryDirectory() if comm.rank == 0 else None
     store = torch.distributed.FileStore(f"{comm.bcast(folder and folder.name)}/store", comm.size)
     torch.distributed.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
-    step, _ = pytorch_step("cnn", x, labels, channels_last=True, wrap=torch.nn.parallel.DistributedDataParallel)
+    step, _ = pytorch_step(
+        "cnn", x, labels, channels_last=True, wrap=torch.nn.parallel.DistributedDataParallel
+    )
     return step, lambda folder=folder: 0.0  # the folder lasts as long as the function
 
 
@@ -381,7 +434,10 @@ def train_cifar_step(spec, data):
     torch.set_num_threads(len(available_cores()))
     model = train_cifar.make_model(args.model).to(memory_format=torch.channels_last)
     optimizer = make_torch_optimizer(model, args)
-    amp, batches = train_cifar.choose_amp(args.amp, torch.device("cpu")), our_batches(data, spec["images"], workers=1)
+    amp, batches = (
+        train_cifar.choose_amp(args.amp, torch.device("cpu")),
+        our_batches(data, spec["images"], workers=1),
+    )
     return lambda: train_cifar.train_step(model, optimizer, *next(batches), amp)
 
 
@@ -419,19 +475,34 @@ def compete(contest, pairs, seconds):
     for turn in range(pairs + 1):
         ours, peer = rate(contest.ours, seconds), rate(contest.peer, seconds)
         if turn:  # the first is the warm-up
-            turns.append((contest.images * ours, (contest.peer_images or contest.images) * peer,
-                          rate(product, seconds / 5)))  # fmt: skip
+            turns.append(
+                (
+                    contest.images * ours,
+                    (contest.peer_images or contest.images) * peer,
+                    rate(product, seconds / 5),
+                )
+            )
         if sys.stderr.isatty():
             print(f"\r{contest.name}: pair {turn}/{pairs} ", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     ours, peer, gemm = zip(*turns, strict=True)
     ratios = [a / b for a, b in zip(ours, peer, strict=True)]
-    row = {"name": contest.name, "ours": statistics.median(ours), "peer": statistics.median(peer), "unit": "images/s",
-           "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "n": pairs}
+    row = {
+        "name": contest.name,
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "unit": "images/s",
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "n": pairs,
+    }
     if contest.flops:
         per_image = contest.flops / contest.images / (2 * 1024**3)
-        row["of_sgemm"] = statistics.median(a * per_image / g for a, g in zip(ours, gemm, strict=True))
+        row["of_sgemm"] = statistics.median(
+            a * per_image / g for a, g in zip(ours, gemm, strict=True)
+        )
     if contest.cores:
         row.update(cores=contest.cores, efficiency=row["ratio"] / contest.cores)
     if isinstance(contest.ours, Worker):
@@ -455,19 +526,60 @@ def print_tables(rows):
     def ratio(row):
         return f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
 
-    beside = [[row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", ratio(row), str(row["n"]),
-               f"{row['of_sgemm']:.0%}" if "of_sgemm" in row else "-"]
-              for row in rows if "cores" not in row]  # fmt: skip
-    scaling = [[row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", ratio(row), str(row["n"]),
-                f"{row['efficiency']:.0%}", f"{row['communication']:.1%}"] for row in rows if "cores" in row]
+    beside = [
+        [
+            row["name"],
+            f"{row['ours']:,.0f}",
+            f"{row['peer']:,.0f}",
+            ratio(row),
+            str(row["n"]),
+            f"{row['of_sgemm']:.0%}" if "of_sgemm" in row else "-",
+        ]
+        for row in rows
+        if "cores" not in row
+    ]
+    scaling = [
+        [
+            row["name"],
+            f"{row['ours']:,.0f}",
+            f"{row['peer']:,.0f}",
+            ratio(row),
+            str(row["n"]),
+            f"{row['efficiency']:.0%}",
+            f"{row['communication']:.1%}",
+        ]
+        for row in rows
+        if "cores" in row
+    ]
     if beside:
-        print(table(("training, images/s", "ours", "PyTorch", "ratio (min–max)", "n", "of sgemm"), beside))
+        print(
+            table(
+                ("training, images/s", "ours", "PyTorch", "ratio (min–max)", "n", "of sgemm"),
+                beside,
+            )
+        )
     if scaling:
-        print(table(("training, images/s", "ours", "on one core", "speed-up (min–max)", "n", "efficiency",
-                     "communication"), scaling))  # fmt: skip
+        print(
+            table(
+                (
+                    "training, images/s",
+                    "ours",
+                    "on one core",
+                    "speed-up (min–max)",
+                    "n",
+                    "efficiency",
+                    "communication",
+                ),
+                scaling,
+            )
+        )
 
 
-LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = 50_000, 10_000, 1600  # in an epoch; single: pictures one by one
+LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES = (
+    50_000,
+    10_000,
+    1600,
+)  # in an epoch; single: pictures one by one
 
 
 def loading_costs(args):
@@ -478,12 +590,16 @@ def loading_costs(args):
     folder = Path("results/bench-s3")
     server = [sys.executable, str(Path(__file__).with_name("s3_server.py")), "--dir", str(folder)]
     script = [sys.executable, str(Path(__file__).with_name("train_cifar.py"))]
-    n, single, epoch = (max(count // 100, 64) if args.quick else count for count in (
-        LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES))  # fmt: skip
+    n, single, epoch = (
+        max(count // 100, 64) if args.quick else count
+        for count in (LOADING_IMAGES, SINGLE_IMAGES, TRAINING_IMAGES)
+    )
     data = ["--dataset", args.dataset, *(["--data-dir", args.data_dir] if args.data_dir else [])]
     bucket = f"cifar10/{args.dataset}-{n}"
     if not (folder / "buckets" / bucket / "manifest.json").exists():
-        subprocess.run([*server, *script, "--export", f"s3://{bucket}", "--subset", str(n), *data], check=True)
+        subprocess.run(
+            [*server, *script, "--export", f"s3://{bucket}", "--subset", str(n), *data], check=True
+        )
     s3 = ["--source", f"s3://{bucket}", "--s3-mode"]
     sources = {
         "memory": (script, data, n),
@@ -492,18 +608,40 @@ def loading_costs(args):
         "S3, shards": ([*server, *script], [*s3, "shards"], n),
     }
     rows = []
-    for (name, (command, options, images)), workers in itertools.product(sources.items(), (0, 1, 2)):
+    for (name, (command, options, images)), workers in itertools.product(
+        sources.items(), (0, 1, 2)
+    ):
         name = f"{name}, {workers} workers"
         if args.loading not in name:
             continue
-        options = [*options, "--workers", str(workers), "--quiet", "--log", "results/bench-loading.csv"]
-        loaded, ram = epochs_of([*command, *options, "--load-only", "--epochs", "3", "--subset", str(images)])
+        options = [
+            *options,
+            "--workers",
+            str(workers),
+            "--quiet",
+            "--log",
+            "results/bench-loading.csv",
+        ]
+        loaded, ram = epochs_of(
+            [*command, *options, "--load-only", "--epochs", "3", "--subset", str(images)]
+        )
         model = ["--model", "cnn" if args.quick else "resnet18", "--batch-size", "64"]
-        trained, _ = epochs_of([*command, *options, *model, "--epochs", "2", "--subset", str(epoch)])
+        trained, _ = epochs_of(
+            [*command, *options, *model, "--epochs", "2", "--subset", str(epoch)]
+        )
         rates = [float(row["images_per_s"]) for row in loaded]
-        rows.append({"name": name, "images_per_s": statistics.median(rates), "min": min(rates), "max": max(rates),
-                     "n": len(rates), "peak_ram_mb": ram, "waiting_s": [float(row["loading"]) for row in trained],
-                     "total_s": [float(row["duration"]) for row in trained]})  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "images_per_s": statistics.median(rates),
+                "min": min(rates),
+                "max": max(rates),
+                "n": len(rates),
+                "peak_ram_mb": ram,
+                "waiting_s": [float(row["loading"]) for row in trained],
+                "total_s": [float(row["duration"]) for row in trained],
+            }
+        )
     return rows
 
 
@@ -516,12 +654,27 @@ def epochs_of(command):
 
 
 def print_loading(rows):
-    lines = [[row["name"], f"{row['images_per_s']:,.0f} ({row['min']:,.0f}–{row['max']:,.0f})",
-              f"{row['images_per_s'] * 3072e-6:,.0f}", f"{row['peak_ram_mb']:,.0f}",
-              *(f"{waiting:.3f} of {total:.2f} ({waiting / total:.2%})"
-                for waiting, total in zip(row["waiting_s"], row["total_s"], strict=True))]
-             for row in rows]  # fmt: skip
-    header = ("loading only", "images/s (min–max)", "MB/s", "peak MiB", "waiting s in the first epoch", "in the second")
+    lines = [
+        [
+            row["name"],
+            f"{row['images_per_s']:,.0f} ({row['min']:,.0f}–{row['max']:,.0f})",
+            f"{row['images_per_s'] * 3072e-6:,.0f}",
+            f"{row['peak_ram_mb']:,.0f}",
+            *(
+                f"{waiting:.3f} of {total:.2f} ({waiting / total:.2%})"
+                for waiting, total in zip(row["waiting_s"], row["total_s"], strict=True)
+            ),
+        ]
+        for row in rows
+    ]
+    header = (
+        "loading only",
+        "images/s (min–max)",
+        "MB/s",
+        "peak MiB",
+        "waiting s in the first epoch",
+        "in the second",
+    )
     print(table(header, lines))
 
 
@@ -543,11 +696,13 @@ def contests(data, quick):
     for model_name, batch_size in (("cnn", 32), ("cnn", 128), ("resnet18", 64)):
         for threads, unit in ((1, "core"), (cores, "cores")):
             model = model_name.replace("cnn", "CNN")
-            rows[f"parallel_cnn_hybrid.py, {model}, batch {batch_size}, {threads} {unit}"] = functools.partial(
-                hybrid_contest, data, batch_size, threads, model_name)  # fmt: skip
+            rows[f"parallel_cnn_hybrid.py, {model}, batch {batch_size}, {threads} {unit}"] = (
+                functools.partial(hybrid_contest, data, batch_size, threads, model_name)
+            )
     for ranks in (n for n in (2, 4, 8, 16) if n <= cores):
         rows[f"serial_cnn.py, {ranks} at once that share nothing, 32 each"] = functools.partial(
-            copies_contest, data, ranks, 32)  # fmt: skip
+            copies_contest, data, ranks, 32
+        )
         for label, per_rank, serial_batch, *options in (
             ("weak: 32 a rank", 32, 32),
             ("the same by messages", 32, 32, "--reduce", "messages"),
@@ -555,36 +710,59 @@ def contests(data, quick):
             ("strong: 64 in all", 64 // ranks, 64),
         ):
             rows[f"parallel_cnn_mpi.py, {label}, {ranks} ranks"] = functools.partial(
-                scaling_contest, data, ranks, per_rank, serial_batch, label, *options)  # fmt: skip
-        rows[f"parallel_cnn_mpi.py, beside DDP (gloo), 32 a rank, {ranks} ranks"] = functools.partial(
-            ddp_contest, data, ranks, 32)  # fmt: skip
+                scaling_contest, data, ranks, per_rank, serial_batch, label, *options
+            )
+        rows[f"parallel_cnn_mpi.py, beside DDP (gloo), 32 a rank, {ranks} ranks"] = (
+            functools.partial(ddp_contest, data, ranks, 32)
+        )
         for batch_size in (32, 128):
-            rows[f"parallel_cnn_hybrid.py, batch {batch_size}, {ranks} threads"] = functools.partial(
-                threads_contest, data, batch_size, ranks)  # fmt: skip
+            rows[f"parallel_cnn_hybrid.py, batch {batch_size}, {ranks} threads"] = (
+                functools.partial(threads_contest, data, batch_size, ranks)
+            )
     rows["train_cifar.py, cnn"] = lambda: train_cifar_contest(data, "cnn", 32)
-    rows["train_cifar.py, resnet18"] = lambda: train_cifar_contest(data, "resnet18", 32 if quick else 64)
+    rows["train_cifar.py, resnet18"] = lambda: train_cifar_contest(
+        data, "resnet18", 32 if quick else 64
+    )
     if not quick:
-        rows["train_cifar.py, resnet18, batch 128"] = lambda: train_cifar_contest(data, "resnet18", 128)
+        rows["train_cifar.py, resnet18, batch 128"] = lambda: train_cifar_contest(
+            data, "resnet18", 128
+        )
         rows["train_cifar.py, resnet50"] = lambda: train_cifar_contest(data, "resnet50", 64)
     if not missing_for_gpu():
         for model_name, batch_size in itertools.product(("cnn", "resnet18"), (64, 512)):
-            rows[f"gpu_scratch.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, GPU"] = functools.partial(
-                gpu_contest, data, batch_size, model_name)  # fmt: skip
+            rows[f"gpu_scratch.py, {model_name.replace('cnn', 'CNN')}, batch {batch_size}, GPU"] = (
+                functools.partial(gpu_contest, data, batch_size, model_name)
+            )
     rows["train_cifar.py --load-only"] = lambda: loading_contest(data, 64)
     return rows
 
 
 def parse_args(argv=None):
     parser = Parser("bench", __doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer networks and shorter turns: within a minute")
-    parser.add_argument("--pairs", type=number(int, 7, 1000), default=11, help="of turns (default: %(default)s)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only the rows whose name contains TEXT")
-    parser.add_argument("--loading", metavar="TEXT", nargs="?", const="",
-                        help="instead, what loading costs: each source of train_cifar.py whose name contains TEXT")
-    parser.add_argument("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer networks and shorter turns: within a minute"
+    )
+    parser.add_argument(
+        "--pairs", type=number(int, 7, 1000), default=11, help="of turns (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only the rows whose name contains TEXT"
+    )
+    parser.add_argument(
+        "--loading",
+        metavar="TEXT",
+        nargs="?",
+        const="",
+        help="instead, what loading costs: each source of train_cifar.py whose name contains TEXT",
+    )
+    parser.add_argument(
+        "--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)"
+    )
     parser.add_argument("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--output", metavar="FILE", default="results/bench.json", help="default: %(default)s")
+    parser.add_argument(
+        "--output", metavar="FILE", default="results/bench.json", help="default: %(default)s"
+    )
     return parser.parse_args(argv)
 
 
@@ -606,8 +784,10 @@ def main(argv=None):
     chosen = [make for name, make in rows.items() if args.only in name]
     left_out = missing_for_gpu() and f"no rows of gpu_scratch.py: {missing_for_gpu()}"
     if not chosen:
-        raise InputError(f"--only {args.only}: no such row{f' ({left_out})' if left_out else ''}; there are: "
-                         + "; ".join(rows))  # fmt: skip
+        raise InputError(
+            f"--only {args.only}: no such row{f' ({left_out})' if left_out else ''}; there are: "
+            + "; ".join(rows)
+        )
     print(describe_machine(env := environment()), flush=True)
     if left_out and not args.only:
         print(left_out, flush=True)

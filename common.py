@@ -12,7 +12,9 @@ images. So any number of ranks, with shards of any size, follows the serial run.
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 (said here because what follows would fail without a reason)
-    print(f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+    print(
+        f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr
+    )
     sys.exit(2)
 
 import argparse
@@ -59,8 +61,15 @@ MEAN = (0.4914, 0.4822, 0.4465)  # of all pixels of the published training set, 
 STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT = 8  # seconds until a download that has not started is given up
-RECORD_BYTES, FILE_RECORDS = 1 + 3 * 32 * 32, 10_000  # a record of the binary layout: label, red, green, blue plane
-STREAM_ORDER, STREAM_SYNTHETIC, STREAM_AUGMENT = 1, 2, 3  # keep one seed's streams apart: the weights' is [seed] alone
+RECORD_BYTES, FILE_RECORDS = (
+    1 + 3 * 32 * 32,
+    10_000,
+)  # a record of the binary layout: label, red, green, blue plane
+STREAM_ORDER, STREAM_SYNTHETIC, STREAM_AUGMENT = (
+    1,
+    2,
+    3,
+)  # keep one seed's streams apart: the weights' is [seed] alone
 PAD = 4  # pixels around an image that a random crop may reach
 
 
@@ -105,13 +114,23 @@ def _load_real(data_dir, may_fail):
         problem = _download(data_dir)
         found = _find_batches(data_dir)
         if found is None and may_fail:
-            print(_SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem), file=sys.stderr, flush=True)
+            print(
+                _SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem),
+                file=sys.stderr,
+                flush=True,
+            )
             return None
         if found is None:
-            raise InputError(f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
-                             "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic")
+            raise InputError(
+                f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
+                "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic"
+            )
     folder, read = found
-    files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()}
+    files = {
+        f.name: [f.stat().st_size, f.stat().st_mtime_ns]
+        for f in sorted(folder.iterdir())
+        if f.is_file()
+    }
     return _through_cache(data_dir, files, lambda: read(folder))
 
 
@@ -128,7 +147,10 @@ def _find_batches(data_dir):
     """The folder with CIFAR-10's files and the function that reads their layout; None if there is none."""
     for folder in (data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-batches-py", data_dir):
         for suffix, read in ((".bin", _read_binary), ("", _read_python)):
-            if any((folder / (name + suffix)).exists() for name in ("data_batch_1", "data_batch_2", "test_batch")):
+            if any(
+                (folder / (name + suffix)).exists()
+                for name in ("data_batch_1", "data_batch_2", "test_batch")
+            ):
                 return folder, read
     return None
 
@@ -140,12 +162,16 @@ def _read_binary(folder):
         wanted = RECORD_BYTES * FILE_RECORDS
         if not path.is_file() or path.stat().st_size != wanted:
             seen = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            raise InputError(f"{path}: {seen}, CIFAR-10 has {wanted} bytes there: fetch the file again")
+            raise InputError(
+                f"{path}: {seen}, CIFAR-10 has {wanted} bytes there: fetch the file again"
+            )
         records = np.fromfile(path, np.uint8).reshape(FILE_RECORDS, RECORD_BYTES)
         if records[:, 0].max() > 9:
             record = int(np.argmax(records[:, 0] > 9))
-            raise InputError(f"{path}: label {records[record, 0]} in record {record}, labels end at 9: "
-                             "fetch the file again")
+            raise InputError(
+                f"{path}: label {records[record, 0]} in record {record}, labels end at 9: "
+                "fetch the file again"
+            )
         parts.append((records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]))
     x, y = zip(*parts, strict=True)
     return np.concatenate(x[:5]), np.concatenate(y[:5]), x[5], y[5]
@@ -156,15 +182,23 @@ def _read_python(folder):
     try:
         datasets = import_torchvision().datasets
     except ImportError as error:
-        raise InputError(f"{folder}: to read CIFAR-10's Python layout, install torchvision ({error}), or fetch the "
-                         "binary layout") from None
+        raise InputError(
+            f"{folder}: to read CIFAR-10's Python layout, install torchvision ({error}), or fetch the "
+            "binary layout"
+        ) from None
     if folder.name != datasets.CIFAR10.base_folder:
-        raise InputError(f"{folder}: rename it to {datasets.CIFAR10.base_folder}, the name that torchvision looks for")
+        raise InputError(
+            f"{folder}: rename it to {datasets.CIFAR10.base_folder}, the name that torchvision looks for"
+        )
     try:
-        sets = [datasets.CIFAR10(folder.parent, train=train, download=False) for train in (True, False)]
+        sets = [
+            datasets.CIFAR10(folder.parent, train=train, download=False) for train in (True, False)
+        ]
     except RuntimeError:
-        raise InputError(f"{folder}: a file is missing or its checksum is wrong, so nothing in it was opened: "
-                         "delete the folder and fetch CIFAR-10 again") from None
+        raise InputError(
+            f"{folder}: a file is missing or its checksum is wrong, so nothing in it was opened: "
+            "delete the folder and fetch CIFAR-10 again"
+        ) from None
     arrays = [a for s in sets for a in (s.data, np.array(s.targets, np.uint8))]
     if any(len(a) != n for a, n in zip(arrays, (50_000, 50_000, 10_000, 10_000), strict=True)):
         raise InputError(f"{folder}: not 50000 training and 10000 test images")
@@ -180,7 +214,9 @@ def _download(data_dir):
 
     def probe():  # in a thread of its own, because a name look-up takes no timeout
         try:
-            urllib.request.urlopen(urllib.request.Request(CIFAR10_URL, method="HEAD"), timeout=DOWNLOAD_TIMEOUT).close()
+            urllib.request.urlopen(
+                urllib.request.Request(CIFAR10_URL, method="HEAD"), timeout=DOWNLOAD_TIMEOUT
+            ).close()
             failure[0] = None
         except (OSError, http.client.HTTPException) as error:
             failure[0] = str(getattr(error, "reason", error)).strip()
@@ -218,7 +254,9 @@ def _through_cache(data_dir, stamp, build):
     def open_maps(folder):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             maps = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in names]
-            return [np.asarray(m) for m in maps], json.loads((folder / "meta.json").read_text())["fingerprint"]
+            return [np.asarray(m) for m in maps], json.loads((folder / "meta.json").read_text())[
+                "fingerprint"
+            ]
 
     for root in (data_dir, user_cache):
         if maps := open_maps(root / key):
@@ -235,7 +273,9 @@ def _through_cache(data_dir, stamp, build):
                 new.mkdir()
                 for name, a in zip(names, arrays, strict=True):
                     np.save(new / f"{name}.npy", a)
-                (new / "meta.json").write_text(json.dumps({"fingerprint": digest.hexdigest(), "source": stamp}))
+                (new / "meta.json").write_text(
+                    json.dumps({"fingerprint": digest.hexdigest(), "source": stamp})
+                )
                 try:
                     new.rename(root / key)
                 except OSError:  # another process was faster, or what is there is damaged
@@ -256,7 +296,9 @@ def make_synthetic(n_train, seed=42, n_test=None):
     Returns x_train, y_train, x_test, y_test; n_test defaults to n_train // 5, at least one.
     """
     block, grid = 1000, np.arange(32)
-    wave = np.exp(2j * np.pi * np.outer(np.arange(1, 5), grid) / 32)  # (4, 32): the four lowest frequencies
+    wave = np.exp(
+        2j * np.pi * np.outer(np.arange(1, 5), grid) / 32
+    )  # (4, 32): the four lowest frequencies
 
     def patterns(rng, *shape):  # (*shape, 32, 32, 3), zero mean, unit deviation
         c = rng.standard_normal((*shape, 4, 4, 3)) + 1j * rng.standard_normal((*shape, 4, 4, 3))
@@ -271,13 +313,22 @@ def make_synthetic(n_train, seed=42, n_test=None):
         for start in range(0, number, block):
             rng = np.random.default_rng([seed, STREAM_SYNTHETIC, split, start])
             labels, which, other = (rng.integers(choices, size=block) for choices in (10, 3, 16))
-            dy, dx, ey, ex = ((grid + rng.integers(reach, size=(block, 1))) % 32 for reach in (8, 8, 32, 32))
-            pixels = own[labels[:, None, None], which[:, None, None], dy[:, :, None], dx[:, None, :]]
+            dy, dx, ey, ex = (
+                (grid + rng.integers(reach, size=(block, 1))) % 32 for reach in (8, 8, 32, 32)
+            )
+            pixels = own[
+                labels[:, None, None], which[:, None, None], dy[:, :, None], dx[:, None, :]
+            ]
             pixels *= rng.uniform(0.5, 1, (block, 1, 1, 1)).astype(np.float32)
             pixels += shared[other[:, None, None], ey[:, :, None], ex[:, None, :]]
             pixels += 0.75 * rng.standard_normal(pixels.shape, np.float32)
-            pixels = np.clip(127 + rng.uniform(20, 40, (block, 1, 1, 1)).astype(np.float32) * pixels, 0, 255)
-            x[start:start + block], y[start:start + block] = pixels[:number - start], labels[:number - start]
+            pixels = np.clip(
+                127 + rng.uniform(20, 40, (block, 1, 1, 1)).astype(np.float32) * pixels, 0, 255
+            )
+            x[start : start + block], y[start : start + block] = (
+                pixels[: number - start],
+                labels[: number - start],
+            )
         return x, y
 
     return (*images(1, n_train), *images(2, max(n_train // 5, 1) if n_test is None else n_test))
@@ -291,7 +342,9 @@ def epoch_order(n, seed, epoch):
 @functools.lru_cache
 def _normalization(dtype):
     """scale and shift (96,) of a row of pixels, since long rows make fast loops; pixel · scale - shift is wanted."""
-    return np.tile(1 / (255 * np.array(STD)), 32).astype(dtype), np.tile(np.array(MEAN) / STD, 32).astype(dtype)
+    return np.tile(1 / (255 * np.array(STD)), 32).astype(dtype), np.tile(
+        np.array(MEAN) / STD, 32
+    ).astype(dtype)
 
 
 def load_batch(images, labels, index, dtype=np.float32):
@@ -304,7 +357,9 @@ def load_batch(images, labels, index, dtype=np.float32):
 
 def draw_augmentation(n, seed, epoch):
     """(n,) uint8: 81 flip + 9 dy + dx for each image; a function of (seed, epoch, index), whoever loads the image."""
-    return np.random.default_rng([seed, STREAM_AUGMENT, epoch]).integers(2 * 81, size=n, dtype=np.uint8)
+    return np.random.default_rng([seed, STREAM_AUGMENT, epoch]).integers(
+        2 * 81, size=n, dtype=np.uint8
+    )
 
 
 def augment(images, draws):
@@ -346,7 +401,9 @@ def import_torchvision():
 # Layers
 # ----------------------------------------------------------------------------------------------------------------------
 
-CACHE_BYTES = 2048 * 1024  # working set of one piece of a convolution: a common size of a core's own cache
+CACHE_BYTES = (
+    2048 * 1024
+)  # working set of one piece of a convolution: a common size of a core's own cache
 
 
 def array_module(x):
@@ -361,7 +418,7 @@ def aligned_zeros(shape, dtype, xp=np):
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start:start + size].view(dtype).reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Layer:
@@ -391,11 +448,15 @@ class Layer:
 
     def scratch(self, name, shape, like, dtype=None):
         """An array, zero when new, that is kept between calls; the first axis may shrink without a new one."""
-        arrays, key, dtype = self.__dict__.setdefault("_scratch", {}), (name, shape[1:]), dtype or like.dtype
+        arrays, key, dtype = (
+            self.__dict__.setdefault("_scratch", {}),
+            (name, shape[1:]),
+            dtype or like.dtype,
+        )
         kept = arrays.get(key)
         if kept is None or len(kept) < shape[0] or kept.dtype != dtype:
             kept = arrays[key] = aligned_zeros(shape, dtype, array_module(like))
-        return kept if len(kept) == shape[0] else kept[:shape[0]]
+        return kept if len(kept) == shape[0] else kept[: shape[0]]
 
 
 class Conv2D(Layer):
@@ -410,9 +471,24 @@ class Conv2D(Layer):
 
     param_names = ("W", "b")
 
-    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1, padding=1, *, bias=True, rng=None,
-                 dtype=np.float32):  # fmt: skip
-        self.kernel_size, self.stride, self.padding, self.has_bias = kernel_size, stride, padding, bias
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        stride=1,
+        padding=1,
+        *,
+        bias=True,
+        rng=None,
+        dtype=np.float32,
+    ):
+        self.kernel_size, self.stride, self.padding, self.has_bias = (
+            kernel_size,
+            stride,
+            padding,
+            bias,
+        )
         if not bias:
             self.param_names = ("W",)
         shape = (kernel_size, kernel_size, in_channels, out_channels)
@@ -434,7 +510,9 @@ class Conv2D(Layer):
         """dout (N, OH, OW, C_out) → dx (N, H, W, C_in); sets dW and db."""
         self._start_backward(dout)
         for piece in self._pieces():
-            self._add_weight_gradient(self._im2col(piece, backward=True), dout[piece].reshape(-1, self.b.size))
+            self._add_weight_gradient(
+                self._im2col(piece, backward=True), dout[piece].reshape(-1, self.b.size)
+            )
             if self.has_bias:
                 self._add_bias_gradient(dout[piece])
             if self.needs_dx:
@@ -446,23 +524,32 @@ class Conv2D(Layer):
         x, k, s = self._pad(x), self.kernel_size, self.stride
         n, h, w, c = x.shape
         if min(h, w) < k:
-            raise ValueError(f"an input of {h}x{w} pixels, padding included, is smaller than the kernel, {k}x{k}")
+            raise ValueError(
+                f"an input of {h}x{w} pixels, padding included, is smaller than the kernel, {k}x{k}"
+            )
         sn, sh, sw, sc = x.strides
         shape = (n, (h - k) // s + 1, (w - k) // s + 1, k, k, c)
-        return array_module(x).lib.stride_tricks.as_strided(x, shape, (sn, s * sh, s * sw, sh, sw, sc))
+        return array_module(x).lib.stride_tricks.as_strided(
+            x, shape, (sn, s * sh, s * sw, sh, sw, sc)
+        )
 
     def _pad(self, x):
         (n, h, w, c), p = x.shape, self.padding
         if not p:
             return x
-        padded = self.scratch("padded", (n, h + 2 * p, w + 2 * p, c), x)  # zero when new, and its border stays so
-        padded[:, p:p + h, p:p + w] = x
+        padded = self.scratch(
+            "padded", (n, h + 2 * p, w + 2 * p, c), x
+        )  # zero when new, and its border stays so
+        padded[:, p : p + h, p : p + w] = x
         return padded
 
     def _pieces(self):
         """Slices of the batch whose im2col matrix and output fit into the cache."""
         *positions, kh, kw, c = self.windows.shape[1:]
-        return pieces(len(self.windows), math.prod(positions) * (kh * kw * c + self.b.size) * self.windows.itemsize)
+        return pieces(
+            len(self.windows),
+            math.prod(positions) * (kh * kw * c + self.b.size) * self.windows.itemsize,
+        )
 
     def _im2col(self, piece, backward=False):
         """The piece's matrix (n·OH·OW, KH·KW·C_in). Where it is no larger than the output, backward() finds it kept."""
@@ -485,24 +572,34 @@ class Conv2D(Layer):
             self._W_by_offset = self.W.reshape(-1, *self.W.shape[2:]).transpose(0, 2, 1).copy()
 
     def _add_weight_gradient(self, col, dy):
-        dW = array_module(col).matmul(col.T, dy, out=self.scratch("dW", (col.shape[1], dy.shape[1]), col))
+        dW = array_module(col).matmul(
+            col.T, dy, out=self.scratch("dW", (col.shape[1], dy.shape[1]), col)
+        )
         self.dW += dW.reshape(self.W.shape)
 
     def _add_bias_gradient(self, dy):
         dy = dy.reshape(-1, self.b.size)
-        self.db += array_module(dy).ones(len(dy), dy.dtype) @ dy  # the sum over all positions, by BLAS
+        self.db += (
+            array_module(dy).ones(len(dy), dy.dtype) @ dy
+        )  # the sum over all positions, by BLAS
 
     def _input_gradient(self, dy, piece):
         """dx of one piece: a matrix product and a shifted addition (col2im) for each offset within the kernel."""
-        (n, oh, ow, c_out), (_, h, w, c), k, s, p = dy.shape, self.x_shape, self.kernel_size, self.stride, self.padding
+        (n, oh, ow, c_out), (_, h, w, c), k, s, p = (
+            dy.shape,
+            self.x_shape,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+        )
         offsets = self.scratch("offsets", (n, k * k * oh * ow * c), dy).reshape(k * k, -1, c)
         array_module(dy).matmul(dy.reshape(1, -1, c_out), self._W_by_offset, out=offsets)
         padded = self.scratch("dx padded", (n, h + 2 * p, w + 2 * p, c), dy)
         padded.fill(0)
         for offset, part in enumerate(offsets):
             i, j = divmod(offset, k)
-            padded[:, i:i + s * oh:s, j:j + s * ow:s] += part.reshape(n, oh, ow, c)
-        self._dx[piece] = padded[:, p:p + h, p:p + w]
+            padded[:, i : i + s * oh : s, j : j + s * ow : s] += part.reshape(n, oh, ow, c)
+        self._dx[piece] = padded[:, p : p + h, p : p + w]
 
 
 class ReLU(Layer):
@@ -511,7 +608,9 @@ class ReLU(Layer):
         return self.out
 
     def backward(self, dout):
-        return array_module(dout).multiply(dout, self.out > 0, out=self.scratch("dx", dout.shape, dout))
+        return array_module(dout).multiply(
+            dout, self.out > 0, out=self.scratch("dx", dout.shape, dout)
+        )
 
 
 class MaxPool2D(Layer):
@@ -527,7 +626,11 @@ class MaxPool2D(Layer):
         """Views of x, (N, OH, OW, C) each: the input of all windows at one offset within the window."""
         (_, h, w, _), k, s = x.shape, self.size, self.stride
         oh, ow = (h - k) // s + 1, (w - k) // s + 1
-        return [x[:, i:i + s * (oh - 1) + 1:s, j:j + s * (ow - 1) + 1:s] for i in range(k) for j in range(k)]
+        return [
+            x[:, i : i + s * (oh - 1) + 1 : s, j : j + s * (ow - 1) + 1 : s]
+            for i in range(k)
+            for j in range(k)
+        ]
 
     def forward(self, x):
         xp, self.x = array_module(x), x
@@ -541,7 +644,9 @@ class MaxPool2D(Layer):
     def backward(self, dout):
         dx = self.scratch("dx", self.x.shape, dout)
         dx.fill(0)
-        open_ = array_module(dout).ones(dout.shape, bool)  # windows whose maximum has not been met yet
+        open_ = array_module(dout).ones(
+            dout.shape, bool
+        )  # windows whose maximum has not been met yet
         for x, dx_part in zip(self._offsets(self.x), self._offsets(dx), strict=True):
             hit = open_ & (x == self.out)
             dx_part += dout * hit
@@ -598,7 +703,9 @@ class ConvReLUPool(Conv2D):
 
     def _won(self, piece, shape):
         """Booleans kept for backward(): plane 0 ≥ plane 1, plane 2 ≥ plane 3, their larger ≥ the other two's."""
-        kept = self.scratch("won", (len(self.out), 3 * math.prod(self.out.shape[1:])), self.out, dtype=bool)
+        kept = self.scratch(
+            "won", (len(self.out), 3 * math.prod(self.out.shape[1:])), self.out, dtype=bool
+        )
         return kept[piece].reshape(3, *shape)
 
     # What another way to convolve has to replace: im2col here, Winograd's below.
@@ -607,8 +714,10 @@ class ConvReLUPool(Conv2D):
         windows = self._windows(x)
         n, oh, ow, *window = windows.shape
         oh, ow = oh // 2, ow // 2
-        windows = windows[:, :2 * oh, :2 * ow].reshape(n, oh, 2, ow, 2, *window)
-        self.windows = windows.transpose(0, 2, 4, 1, 3, 5, 6, 7)  # (N, 2, 2, OH/2, OW/2, KH, KW, C_in), still a view
+        windows = windows[:, : 2 * oh, : 2 * ow].reshape(n, oh, 2, ow, 2, *window)
+        self.windows = windows.transpose(
+            0, 2, 4, 1, 3, 5, 6, 7
+        )  # (N, 2, 2, OH/2, OW/2, KH, KW, C_in), still a view
         return self.scratch("out", (n, oh, ow, self.b.size), x)
 
     def _like_planes(self, image):
@@ -631,9 +740,14 @@ class ConvReLUPool(Conv2D):
         self._add_weight_gradient(self._im2col(piece, backward=True), dy.reshape(-1, self.b.size))
         if self.needs_dx:
             n, _, oh, ow, channels = dy.shape
-            h, w = ((size + 2 * self.padding - self.kernel_size) // self.stride + 1 for size in self.x_shape[1:3])
-            image = self.scratch("dy", (n, h, w, channels), dy)  # zero when new; odd sizes leave the last row zero
-            windows = image[:, :2 * oh, :2 * ow].reshape(n, oh, 2, ow, 2, channels)
+            h, w = (
+                (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+                for size in self.x_shape[1:3]
+            )
+            image = self.scratch(
+                "dy", (n, h, w, channels), dy
+            )  # zero when new; odd sizes leave the last row zero
+            windows = image[:, : 2 * oh, : 2 * ow].reshape(n, oh, 2, ow, 2, channels)
             windows[...] = dy.reshape(n, 2, 2, oh, ow, channels).transpose(0, 3, 1, 4, 2, 5)
             self._input_gradient(image, piece)
 
@@ -651,8 +765,13 @@ def winograd_matrices(points, r):
     others = [[q for q in points if q != p] for p in points]
     powers = np.vander(points, max(m, r), increasing=True)  # (n - 1, ·)
     AT = np.vstack([powers[:, :m], np.eye(m)[-1]]).T
-    G = np.vstack([powers[:, :r] / [[math.prod(p - q for q in o)] for p, o in zip(points, others, strict=True)],
-                   np.eye(r)[-1]])  # fmt: skip
+    G = np.vstack(
+        [
+            powers[:, :r]
+            / [[math.prod(p - q for q in o)] for p, o in zip(points, others, strict=True)],
+            np.eye(r)[-1],
+        ]
+    )
     BT = np.vstack([*(np.append(np.poly(o)[::-1], 0) for o in others), np.poly(points)[::-1]])
     return AT, G, BT
 
@@ -678,12 +797,18 @@ class Winograd:
         n, h, w, c = x.shape
         if h % 4 or w % 4:
             name = type(self).__name__
-            raise ValueError(f"{name} takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool or Conv2D")
+            raise ValueError(
+                f"{name} takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool or Conv2D"
+            )
         xp, self.x_shape = array_module(x), x.shape
-        self.B2, self.G2, self.A2 = (xp.asarray(np.kron(m, m), x.dtype) for m in (self.BT, self.G, self.AT))
+        self.B2, self.G2, self.A2 = (
+            xp.asarray(np.kron(m, m), x.dtype) for m in (self.BT, self.G, self.AT)
+        )
         self.U = (self.G2 @ self.W.reshape(9, -1)).reshape(36, *self.W.shape[2:])
         self.tiles = self._tiles(self._pad(x))
-        self.V = self.scratch("V", (n, 36 * (h // 4) * (w // 4) * c), x)  # a piece's part: (36, tiles, C_in)
+        self.V = self.scratch(
+            "V", (n, 36 * (h // 4) * (w // 4) * c), x
+        )  # a piece's part: (36, tiles, C_in)
 
     def _tiles(self, padded):
         """All 6×6 tiles of the padded images, 4 apart: (N, 6, 6, H/4, W/4, C), a view."""
@@ -697,7 +822,12 @@ class Winograd:
 
     def _filter(self, piece, y):
         """Set y, as (4, 4, n, H/4, W/4, C_out), to the convolution of a piece of the batch; keep its V = Bᵀ d B."""
-        xp, tiles, V, (k, c_in, c_out) = array_module(y), self.tiles[piece], self.V[piece], self.U.shape
+        xp, tiles, V, (k, c_in, c_out) = (
+            array_module(y),
+            self.tiles[piece],
+            self.V[piece],
+            self.U.shape,
+        )
         d = self.scratch("tiles", (len(tiles), tiles[0].size), tiles)
         d.reshape(6, 6, len(tiles), *tiles.shape[3:])[...] = tiles.transpose(1, 2, 0, 3, 4, 5)
         M = self.scratch("M", (len(V), V[0].size // c_in * c_out), V)
@@ -740,7 +870,7 @@ class Winograd:
         padded.fill(0)
         for position, tile in enumerate(d.reshape(36, n, h, w, c)):
             i, j = divmod(position, 6)
-            padded[:, i:i + 4 * h:4, j:j + 4 * w:4] += tile
+            padded[:, i : i + 4 * h : 4, j : j + 4 * w : 4] += tile
         self._dx[piece] = padded[:, 1:-1, 1:-1]
 
     def _finish_backward(self):
@@ -777,7 +907,9 @@ class WinogradConv2D(Winograd, Conv2D):
 
     def _y(self, n, like):
         h, w = self.tiles.shape[3:5]
-        return self.scratch("y", (n, 16 * h * w * self.b.size), like).reshape(4, 4, n, h, w, self.b.size)
+        return self.scratch("y", (n, 16 * h * w * self.b.size), like).reshape(
+            4, 4, n, h, w, self.b.size
+        )
 
     def _by_tiles(self, image):
         n, h, w, c = image.shape  # → (4, 4, n, H/4, W/4, C_out), a view
@@ -796,13 +928,17 @@ class WinogradReLUPool(Winograd, ConvReLUPool):
         return self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
 
     def _like_planes(self, image):
-        n, h, w, c = image.shape  # → (2, 2, n, H/4, W/4, C_out): pooling window within the tile, tile
+        n, h, w, c = (
+            image.shape
+        )  # → (2, 2, n, H/4, W/4, C_out): pooling window within the tile, tile
         return image.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 4, 0, 1, 3, 5)
 
     def _planes(self, n, like):
         _, h, w, c = self.out.shape
         self._y = self.scratch("y", (n, 16 * (h // 2) * (w // 2) * c), like)
-        y = self._y.reshape(2, 2, 2, 2, n, h // 2, w // 2, c)  # (4, 4, tile, C_out): row and column within the tile
+        y = self._y.reshape(
+            2, 2, 2, 2, n, h // 2, w // 2, c
+        )  # (4, 4, tile, C_out): row and column within the tile
         return [y[:, i, :, j] for i in (0, 1) for j in (0, 1)]
 
     def _convolve(self, piece):
@@ -855,11 +991,11 @@ class BatchNorm2D(Layer):
         xp, channels = array_module(x), x.shape[3]
         count, mean, squares = self._moments(x)
         every = self.gather(xp.concatenate([xp.full(1, count, x.dtype), mean, squares]))
-        counts, means = every[:, :1], every[:, 1:1 + channels]
+        counts, means = every[:, :1], every[:, 1 : 1 + channels]
         self.count = counts.sum()
         mean = (counts * means).sum(axis=0) / self.count
         # Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979
-        squares = (every[:, 1 + channels:] + counts * xp.square(means - mean)).sum(axis=0)
+        squares = (every[:, 1 + channels :] + counts * xp.square(means - mean)).sum(axis=0)
         self.running_mean += self.momentum * (mean - self.running_mean)
         self.running_var += self.momentum * (squares / (self.count - 1) - self.running_var)
         return mean, squares / self.count
@@ -870,7 +1006,9 @@ class BatchNorm2D(Layer):
         """Of this rank's images: values per channel, their mean and the sum of squared deviations from it (C,)."""
         xp, rows = array_module(x), x.reshape(-1, x.shape[3])
         mean = sum_rows(rows) / max(len(rows), 1)
-        centred = xp.subtract(rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape))
+        centred = xp.subtract(
+            rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape)
+        )
         return len(rows), mean, sum_rows(xp.square(centred, out=centred))
 
     def _normalize(self, x, mean):
@@ -883,7 +1021,9 @@ class BatchNorm2D(Layer):
 
     def _sums(self, dout):
         """dgamma and dbeta (C,) of this rank's images."""
-        product = array_module(dout).multiply(dout, self.normal, out=self.scratch("dx", dout.shape, dout))
+        product = array_module(dout).multiply(
+            dout, self.normal, out=self.scratch("dx", dout.shape, dout)
+        )
         return [sum_rows(a.reshape(-1, dout.shape[3])) for a in (product, dout)]
 
     def _input_gradient(self, dout, dgamma, dbeta):
@@ -922,17 +1062,40 @@ class BasicBlock(Layer):
     conv: the class of the 3×3 convolutions with stride 1; other_conv: of the others; norm: in place of BatchNorm2D.
     """
 
-    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, other_conv=Conv2D, norm=BatchNorm2D,
-                 rng=None, dtype=np.float32):  # fmt: skip
-        conv, options = conv or WinogradConv2D, {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
-        first = conv(in_channels, out_channels, **options) if stride == 1 else other_conv(
-            in_channels, out_channels, stride=stride, **options)  # fmt: skip
-        self.branch = [first, norm(out_channels, dtype=dtype), ReLU(),
-                       conv(out_channels, out_channels, **options), norm(out_channels, dtype=dtype)]  # fmt: skip
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        stride=1,
+        *,
+        conv=None,
+        other_conv=Conv2D,
+        norm=BatchNorm2D,
+        rng=None,
+        dtype=np.float32,
+    ):
+        conv, options = (
+            conv or WinogradConv2D,
+            {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype},
+        )
+        first = (
+            conv(in_channels, out_channels, **options)
+            if stride == 1
+            else other_conv(in_channels, out_channels, stride=stride, **options)
+        )
+        self.branch = [
+            first,
+            norm(out_channels, dtype=dtype),
+            ReLU(),
+            conv(out_channels, out_channels, **options),
+            norm(out_channels, dtype=dtype),
+        ]
         self.shortcut, self.relu = [], ReLU()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = [other_conv(in_channels, out_channels, 1, stride, 0, **options),
-                             norm(out_channels, dtype=dtype)]  # fmt: skip
+            self.shortcut = [
+                other_conv(in_channels, out_channels, 1, stride, 0, **options),
+                norm(out_channels, dtype=dtype),
+            ]
 
     def leaves(self):
         for part in (*self.branch, *self.shortcut):
@@ -972,7 +1135,10 @@ class Dense(Layer):
     param_names = ("W", "b")
 
     def __init__(self, in_features, out_features, *, rng=None, dtype=np.float32):
-        self.W, self.b = he_normal((in_features, out_features), rng, dtype), np.zeros(out_features, dtype)
+        self.W, self.b = (
+            he_normal((in_features, out_features), rng, dtype),
+            np.zeros(out_features, dtype),
+        )
         self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
 
     def forward(self, x):
@@ -1037,8 +1203,15 @@ class Model:
         self.layers[0].needs_dx = False
         size = sum(p.size for layer in self.layers for p in layer.params())
         dtype = next(p.dtype for layer in self.layers for p in layer.params())
-        self.params, self.grads = aligned_zeros((size,), dtype, xp), aligned_zeros((size,), dtype, xp)
-        self.slices, self._places, start = [], [], 0  # each layer's part of the buffers, each parameter's
+        self.params, self.grads = (
+            aligned_zeros((size,), dtype, xp),
+            aligned_zeros((size,), dtype, xp),
+        )
+        self.slices, self._places, start = (
+            [],
+            [],
+            0,
+        )  # each layer's part of the buffers, each parameter's
         for layer in self.layers:
             first = start
             for leaf in layer.leaves():
@@ -1091,24 +1264,31 @@ class Model:
         return [array for layer in self.layers for array in layer.state()]
 
 
-def make_cnn(seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense):
+def make_cnn(
+    seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense
+):
     """The `cnn` of all scripts, 1,070,794 parameters: (N, 32, 32, 3) → logits (N, 10).
 
     Conv 3→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 4096→256, ReLU, Dense 256→10; convolutions
     3×3 with padding 1. conv1, conv2 and dense: layer classes of the same protocol that take the place of these.
     """
     rng = np.random.default_rng(seed)
-    return Model([
-        conv1(3, 32, rng=rng, dtype=dtype),
-        conv2(32, 64, rng=rng, dtype=dtype),
-        Flatten(),
-        dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
-        ReLU(),
-        dense(256, 10, rng=rng, dtype=dtype),
-    ], xp)
+    return Model(
+        [
+            conv1(3, 32, rng=rng, dtype=dtype),
+            conv2(32, 64, rng=rng, dtype=dtype),
+            Flatten(),
+            dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
+            ReLU(),
+            dense(256, 10, rng=rng, dtype=dtype),
+        ],
+        xp,
+    )
 
 
-def make_resnet18(seed=42, dtype=np.float32, xp=np, conv=None, stem=None, block=BasicBlock, dense=Dense):
+def make_resnet18(
+    seed=42, dtype=np.float32, xp=np, conv=None, stem=None, block=BasicBlock, dense=Dense
+):
     """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
 
     A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first of each stage but
@@ -1116,8 +1296,11 @@ def make_resnet18(seed=42, dtype=np.float32, xp=np, conv=None, stem=None, block=
     block and dense: classes in the place of BasicBlock and Dense.
     """
     rng = np.random.default_rng(seed)
-    layers = stem(rng, dtype) if stem else [
-        Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]  # fmt: skip
+    layers = (
+        stem(rng, dtype)
+        if stem
+        else [Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]
+    )
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
@@ -1178,10 +1361,14 @@ class Optimizer:
         for part in [slice(0, len(w))] if parts is None else parts:
             for start in range(part.start, part.stop, self.PIECE):
                 piece = slice(start, min(start + self.PIECE, part.stop))
-                g = array_module(w).multiply(grads[piece], 1 / count, out=self._g[:piece.stop - piece.start])
+                g = array_module(w).multiply(
+                    grads[piece], 1 / count, out=self._g[: piece.stop - piece.start]
+                )
                 if self.weight_decay:
                     g += self.weight_decay * w[piece]
-                self._update(w[piece], g, **{name: slot[piece] for name, slot in self.slots.items()})
+                self._update(
+                    w[piece], g, **{name: slot[piece] for name, slot in self.slots.items()}
+                )
 
 
 class SGD(Optimizer):
@@ -1246,9 +1433,23 @@ def set_arrays(model, optimizer, arrays):
 
 TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # record types of the log
 LOG_COLUMNS = (
-    "type", "epoch", "start", "loading", "duration", "value1", "value2", "loss", "images_per_s", "cpu_percent",
-    "ram_mb", "gpu_percent", "gpu_mem_mb", "forward", "backward", "communication",
-)  # fmt: skip
+    "type",
+    "epoch",
+    "start",
+    "loading",
+    "duration",
+    "value1",
+    "value2",
+    "loss",
+    "images_per_s",
+    "cpu_percent",
+    "ram_mb",
+    "gpu_percent",
+    "gpu_mem_mb",
+    "forward",
+    "backward",
+    "communication",
+)
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc", "epoch_time", "images_per_s")
 MIB = 2**20
 
@@ -1267,7 +1468,12 @@ class ResourceMonitor(threading.Thread):
         import psutil
 
         self.interval, self.process = interval, psutil.Process()
-        self.samples, self._stop_event, self._lock, self._nvml = [], threading.Event(), threading.Lock(), None
+        self.samples, self._stop_event, self._lock, self._nvml = (
+            [],
+            threading.Event(),
+            threading.Lock(),
+            None,
+        )
         if gpu_uuid:
             with contextlib.suppress(Exception):  # no NVML: the GPU columns stay empty
                 import pynvml
@@ -1289,12 +1495,16 @@ class ResourceMonitor(threading.Thread):
             now, cpu = time.monotonic(), None
             seconds, ram = self._measure()
             if now - self._sampled >= 0.05:  # a shorter time tells nothing of the CPU
-                used = sum(s - self._cpu_seconds.get(process, 0.0) for process, s in seconds.items())
+                used = sum(
+                    s - self._cpu_seconds.get(process, 0.0) for process, s in seconds.items()
+                )
                 cpu = 100 * used / (now - self._sampled)
                 self._sampled, self._cpu_seconds = now, seconds
             gpu, memory = None, None
             if self._nvml:
-                with contextlib.suppress(self._nvml.NVMLError):  # no GPU that is partitioned (MIG) tells its use
+                with contextlib.suppress(
+                    self._nvml.NVMLError
+                ):  # no GPU that is partitioned (MIG) tells its use
                     gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
                 with contextlib.suppress(self._nvml.NVMLError):
                     memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
@@ -1318,7 +1528,9 @@ class ResourceMonitor(threading.Thread):
     def summary(self, since=0):
         """Mean use and peak memory of the samples from number `since` on."""
         result = {}
-        for field, samples in zip(self.FIELDS, zip(*self.samples[since:], strict=True), strict=False):
+        for field, samples in zip(
+            self.FIELDS, zip(*self.samples[since:], strict=True), strict=False
+        ):
             if values := [sample for sample in samples if sample is not None]:
                 result[field] = max(values) if field.endswith("_mb") else sum(values) / len(values)
         return result
@@ -1336,22 +1548,56 @@ class Run:
     """
 
     SAME_WHEN_RESUMED = (
-        "model", "dtype", "optimizer", "lr", "momentum", "weight_decay", "seed", "batch_size", "subset",
-        "amp", "augment", "nesterov", "schedule", "schedule_epochs", "warmup", "label_smoothing",
-        "micro_batches", "image_size",
-    )  # fmt: skip
+        "model",
+        "dtype",
+        "optimizer",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "seed",
+        "batch_size",
+        "subset",
+        "amp",
+        "augment",
+        "nesterov",
+        "schedule",
+        "schedule_epochs",
+        "warmup",
+        "label_smoothing",
+        "micro_batches",
+        "image_size",
+    )
 
-    def __init__(self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None):
-        self.args, self.script, self.data, self.rank, self.get_arrays = args, script, data, rank, get_arrays
-        self.identity = {"augment": "off"}  # of scripts without the option, which go on from those that have it
-        self.identity.update((name, getattr(args, name)) for name in self.SAME_WHEN_RESUMED if hasattr(args, name))
+    def __init__(
+        self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None
+    ):
+        self.args, self.script, self.data, self.rank, self.get_arrays = (
+            args,
+            script,
+            data,
+            rank,
+            get_arrays,
+        )
+        self.identity = {
+            "augment": "off"
+        }  # of scripts without the option, which go on from those that have it
+        self.identity.update(
+            (name, getattr(args, name)) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)
+        )
         if hasattr(args, "global_batch_size"):  # what a step is, however many ranks share it
             self.identity["batch_size"] = args.global_batch_size
         self.identity.update(dataset=data.name, fingerprint=data.fingerprint)
-        self.epoch, self.batch, self.sums = 1, 0, {}  # the next batch to train is number `batch` (from 0) of `epoch`
+        self.epoch, self.batch, self.sums = (
+            1,
+            0,
+            {},
+        )  # the next batch to train is number `batch` (from 0) of `epoch`
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
-        self.signal, self._first_batch = None, True  # signal: the name of one that was sent to this process
+        self.signal, self._first_batch = (
+            None,
+            True,
+        )  # signal: the name of one that was sent to this process
         if rank == 0:
             if not Path(args.log).name:
                 raise InputError(f"--log {args.log!r}: give a file name")
@@ -1369,14 +1615,27 @@ class Run:
             if os.fstat(self._log_file.fileno()).st_size == 0:
                 self._log.writerow(LOG_COLUMNS)
                 self._log_file.flush()
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
+        }
         self.sidecar = {
-            "script": self.script, "arguments": vars(args), "dataset": self.data.name,
-            "fingerprint": self.data.fingerprint, "train_images": len(self.data.y_train),
-            "test_images": len(self.data.y_test), "seed": args.seed, "ranks": 1, "threads": 1,
-            "identity": self.identity, **environment(),
-            **self._info, "start": time.time(), "end": None, "status": "running", "totals": {},
-        }  # fmt: skip
+            "script": self.script,
+            "arguments": vars(args),
+            "dataset": self.data.name,
+            "fingerprint": self.data.fingerprint,
+            "train_images": len(self.data.y_train),
+            "test_images": len(self.data.y_test),
+            "seed": args.seed,
+            "ranks": 1,
+            "threads": 1,
+            "identity": self.identity,
+            **environment(),
+            **self._info,
+            "start": time.time(),
+            "end": None,
+            "status": "running",
+            "totals": {},
+        }
         self._write_sidecar()
         if self.rank == 0:
             self.monitor.start()
@@ -1430,10 +1689,18 @@ class Run:
             self.totals.setdefault("first_step_after_seconds", process_age())
         self.batch += 1
         sums = self.sums
-        for name, value in dict(images=images, loss=loss, top1=top1, top5=top5, loading=loading, **phases).items():
+        for name, value in dict(
+            images=images, loss=loss, top1=top1, top5=top5, loading=loading, **phases
+        ).items():
             sums[name] = sums.get(name, 0) + value
         sums["duration"] = time.perf_counter() - self._clock
-        self._row(BATCH, value1=self.batch, value2=self.batches, loss=loss / max(images, 1), **self.monitor.latest())
+        self._row(
+            BATCH,
+            value1=self.batch,
+            value2=self.batches,
+            loss=loss / max(images, 1),
+            **self.monitor.latest(),
+        )
         self._check_finite(loss, "loss")
         if self._display:
             self._display.update(self.epoch, self.batch, self.batches, sums)
@@ -1451,8 +1718,11 @@ class Run:
         """Count a batch that was only loaded, and after the last one its epoch: rows without loss and accuracies."""
         self.batch += 1
         sums = self.sums
-        sums.update(images=sums["images"] + images, loading=sums["loading"] + loading,
-                    duration=time.perf_counter() - self._clock)  # fmt: skip
+        sums.update(
+            images=sums["images"] + images,
+            loading=sums["loading"] + loading,
+            duration=time.perf_counter() - self._clock,
+        )
         self._row(BATCH, value1=self.batch, value2=self.batches, **self.monitor.latest())
         if self.signal:
             self._interrupt()
@@ -1467,7 +1737,9 @@ class Run:
 
     def record_fetch(self, kind, start, loading, duration, images):
         """The row of a data set that was fetched before the training: FETCH_TRAIN or FETCH_VALIDATE."""
-        self._write_row(kind, epoch=0, start=start, loading=loading, duration=duration, value1=images)
+        self._write_row(
+            kind, epoch=0, start=start, loading=loading, duration=duration, value1=images
+        )
 
     def check_signal(self):
         """Stop here, between two batches, if a signal has come: for one who has to wait for the next batch."""
@@ -1480,11 +1752,20 @@ class Run:
         accuracy, top5 = sums["top1"] / sums["images"], sums["top5"] / sums["images"]
         self.monitor.sample()
         resources = self.monitor.summary(self._first_sample)
-        self._row(TRAIN, value1=accuracy, value2=top5, loss=sums["loss"] / sums["images"], **resources)
+        self._row(
+            TRAIN, value1=accuracy, value2=top5, loss=sums["loss"] / sums["images"], **resources
+        )
         self.totals["train_seconds"] += sums["duration"]
         self.totals["train_images"] += sums["images"]
-        values = (sums["loss"] / sums["images"], accuracy, sums["duration"], sums["images"] / sums["duration"])
-        for name, value in zip(("train_loss", "train_acc", "epoch_time", "images_per_s"), values, strict=True):
+        values = (
+            sums["loss"] / sums["images"],
+            accuracy,
+            sums["duration"],
+            sums["images"] / sums["duration"],
+        )
+        for name, value in zip(
+            ("train_loss", "train_acc", "epoch_time", "images_per_s"), values, strict=True
+        ):
             self.history[name].append(value)
         self._validation_start, self._clock = time.time(), time.perf_counter()
 
@@ -1492,8 +1773,17 @@ class Run:
         """The validation's mean loss, accuracies and the seconds that it waited for data; stop as in end_batch()."""
         seconds = time.perf_counter() - self._clock
         self.totals["evaluation_seconds"] += seconds
-        self._write_row(VALIDATE, start=self._validation_start, loading=loading, duration=seconds, value1=top1,
-                        value2=top5, loss=loss, images_per_s=len(self.data.y_test) / seconds, **self.monitor.latest())
+        self._write_row(
+            VALIDATE,
+            start=self._validation_start,
+            loading=loading,
+            duration=seconds,
+            value1=top1,
+            value2=top5,
+            loss=loss,
+            images_per_s=len(self.data.y_test) / seconds,
+            **self.monitor.latest(),
+        )
         self._check_finite(loss, "validation loss")
         self.history["test_loss"].append(loss)
         self.history["test_acc"].append(top1)
@@ -1518,33 +1808,64 @@ class Run:
             best = int(np.argmax(self.history["test_acc"]))
             result = f"best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1})"
         if self.history["test_acc"] and not args.quiet:
-            header = ("epoch", "train loss", "train acc", "test loss", "test acc", "seconds", "images/s")
-            rows = [[str(i + 1), *(f"{self.history[m][i]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))]
-                    for i in range(len(self.history["test_acc"]))]
-            print(f"\n{self.script}: {args.model}, {name}, {len(data.y_train):,} images\n{table(header, rows)}")
-        print(f"{self.script}: {result}, {totals['train_seconds']:.1f} s"
-              f"{' of training' if self.history['test_acc'] else ''}, {totals['images_per_s']:,.0f} images/s, "
-              f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}", flush=True)
+            header = (
+                "epoch",
+                "train loss",
+                "train acc",
+                "test loss",
+                "test acc",
+                "seconds",
+                "images/s",
+            )
+            rows = [
+                [
+                    str(i + 1),
+                    *(f"{self.history[m][i]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True)),
+                ]
+                for i in range(len(self.history["test_acc"]))
+            ]
+            print(
+                f"\n{self.script}: {args.model}, {name}, {len(data.y_train):,} images\n{table(header, rows)}"
+            )
+        print(
+            f"{self.script}: {result}, {totals['train_seconds']:.1f} s"
+            f"{' of training' if self.history['test_acc'] else ''}, {totals['images_per_s']:,.0f} images/s, "
+            f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}",
+            flush=True,
+        )
 
     def _check_finite(self, loss, what):
         if not math.isfinite(loss):
             step = (self.epoch - 1) * self.batches + self.batch
-            raise TrainingError(f"the {what} is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
-                                f"smaller --lr; the log is kept in {self.args.log}")
+            raise TrainingError(
+                f"the {what} is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
+                f"smaller --lr; the log is kept in {self.args.log}"
+            )
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _row(self, kind, **values):
         sums = self.sums
-        phases = {name: sums[name] for name in ("forward", "backward", "communication") if name in sums}
-        self._write_row(kind, start=sums["start"], loading=sums["loading"], duration=sums["duration"],
-                        images_per_s=sums["images"] / sums["duration"], **phases, **values)
+        phases = {
+            name: sums[name] for name in ("forward", "backward", "communication") if name in sums
+        }
+        self._write_row(
+            kind,
+            start=sums["start"],
+            loading=sums["loading"],
+            duration=sums["duration"],
+            images_per_s=sums["images"] / sums["duration"],
+            **phases,
+            **values,
+        )
 
     def _write_row(self, kind, **values):
         if self.rank == 0:
             values = {"epoch": self.epoch, **values, "type": kind}
             cells = (values.get(column, "") for column in LOG_COLUMNS)
-            self._log.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+            self._log.writerow(
+                [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
+            )
             self._log_file.flush()
 
     def _open_log(self):
@@ -1560,9 +1881,15 @@ class Run:
                 self._check_own_log()
                 with open(path, newline="") as file:
                     rows = csv.DictReader(file)
-                    kept = [row for row in rows if self._before_checkpoint(row)] if rows.fieldnames else []
+                    kept = (
+                        [row for row in rows if self._before_checkpoint(row)]
+                        if rows.fieldnames
+                        else []
+                    )
                 with atomic_write(path, "w") as file:
-                    writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n")
+                    writer = csv.DictWriter(
+                        file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n"
+                    )
                     writer.writeheader()
                     writer.writerows(kept)
                 log.close()
@@ -1583,18 +1910,24 @@ class Run:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"--log {log.name}: another run is writing it: wait for its end, or give this one "
-                                 "files of its own (--log, --save-metrics, --checkpoint)") from None
+                raise InputError(
+                    f"--log {log.name}: another run is writing it: wait for its end, or give this one "
+                    "files of its own (--log, --save-metrics, --checkpoint)"
+                ) from None
             except OSError:  # a file system without locks
                 pass
 
     def _check_own_log(self):
         """Raise InputError if the sidecar tells that the log is another run's than the checkpoint."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no sidecar: nothing is known
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # no sidecar: nothing is known
             identity = json.loads(self._sidecar_path().read_text()).get("identity", self.identity)
             if identity != self.identity:
-                raise InputError(f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
-                                 "give --log the file that belongs to it, or a new one")
+                raise InputError(
+                    f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
+                    "give --log the file that belongs to it, or a new one"
+                )
 
     def _before_checkpoint(self, row):
         try:
@@ -1608,13 +1941,18 @@ class Run:
             return
         resources, history = self.monitor.summary(), self.history
         seconds = self.totals["train_seconds"]
-        totals = dict(self.totals, images_per_s=self.totals["train_images"] / seconds if seconds else 0.0,
-                      peak_ram_mb=max(resources.pop("ram_mb", 0.0), peak_rss() / MIB))
+        totals = dict(
+            self.totals,
+            images_per_s=self.totals["train_images"] / seconds if seconds else 0.0,
+            peak_ram_mb=max(resources.pop("ram_mb", 0.0), peak_rss() / MIB),
+        )
         if "gpu_mem_mb" in resources:
             totals["peak_gpu_mem_mb"] = resources.pop("gpu_mem_mb")
         totals.update({f"mean_{name}": value for name, value in resources.items()})
         if history["test_acc"]:
-            totals.update(final_accuracy=history["test_acc"][-1], best_accuracy=max(history["test_acc"]))
+            totals.update(
+                final_accuracy=history["test_acc"][-1], best_accuracy=max(history["test_acc"])
+            )
         self.sidecar["totals"] = {**self.sidecar["totals"], **totals}
         self._write_sidecar()
         if self.args.save_metrics:
@@ -1634,8 +1972,14 @@ class Run:
         """Write parameters, optimizer, position and sums; the file is the old one or the new one, never a part."""
         if self.rank:
             return
-        meta = {"identity": self.identity, "epoch": self.epoch, "batch": self.batch, "sums": self.sums,
-                "history": self.history, "totals": self.totals}
+        meta = {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": self.sums,
+            "history": self.history,
+            "totals": self.totals,
+        }
         with atomic_write(self.args.checkpoint) as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **self.get_arrays())
         self._saved = time.monotonic()
@@ -1650,16 +1994,26 @@ class Run:
             meta = json.loads(str(arrays.pop("meta")))
             identity = meta["identity"]
         except FileNotFoundError:
-            raise InputError(f"--resume: there is no checkpoint {path}: start without --resume") from None
-        except Exception as error:  # zip, zlib, NumPy and JSON each have their own for a damaged or foreign file
-            raise InputError(f"--resume: {path} is not a whole checkpoint ({error}): start without --resume") from None
+            raise InputError(
+                f"--resume: there is no checkpoint {path}: start without --resume"
+            ) from None
+        except (
+            Exception
+        ) as error:  # zip, zlib, NumPy and JSON each have their own for a damaged or foreign file
+            raise InputError(
+                f"--resume: {path} is not a whole checkpoint ({error}): start without --resume"
+            ) from None
         for name, value in self.identity.items():
             if identity.get(name) != value:
-                raise InputError(f"--resume: {path} was made with {name} {identity.get(name)}, this run has {value}: "
-                                 "repeat that run's options, or start without --resume")
+                raise InputError(
+                    f"--resume: {path} was made with {name} {identity.get(name)}, this run has {value}: "
+                    "repeat that run's options, or start without --resume"
+                )
         wanted = {name: array.shape for name, array in self.get_arrays().items()}
         if wanted != {name: array.shape for name, array in arrays.items()}:
-            raise InputError(f"--resume: {path} is a checkpoint of another model: start without --resume")
+            raise InputError(
+                f"--resume: {path} is a checkpoint of another model: start without --resume"
+            )
         self.epoch, self.batch, self.sums = meta["epoch"], meta["batch"], meta["sums"]
         self.history, self.totals = meta["history"], meta["totals"]
         return arrays
@@ -1674,8 +2028,16 @@ class Run:
         if self.args.checkpoint:
             self.save_checkpoint()
         self._write_results()
-        saved = f"; continue with --checkpoint {self.args.checkpoint} --resume" if self.args.checkpoint else ""
-        place = f"after batch {self.batch} of epoch {self.epoch}" if self.batch else f"after epoch {self.epoch - 1}"
+        saved = (
+            f"; continue with --checkpoint {self.args.checkpoint} --resume"
+            if self.args.checkpoint
+            else ""
+        )
+        place = (
+            f"after batch {self.batch} of epoch {self.epoch}"
+            if self.batch
+            else f"after epoch {self.epoch - 1}"
+        )
         raise Interrupted(f"interrupted by {self.signal or 'a signal'} {place}{saved}")
 
 
@@ -1686,15 +2048,27 @@ class Display:
     """Progress of a run: a bar where stderr is a terminal, a line every ten seconds on stdout elsewhere."""
 
     def __init__(self, epochs):
-        self.epochs, self.terminal, self.bar, self.printed = epochs, sys.stderr.isatty(), None, time.monotonic()
+        self.epochs, self.terminal, self.bar, self.printed = (
+            epochs,
+            sys.stderr.isatty(),
+            None,
+            time.monotonic(),
+        )
 
     def start(self, epoch, images, done):
         self.done = done
         if self.terminal:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=images, initial=done, desc=f"epoch {epoch}/{self.epochs}", unit=" images",
-                            dynamic_ncols=True, leave=False, mininterval=0.2)
+            self.bar = tqdm(
+                total=images,
+                initial=done,
+                desc=f"epoch {epoch}/{self.epochs}",
+                unit=" images",
+                dynamic_ncols=True,
+                leave=False,
+                mininterval=0.2,
+            )
 
     def update(self, epoch, batch, batches, sums):
         loss = sums["loss"] / sums["images"]
@@ -1704,14 +2078,21 @@ class Display:
         elif time.monotonic() - self.printed >= 10:
             self.printed = time.monotonic()
             left = sums["duration"] / batch * (batches - batch)
-            print(f"epoch {epoch}/{self.epochs}  batch {batch}/{batches}  loss {loss:.4f}  "
-                  f"{sums['images'] / sums['duration']:,.0f} images/s  {left:.0f} s left in this epoch", flush=True)
+            print(
+                f"epoch {epoch}/{self.epochs}  batch {batch}/{batches}  loss {loss:.4f}  "
+                f"{sums['images'] / sums['duration']:,.0f} images/s  {left:.0f} s left in this epoch",
+                flush=True,
+            )
 
     def end_epoch(self, epoch, history):
         self.close()
         values = (f"{history[m][-1]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))
-        print("epoch {}/{}  train loss {} accuracy {}  test loss {} accuracy {}  {} s  {} images/s".format(
-            epoch, self.epochs, *values), flush=True)
+        print(
+            "epoch {}/{}  train loss {} accuracy {}  test loss {} accuracy {}  {} s  {} images/s".format(
+                epoch, self.epochs, *values
+            ),
+            flush=True,
+        )
 
     def close(self):
         if self.bar is not None:
@@ -1722,7 +2103,10 @@ class Display:
 def table(header, rows):
     """A plain-text table: rows of strings, right-aligned in columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -1734,7 +2118,9 @@ def atomic_write(path, mode="wb"):
         with open(path, mode) as file:
             yield file
         return
-    part = path.with_name(f".{path.name}.part")  # the same name each time: what a killed process left is written over
+    part = path.with_name(
+        f".{path.name}.part"
+    )  # the same name each time: what a killed process left is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode) as file:
@@ -1755,8 +2141,10 @@ def check_outputs(paths):
     paths = [Path(path) for path in paths if path]
     for path in paths:
         if [os.path.realpath(p) for p in paths].count(os.path.realpath(path)) > 1:
-            raise InputError(f"{path} would be written twice: give --log (with its .json), --save-metrics and "
-                             "--checkpoint names of their own")
+            raise InputError(
+                f"{path} would be written twice: give --log (with its .json), --save-metrics and "
+                "--checkpoint names of their own"
+            )
         try:
             folder = path.parent
             while not folder.exists():
@@ -1766,13 +2154,17 @@ def check_outputs(paths):
             with tempfile.TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
                 (Path(scratch) / f".{path.name}.part").touch()
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from None
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}): choose another place"
+            ) from None
 
 
 def process_age():
     """Seconds since this process was started."""
     try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # ticks since boot, proc(5)
+        started = int(
+            Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        )  # ticks since boot, proc(5)
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):  # not Linux
         import psutil
@@ -1786,7 +2178,9 @@ def peak_rss():
         import resource
     except ImportError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def environment():
@@ -1794,17 +2188,37 @@ def environment():
     import psutil
 
     commit, here = None, Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # not `describe --dirty`, which locks the index
-        git = ["git", "--no-optional-locks", "-C", str(here), "status", "--porcelain=v2", "--branch",
-               "--untracked-files=no"]  # fmt: skip
-        status = subprocess.run(git, capture_output=True, text=True, errors="replace", timeout=10).stdout
+    with contextlib.suppress(
+        OSError, subprocess.TimeoutExpired
+    ):  # not `describe --dirty`, which locks the index
+        git = [
+            "git",
+            "--no-optional-locks",
+            "-C",
+            str(here),
+            "status",
+            "--porcelain=v2",
+            "--branch",
+            "--untracked-files=no",
+        ]
+        status = subprocess.run(
+            git, capture_output=True, text=True, errors="replace", timeout=10
+        ).stdout
         if found := re.match(r"# branch\.oid ([0-9a-f]{40})$", status, re.MULTILINE):
-            commit = found[1] + "-dirty" * any(not line.startswith("#") for line in status.splitlines())
+            commit = found[1] + "-dirty" * any(
+                not line.startswith("#") for line in status.splitlines()
+            )
     names = ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy")
     versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-    return {"host": platform.node(), "cpu": cpu_model(), "cores": available_cores(),
-            "memory_mb": psutil.virtual_memory().total / MIB, "blas": blas_info(),
-            "git_commit": commit, "versions": {"python": platform.python_version(), **versions}}
+    return {
+        "host": platform.node(),
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_mb": psutil.virtual_memory().total / MIB,
+        "blas": blas_info(),
+        "git_commit": commit,
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
 def cpu_model():
@@ -1817,7 +2231,11 @@ def cpu_model():
 
 def available_cores():
     """The cores that this process may run on, from its affinity mask where the system has one."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def limit_blas_threads(threads):
@@ -1831,18 +2249,39 @@ def blas_info():
     """[{library, version, kernel, threads}] of every BLAS that is loaded; kernel: the processor it was chosen for."""
     import threadpoolctl
 
-    return [{"library": b["internal_api"], "version": b["version"], "kernel": b.get("architecture"),
-             "threads": b["num_threads"]} for b in threadpoolctl.threadpool_info() if b["user_api"] == "blas"]
+    return [
+        {
+            "library": b["internal_api"],
+            "version": b["version"],
+            "kernel": b.get("architecture"),
+            "threads": b["num_threads"],
+        }
+        for b in threadpoolctl.threadpool_info()
+        if b["user_api"] == "blas"
+    ]
 
 
 def blas_warning():
     """A line for the user if OpenBLAS runs kernels for an older processor than this one; else None."""
-    old = {"Prescott", "Core2", "Penryn", "Nehalem", "Sandybridge", "Haswell", "Zen", "Barcelona", "Bulldozer"}
+    old = {
+        "Prescott",
+        "Core2",
+        "Penryn",
+        "Nehalem",
+        "Sandybridge",
+        "Haswell",
+        "Zen",
+        "Barcelona",
+        "Bulldozer",
+    }
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     for blas in blas_info():
         if blas["kernel"] in old and "avx512f" in flags and "avx512vl" in flags:
-            return (f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, which is up to "
-                    "twice as fast" + (": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else ""))
+            return (
+                f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, which is up to "
+                "twice as fast"
+                + (": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else "")
+            )
     return None
 
 
@@ -1861,7 +2300,11 @@ def keep_freed_memory():
 
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-8, 1), (-3, 2**30), (-1, 2**31 - 1)):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
+        for parameter, value in (
+            (-8, 1),
+            (-3, 2**30),
+            (-1, 2**31 - 1),
+        ):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
             libc.mallopt(parameter, value)
 
 
@@ -1874,7 +2317,9 @@ def make_torch_resnet(name, cifar_stem=True):
     """
     from torch import nn
 
-    model = getattr(import_torchvision().models, name)(num_classes=10, zero_init_residual=name == "resnet50")
+    model = getattr(import_torchvision().models, name)(
+        num_classes=10, zero_init_residual=name == "resnet50"
+    )
     if cifar_stem:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -1890,13 +2335,23 @@ def make_torch_optimizer(model, args):
     import torch
 
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+        )
     else:
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-                                    nesterov=getattr(args, "nesterov", False), fused=True)  # fmt: skip
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            args.lr,
+            args.momentum,
+            weight_decay=args.weight_decay,
+            nesterov=getattr(args, "nesterov", False),
+            fused=True,
+        )
     for p in model.parameters():
         like_p = ("exp_avg", "exp_avg_sq") if args.optimizer == "adam" else ("momentum_buffer",)
-        optimizer.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in like_p}
+        optimizer.state[p] = {
+            name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in like_p
+        }
         if args.optimizer == "adam":
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
     return optimizer
@@ -1906,14 +2361,20 @@ def get_torch_state(model, optimizer):
     """The tensors that a checkpoint needs besides the parameters: {name: tensor}."""
     tensors = {f"buffer_{name}": buffer for name, buffer in model.named_buffers()}
     for i, p in enumerate(model.parameters()):
-        tensors.update({f"optimizer_{name}_{i}": tensor for name, tensor in optimizer.state[p].items()})
+        tensors.update(
+            {f"optimizer_{name}_{i}": tensor for name, tensor in optimizer.state[p].items()}
+        )
     return tensors
 
 
 def get_torch_arrays(model, optimizer):
     """What a checkpoint holds of a PyTorch model and its optimizer: {name: array}; "params" is one flat array."""
-    arrays = {name: tensor.cpu().numpy() for name, tensor in get_torch_state(model, optimizer).items()}
-    arrays["params"] = np.concatenate([p.detach().cpu().numpy().reshape(-1) for p in model.parameters()])
+    arrays = {
+        name: tensor.cpu().numpy() for name, tensor in get_torch_state(model, optimizer).items()
+    }
+    arrays["params"] = np.concatenate(
+        [p.detach().cpu().numpy().reshape(-1) for p in model.parameters()]
+    )
     return arrays
 
 
@@ -1924,7 +2385,9 @@ def set_torch_arrays(model, optimizer, arrays):
     params, start = torch.from_numpy(arrays["params"]), 0
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(params[start:start + p.numel()].view(p.shape))  # in place: p keeps its device and memory format
+            p.copy_(
+                params[start : start + p.numel()].view(p.shape)
+            )  # in place: p keeps its device and memory format
             start += p.numel()
     for name, tensor in get_torch_state(model, optimizer).items():
         tensor.copy_(torch.from_numpy(arrays[name]))
@@ -1948,8 +2411,10 @@ def check_launcher(comm):
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
         if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
             library = MPI.Get_library_version().split("\n")[0].strip("\0")
-            raise InputError(f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another MPI "
-                             f"than mpi4py, which uses {library}. Take the mpirun beside python: .venv/bin/mpirun")
+            raise InputError(
+                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another MPI "
+                f"than mpi4py, which uses {library}. Take the mpirun beside python: .venv/bin/mpirun"
+            )
 
 
 def stop_all_on_error(comm):
@@ -1959,7 +2424,9 @@ def stop_all_on_error(comm):
     """
 
     def hook(_, error, __):
-        lines = "".join(f"[rank {comm.rank}] {line}\n" for line in describe_error(error).splitlines())
+        lines = "".join(
+            f"[rank {comm.rank}] {line}\n" for line in describe_error(error).splitlines()
+        )
         print(lines, end="", file=sys.__stderr__, flush=True)
         comm.Abort(1)
 
@@ -1998,7 +2465,9 @@ def load_on_all(args, comm):
     found = comm.allgather((socket.gethostname(), data.fingerprint))
     for rank, (host, fingerprint) in enumerate(found):
         if fingerprint != found[0][1]:
-            raise InputError(f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir")
+            raise InputError(
+                f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir"
+            )
     return data
 
 
@@ -2019,7 +2488,9 @@ def check_equal(model, comm, epoch):
         digests = comm.allgather(digest.digest())
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
-            raise TrainingError(f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0")
+            raise TrainingError(
+                f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0"
+            )
 
 
 def report_communication(run, comm):
@@ -2027,7 +2498,11 @@ def report_communication(run, comm):
     seconds = comm.allgather(run.sums.get("communication", 0.0))
     run.sums["communication"] = sum(seconds) / comm.size
     totals = run.totals.setdefault("communication_seconds", {"min": 0.0, "mean": 0.0, "max": 0.0})
-    for name, value in (("min", min(seconds)), ("mean", sum(seconds) / comm.size), ("max", max(seconds))):
+    for name, value in (
+        ("min", min(seconds)),
+        ("mean", sum(seconds) / comm.size),
+        ("max", max(seconds)),
+    ):
         totals[name] += value
 
 
@@ -2037,7 +2512,9 @@ def running_on_all(run, model, optimizer, comm):
     resume_on_all(run, model, optimizer, comm)
     try:
         with contextlib.ExitStack() as stack:
-            together(comm, lambda: stack.enter_context(run))  # rank 0 opens the log, which may be refused
+            together(
+                comm, lambda: stack.enter_context(run)
+            )  # rank 0 opens the log, which may be refused
             yield
     except Interrupted as stopped:
         if not run.args.checkpoint or run.signal == "SIGINT":
@@ -2052,13 +2529,25 @@ def add_rank_options(parser):
     """The options that the MPI scripts have in common beside those of make_parser()."""
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
-    add("--global-batch-size", type=number(int, 1, 10**6), metavar="N",
-        help="images per step of all ranks together (default: ranks x --batch-size)")  # fmt: skip
-    add("--no-overlap", dest="overlap", action="store_false",
-        help="wait for the sum of each slice before the backward pass goes on")  # fmt: skip
-    add("--reduce", choices=("auto", "shared", "messages"), default="auto",
+    add(
+        "--global-batch-size",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help="images per step of all ranks together (default: ranks x --batch-size)",
+    )
+    add(
+        "--no-overlap",
+        dest="overlap",
+        action="store_false",
+        help="wait for the sum of each slice before the backward pass goes on",
+    )
+    add(
+        "--reduce",
+        choices=("auto", "shared", "messages"),
+        default="auto",
         help="let the ranks of a machine share weights and gradients, or sum gradients by messages; auto: shared where "
-             "the machines have equal numbers of ranks (default: %(default)s)")  # fmt: skip
+        "the machines have equal numbers of ranks (default: %(default)s)",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2106,8 +2595,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line and a default learning rate that depends on the optimizer."""
 
     def __init__(self, script, doc):
-        super().__init__(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)  # fmt: skip
+        super().__init__(
+            prog=f"{script}.py",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -2128,9 +2621,13 @@ def number(kind, low, high, exclusive=False):
         except ValueError:
             value = math.nan
         if not (low < value < high if exclusive else low <= value <= high):
-            bounds = f"more than {low} and less than {high}" if exclusive else f"from {low} to {high}"
+            bounds = (
+                f"more than {low} and less than {high}" if exclusive else f"from {low} to {high}"
+            )
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} {bounds}".replace(" to inf", " up"))
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {word} {bounds}".replace(" to inf", " up")
+            )
         return value
 
     return parse
@@ -2142,22 +2639,68 @@ def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
     add = parser.add_argument
     add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
     add("--epochs", type=number(int, 1, 10**6), default=epochs, help="default: %(default)s")
-    add("--batch-size", type=number(int, 1, 10**6), default=batch_size, help="images per step (default: %(default)s)")
-    add("--lr", type=number(float, 0, math.inf, exclusive=True), help="learning rate (default: 0.01, adam: 0.001)")
+    add(
+        "--batch-size",
+        type=number(int, 1, 10**6),
+        default=batch_size,
+        help="images per step (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, math.inf, exclusive=True),
+        help="learning rate (default: 0.01, adam: 0.001)",
+    )
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd (default: %(default)s)")
     add("--weight-decay", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)")
-    add("--subset", type=number(int, 1, 50_000), metavar="N", help="first N training and N/5 test images")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights and data order (default: 42)")
-    add("--save-metrics", metavar="FILE", default=f"results/{script}_metrics.npz", help="default: %(default)s")
-    add("--log", metavar="FILE", default=f"results/{script}.csv", help="default: %(default)s; with a .json beside it")
-    add("--checkpoint", metavar="FILE", help="save here at the end of each epoch and when interrupted")
-    add("--checkpoint-every", type=number(float, 0, 10**9), default=60, metavar="SECONDS",
-        help="save during an epoch too, this often (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from --checkpoint, exactly as if never interrupted")
+    add(
+        "--dataset",
+        choices=("auto", "cifar10", "synthetic"),
+        default="auto",
+        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
+    )
+    add(
+        "--subset",
+        type=number(int, 1, 50_000),
+        metavar="N",
+        help="first N training and N/5 test images",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=42,
+        help="of weights and data order (default: 42)",
+    )
+    add(
+        "--save-metrics",
+        metavar="FILE",
+        default=f"results/{script}_metrics.npz",
+        help="default: %(default)s",
+    )
+    add(
+        "--log",
+        metavar="FILE",
+        default=f"results/{script}.csv",
+        help="default: %(default)s; with a .json beside it",
+    )
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="save here at the end of each epoch and when interrupted",
+    )
+    add(
+        "--checkpoint-every",
+        type=number(float, 0, 10**9),
+        default=60,
+        metavar="SECONDS",
+        help="save during an epoch too, this often (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from --checkpoint, exactly as if never interrupted",
+    )
     add("--quiet", action="store_true", help="print errors and the last line only")
     return parser
 
@@ -2167,7 +2710,9 @@ def describe_error(error):
 
     NumPy and CuPy raise a MemoryError, PyTorch and CUDA a RuntimeError.
     """
-    if isinstance(error, MemoryError) or any(words in str(error) for words in ("out of memory", "allocate memory")):
+    if isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory")
+    ):
         problem = " ".join(str(error).split()) or "not told how much was asked for"
         return f"error: the memory does not suffice: give a smaller --batch-size or --subset ({problem})"
     return "".join(traceback.format_exception(error)).rstrip()
@@ -2179,14 +2724,21 @@ def run_main(main):
         if getattr(sys, name) is None:  # closed by who started this
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # a name must not end a run where it is printed
+            getattr(sys, name).reconfigure(
+                errors="backslashreplace"
+            )  # a name must not end a run where it is printed
     sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for name in (signal.SIGINT, signal.SIGTERM):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
         signal.signal(name, signal.default_int_handler)
     try:
         sys.exit(main())
     except (InputError, TrainingError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also of a message with several
+        print(
+            "error:", " ".join(str(error).split()), file=sys.stderr
+        )  # one line, also of a message with several
         sys.exit(2 if isinstance(error, InputError) else 1)
     except (Interrupted, KeyboardInterrupt) as error:
         print(str(error) or "interrupted", file=sys.stderr)

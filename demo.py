@@ -40,11 +40,18 @@ from common import (
 )
 
 HERE = Path(__file__).resolve().parent
-FRAME_SECONDS, LINE_SECONDS = 0.2, 2.0  # between two pictures on a terminal, between two lines elsewhere
+FRAME_SECONDS, LINE_SECONDS = (
+    0.2,
+    2.0,
+)  # between two pictures on a terminal, between two lines elsewhere
 SMALLEST = (60, 18)  # columns and lines that the picture needs
 TOP_LOSS = 3.0  # of the axis; guessing among ten classes has ln 10 = 2.3, and the first steps' higher ones are cut off
 TRAIN, BATCH = "0", "2"  # types of rows in a log
-NAMES = {"serial_cnn.py": "serial", "parallel_cnn_mpi.py": "MPI", "parallel_cnn_hybrid.py": "hybrid"}
+NAMES = {
+    "serial_cnn.py": "serial",
+    "parallel_cnn_mpi.py": "MPI",
+    "parallel_cnn_hybrid.py": "hybrid",
+}
 COLOURS = (36, 33, 35)  # cyan, yellow, magenta
 
 
@@ -60,10 +67,22 @@ class Training:
         name = script.removesuffix(".py")
         self.script, self.name, self.epochs = script, NAMES[script], args.epochs
         self.log, self.output = folder / f"{name}.csv", folder / f"{name}.txt"
-        self.command = [*launch, sys.executable, str(HERE / script), *options, "--quiet", "--log", str(self.log),
-                        "--save-metrics", str(folder / f"{name}.npz")]  # fmt: skip
+        self.command = [
+            *launch,
+            sys.executable,
+            str(HERE / script),
+            *options,
+            "--quiet",
+            "--log",
+            str(self.log),
+            "--save-metrics",
+            str(folder / f"{name}.npz"),
+        ]
         self.process, self.cores, self.place, self.rest = None, None, 0, ""
-        self.losses, self.seconds = [], []  # of each batch: mean loss, training seconds since the run began
+        self.losses, self.seconds = (
+            [],
+            [],
+        )  # of each batch: mean loss, training seconds since the run began
         self.epoch, self.batch, self.batches, self.images_per_s, self.before = 1, 0, 0, 0.0, 0.0
         self.validating, self.sidecar = False, {}
 
@@ -74,8 +93,13 @@ class Training:
             os.sched_setaffinity(0, self.cores)  # a child inherits it
         try:
             with open(self.output, "w") as output:
-                self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output,
-                                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         finally:
             if self.cores:
                 os.sched_setaffinity(0, mine)
@@ -91,7 +115,9 @@ class Training:
         if self.process.returncode:
             lines = self.output.read_text(errors="replace").split("\n")
             said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-            raise TrainingError(f"{self.script} ended with exit status {self.process.returncode}: {said.strip()}")
+            raise TrainingError(
+                f"{self.script} ended with exit status {self.process.returncode}: {said.strip()}"
+            )
         return True
 
     def read(self):
@@ -100,7 +126,9 @@ class Training:
                 self.sidecar = json.loads(self.log.with_suffix(".json").read_text())
         with contextlib.suppress(FileNotFoundError), open(self.log) as file:
             file.seek(self.place)
-            *lines, self.rest = (self.rest + file.read()).split("\n")  # the last line may still be incomplete
+            *lines, self.rest = (self.rest + file.read()).split(
+                "\n"
+            )  # the last line may still be incomplete
             self.place = file.tell()
             for row in csv.reader(lines):
                 self._take(row)
@@ -127,8 +155,11 @@ class Training:
         ranks, threads = self.sidecar.get("ranks", 0), self.sidecar.get("threads", 0)
         if not ranks:
             return ""
-        return count(ranks * threads, "core") if self.script.startswith("serial") else (
-            f"{count(ranks, 'rank')} {times} {count(threads, 'thread')}")  # fmt: skip
+        return (
+            count(ranks * threads, "core")
+            if self.script.startswith("serial")
+            else (f"{count(ranks, 'rank')} {times} {count(threads, 'thread')}")
+        )
 
     def finish(self):
         """Read the last rows and the totals."""
@@ -143,26 +174,47 @@ def count(n, word):
 def make_trainings(args, data, folder):
     if missing := [script for script in NAMES if not (HERE / script).exists()]:
         raise InputError(f"{missing[0]} is not beside demo.py: put it there")
-    options = ["--epochs", args.epochs, "--seed", args.seed, "--lr", args.lr, "--dtype", args.dtype,
-               "--subset", args.subset, "--dataset", data.name]  # fmt: skip
+    options = [
+        "--epochs",
+        args.epochs,
+        "--seed",
+        args.seed,
+        "--lr",
+        args.lr,
+        "--dtype",
+        args.dtype,
+        "--subset",
+        args.subset,
+        "--dataset",
+        data.name,
+    ]
     options += ["--data-dir", args.data_dir] if args.data_dir else []
     ranks, batch = [find_mpirun(), "-np", str(args.ranks)], ["--global-batch-size", args.batch_size]
-    return [Training(script, launch, list(map(str, [*options, *size])), folder, args) for script, launch, size in (
-        ("serial_cnn.py", [], ["--batch-size", args.batch_size]),
-        ("parallel_cnn_mpi.py", ranks, batch),
-        ("parallel_cnn_hybrid.py", ranks, batch),
-    )]  # fmt: skip
+    return [
+        Training(script, launch, list(map(str, [*options, *size])), folder, args)
+        for script, launch, size in (
+            ("serial_cnn.py", [], ["--batch-size", args.batch_size]),
+            ("parallel_cnn_mpi.py", ranks, batch),
+            ("parallel_cnn_hybrid.py", ranks, batch),
+        )
+    ]
 
 
 def share_cores(trainings, ranks):
     """Give each training cores of its own: one, one for each rank, and what is left."""
     cores = available_cores()
     if not hasattr(os, "sched_setaffinity"):
-        raise InputError("--at-once: this system does not let processes choose their cores: leave it out")
+        raise InputError(
+            "--at-once: this system does not let processes choose their cores: leave it out"
+        )
     if len(cores) < 1 + 2 * ranks:
-        raise InputError(f"--at-once with {ranks} ranks needs {1 + 2 * ranks} cores, there are {len(cores)}: "
-                         "leave it out, and they train one after another")
-    for training, part in zip(trainings, (cores[:1], cores[1:1 + ranks], cores[1 + ranks:]), strict=True):
+        raise InputError(
+            f"--at-once with {ranks} ranks needs {1 + 2 * ranks} cores, there are {len(cores)}: "
+            "leave it out, and they train one after another"
+        )
+    for training, part in zip(
+        trainings, (cores[:1], cores[1 : 1 + ranks], cores[1 + ranks :]), strict=True
+    ):
         training.cores = part
 
 
@@ -197,10 +249,14 @@ class Style:
     """Which characters and colours the terminal can show."""
 
     def __init__(self, stream, ascii_only=False):
-        locale = next((os.environ[n] for n in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(n)), "")
+        locale = next(
+            (os.environ[n] for n in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(n)), ""
+        )
         utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
         terminal = os.environ.get("TERM", "dumb")
-        self.unicode = utf8 and not ascii_only and locale not in ("C", "POSIX") and terminal != "linux"
+        self.unicode = (
+            utf8 and not ascii_only and locale not in ("C", "POSIX") and terminal != "linux"
+        )
         self.picture = stream.isatty() and terminal != "dumb"
         self.colours = self.picture and not os.environ.get("NO_COLOR")
         self.full, self.empty, self.times = ("█", "░", "×") if self.unicode else ("#", ".", "x")
@@ -235,13 +291,20 @@ def curve(means, height, top, unicode):
         between = range(min(y, previous), max(y, previous) + 1) if previous is not None else (y,)
         dots.update((x, line) for line in between)
         previous = y
-    bits = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of the dots of U+2800, by column and row
+    bits = (
+        (0x01, 0x02, 0x04, 0x40),
+        (0x08, 0x10, 0x20, 0x80),
+    )  # of the dots of U+2800, by column and row
     lines = []
     for line in range(height):
         cells = ""
         for cell in range(len(means) // across):
-            inside = [bits[x][y] for x in range(across) for y in range(down)
-                      if (cell * across + x, line * down + y) in dots]  # fmt: skip
+            inside = [
+                bits[x][y]
+                for x in range(across)
+                for y in range(down)
+                if (cell * across + x, line * down + y) in dots
+            ]
             cells += " " if not inside else chr(0x2800 + sum(inside)) if unicode else "*"
         lines.append(cells)
     return lines
@@ -256,14 +319,28 @@ def draw_panels(trainings, style, columns, height):
     curves = [curve(part, height, TOP_LOSS, style.unicode) for part in means]
     rows = []
     for line in range(height):
-        mark = f"{TOP_LOSS:.1f}" if line == 0 else f"{TOP_LOSS / 2:.1f}" if line == height // 2 else ""
-        rows.append([f"{mark:>4}", *(style.axis + style.colour(part[line], code)
-                                     for part, code in zip(curves, COLOURS, strict=True))])  # fmt: skip
+        mark = (
+            f"{TOP_LOSS:.1f}" if line == 0 else f"{TOP_LOSS / 2:.1f}" if line == height // 2 else ""
+        )
+        rows.append(
+            [
+                f"{mark:>4}",
+                *(
+                    style.axis + style.colour(part[line], code)
+                    for part, code in zip(curves, COLOURS, strict=True)
+                ),
+            ]
+        )
     rows.append([f"{0:>4.1f}", *[style.corner + style.floor * width] * 3])
     rows.append(["    ", *[" 0" + f"{seconds} s of training".rjust(width - 1)] * 3])
-    heads = [["loss"] + [" " + style.colour(t.script.ljust(width)[:width], code)
-                         for t, code in zip(trainings, COLOURS, strict=True)],
-             ["    "] + [" " + t.label(style.times).ljust(width)[:width] for t in trainings]]  # fmt: skip
+    heads = [
+        ["loss"]
+        + [
+            " " + style.colour(t.script.ljust(width)[:width], code)
+            for t, code in zip(trainings, COLOURS, strict=True)
+        ],
+        ["    "] + [" " + t.label(style.times).ljust(width)[:width] for t in trainings],
+    ]
     return [" ".join([row[0] + row[1], *row[2:]]) for row in heads + rows]
 
 
@@ -279,15 +356,28 @@ def describe_state(training, style, width):
     where = "validating" if training.validating else f"batch {training.batch}/{training.batches}"
     if not training.running():
         where = f"done, {training.seconds[-1]:.1f} s"
-    return [f"{style.bar(progress, width - 6)} {progress:4.0%}", f"epoch {training.epoch}/{training.epochs} {where}",
-            f"{training.images_per_s:,.0f} images/s", f"loss {sum(recent) / len(recent):.3f}"]  # fmt: skip
+    return [
+        f"{style.bar(progress, width - 6)} {progress:4.0%}",
+        f"epoch {training.epoch}/{training.epochs} {where}",
+        f"{training.images_per_s:,.0f} images/s",
+        f"loss {sum(recent) / len(recent):.3f}",
+    ]
 
 
 def draw_frame(title, trainings, style, columns, lines):
     width = (columns - 4) // 3 - 2
     states = [describe_state(t, style, width) for t in trainings]
-    below = ["    " + " ".join(f" {state[i]:{width}.{width}}" for state in states) for i in range(4)]
-    return [title, "", *draw_panels(trainings, style, columns, lines - 13), *below, "", "Ctrl-C stops all three."]
+    below = [
+        "    " + " ".join(f" {state[i]:{width}.{width}}" for state in states) for i in range(4)
+    ]
+    return [
+        title,
+        "",
+        *draw_panels(trainings, style, columns, lines - 13),
+        *below,
+        "",
+        "Ctrl-C stops all three.",
+    ]
 
 
 class Screen:
@@ -308,7 +398,10 @@ class Screen:
     def show(self):
         columns, lines = shutil.get_terminal_size()
         if columns < SMALLEST[0] or lines < SMALLEST[1]:
-            picture = [f"{SMALLEST[0]} columns x {SMALLEST[1]} lines are needed", f"here are {columns} x {lines}"]
+            picture = [
+                f"{SMALLEST[0]} columns x {SMALLEST[1]} lines are needed",
+                f"here are {columns} x {lines}",
+            ]
             picture = [line[:columns] for line in picture]
         else:
             picture = draw_frame(self.title[:columns], self.trainings, self.style, columns, lines)
@@ -335,7 +428,11 @@ class Lines:
         if due:
             self.last = time.monotonic()
         for training in self.trainings:
-            ended = training.process is not None and not training.running() and training.name not in self.ended
+            ended = (
+                training.process is not None
+                and not training.running()
+                and training.name not in self.ended
+            )
             if ended:
                 self.ended.add(training.name)
                 training.read()  # what it has written since the last look
@@ -349,19 +446,37 @@ def summarize(trainings, style):
     totals = [t.sidecar["totals"] for t in trainings]
     cores = [t.sidecar["ranks"] * t.sidecar["threads"] for t in trainings]
     speedups = [totals[0]["train_seconds"] / t["train_seconds"] for t in totals]
-    rows = [[t.name, t.label(style.times), f"{total['train_seconds']:.1f} s", f"{total['images_per_s']:,.0f}",
-             f"{speedup:.2f}", f"{speedup / n:.0%}"]
-            for t, total, speedup, n in zip(trainings, totals, speedups, cores, strict=True)]  # fmt: skip
-    bars = [style.colour(style.full * max(1, round(10 * speedup / max(speedups))), code)
-            for speedup, code in zip(speedups, COLOURS, strict=True)]  # fmt: skip
+    rows = [
+        [
+            t.name,
+            t.label(style.times),
+            f"{total['train_seconds']:.1f} s",
+            f"{total['images_per_s']:,.0f}",
+            f"{speedup:.2f}",
+            f"{speedup / n:.0%}",
+        ]
+        for t, total, speedup, n in zip(trainings, totals, speedups, cores, strict=True)
+    ]
+    bars = [
+        style.colour(style.full * max(1, round(10 * speedup / max(speedups))), code)
+        for speedup, code in zip(speedups, COLOURS, strict=True)
+    ]
     lines = table(("", "on", "training", "images/s", "speed-up", "efficiency"), rows).split("\n")
     lines = [f"{line}  {bar}".rstrip() for line, bar in zip(lines, ["", "", *bars], strict=True)]
-    apart = [max(abs(a - b) for a, b in zip(trainings[0].losses, t.losses, strict=True)) for t in trainings[1:]]
-    words = (f"One run each. Largest difference from serial's loss in {len(trainings[0].losses):,} steps: "
-             + ", ".join(f"{t.name} {a:.2g}" for t, a in zip(trainings[1:], apart, strict=True)) + ".")  # fmt: skip
+    apart = [
+        max(abs(a - b) for a, b in zip(trainings[0].losses, t.losses, strict=True))
+        for t in trainings[1:]
+    ]
+    words = (
+        f"One run each. Largest difference from serial's loss in {len(trainings[0].losses):,} steps: "
+        + ", ".join(f"{t.name} {a:.2g}" for t, a in zip(trainings[1:], apart, strict=True))
+        + "."
+    )
     if trainings[0].sidecar["arguments"]["dtype"] == "float32" and max(apart) > 0:
         words += " That is rounding, which training amplifies; try --dtype float64."
-    if crowded := [t.name for t, n in zip(trainings, cores, strict=True) if n > len(available_cores())]:
+    if crowded := [
+        t.name for t, n in zip(trainings, cores, strict=True) if n > len(available_cores())
+    ]:
         words += f" Oversubscribed, more threads than cores: {', '.join(crowded)}."
     return "\n".join([*lines, "", textwrap.fill(words, 80)])
 
@@ -373,19 +488,56 @@ def parse_args(argv=None):
     parser = Parser("demo", __doc__)
     add = parser.add_argument
     add("--epochs", type=number(int, 1, 1000), default=2, help="default: %(default)s")
-    add("--subset", type=number(int, 1, 50_000), default=20_000, metavar="N",
-        help="first N training and N/5 test images (default: %(default)s)")
-    add("--batch-size", type=number(int, 1, 10**6), default=64,
-        help="images per step of all ranks together (default: %(default)s)")
-    add("--ranks", type=number(int, 1, 1024), default=2, metavar="N", help="of MPI and hybrid (default: %(default)s)")
-    add("--lr", type=number(float, 0, math.inf, exclusive=True), default=0.01, help="default: %(default)s")
-    add("--dtype", choices=("float32", "float64"), default="float32",
-        help="float64: rounding does not drive the curves apart (default: %(default)s)")
-    add("--at-once", action="store_true", help="all three at the same time, each on cores of its own")
+    add(
+        "--subset",
+        type=number(int, 1, 50_000),
+        default=20_000,
+        metavar="N",
+        help="first N training and N/5 test images (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1, 10**6),
+        default=64,
+        help="images per step of all ranks together (default: %(default)s)",
+    )
+    add(
+        "--ranks",
+        type=number(int, 1, 1024),
+        default=2,
+        metavar="N",
+        help="of MPI and hybrid (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0, math.inf, exclusive=True),
+        default=0.01,
+        help="default: %(default)s",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="float64: rounding does not drive the curves apart (default: %(default)s)",
+    )
+    add(
+        "--at-once",
+        action="store_true",
+        help="all three at the same time, each on cores of its own",
+    )
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of weights and data order (default: %(default)s)")
+    add(
+        "--dataset",
+        choices=("auto", "cifar10", "synthetic"),
+        default="auto",
+        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=42,
+        help="of weights and data order (default: %(default)s)",
+    )
     add("--ascii", action="store_true", help="for terminals that cannot show Unicode")
     return parser.parse_args(argv)
 
@@ -402,13 +554,19 @@ def main(argv=None):
         if args.at_once:
             share_cores(trainings, args.ranks)
         signals = []
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # looked at between two pictures
+        for name in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # looked at between two pictures
             signal.signal(name, lambda received, _: signals.append(received))
         with (Screen if style.picture else Lines)(title, trainings, style) as display:
             run_trainings(trainings, args.at_once, display.show, signals)
         columns, lines = shutil.get_terminal_size()
         if style.picture and columns >= SMALLEST[0]:
-            print("\n".join([title, *draw_panels(trainings, style, columns, max(lines - 17, 4)), ""]))
+            print(
+                "\n".join([title, *draw_panels(trainings, style, columns, max(lines - 17, 4)), ""])
+            )
         print(summarize(trainings, style), flush=True)
 
 

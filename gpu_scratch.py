@@ -67,7 +67,10 @@ from common import (
 # ----------------------------------------------------------------------------------------------------------------------
 
 THREADS = 256  # of a block of a kernel that has one thread for each element
-COLUMNS, ROWS = 32, 16  # of a block of a kernel that sums over rows: neighbours read neighbouring channels
+COLUMNS, ROWS = (
+    32,
+    16,
+)  # of a block of a kernel that sums over rows: neighbours read neighbouring channels
 WORKSPACE = 32 * MIB  # of cuBLAS, as NVIDIA advises for the largest GPUs
 LARGEST = 2**30  # elements of an array: kernels count in 32 bits
 
@@ -580,14 +583,28 @@ KERNEL adam(int n, real *w, const real *grads, real *m, real *v, real lr, real b
 def kernel_source(dtype):
     """The kernels for float32 or float64, with the constants of common.py: normalisation and Winograd's matrices."""
     B = Winograd.BT.T
-    overlap = np.zeros((4, 8))  # one pixel of the tile before, the tile's own six rows, one pixel of the tile after
+    overlap = np.zeros(
+        (4, 8)
+    )  # one pixel of the tile before, the tile's own six rows, one pixel of the tile after
     overlap[:, 1:7], overlap[0, 0], overlap[3, 7] = B[1:5], B[5, 5], B[0, 0]
-    matrices = {"BT": Winograd.BT, "G": Winograd.G, "GT": Winograd.G.T, "AT": Winograd.AT, "A": Winograd.AT.T,
-                "Overlap": overlap}  # fmt: skip
+    matrices = {
+        "BT": Winograd.BT,
+        "G": Winograd.G,
+        "GT": Winograd.G.T,
+        "AT": Winograd.AT,
+        "A": Winograd.AT.T,
+        "Overlap": overlap,
+    }
     std = np.array(STD)
-    constants = {"real": {4: "float", 8: "double"}[np.dtype(dtype).itemsize], "PAD": PAD, "THREADS": THREADS,
-                 "COLUMNS": COLUMNS, "ROWS": ROWS, "SCALE": _braces(1 / (255 * std)),
-                 "SHIFT": _braces(np.array(MEAN) / std)}  # fmt: skip
+    constants = {
+        "real": {4: "float", 8: "double"}[np.dtype(dtype).itemsize],
+        "PAD": PAD,
+        "THREADS": THREADS,
+        "COLUMNS": COLUMNS,
+        "ROWS": ROWS,
+        "SCALE": _braces(1 / (255 * std)),
+        "SHIFT": _braces(np.array(MEAN) / std),
+    }
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     return defines + "".join(_unrolled(*item) for item in matrices.items()) + KERNELS
 
@@ -602,8 +619,10 @@ def _unrolled(name, matrix):
     for i, row in enumerate(matrix.tolist()):
         terms = [f"(real){value!r} * in[{j} * step]" for j, value in enumerate(row) if value]
         lines.append(f"        out[{i} * out_step] = {' + '.join(terms)};\n")
-    return (f"struct {name} {{\n    static __device__ __forceinline__ void times(const real *in, int step, real *out, "
-            f"int out_step)\n    {{\n{''.join(lines)}    }}\n}};\n")  # fmt: skip
+    return (
+        f"struct {name} {{\n    static __device__ __forceinline__ void times(const real *in, int step, real *out, "
+        f"int out_step)\n    {{\n{''.join(lines)}    }}\n}};\n"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -634,7 +653,9 @@ class Cpu:
         """x (n, 32, 32, 3) and labels (n,) at `index`, augmented as draws (of all images) says, normalised."""
         if draws is None:
             return load_batch(images, labels, index, self.dtype)
-        return load_batch(augment(images[index], draws[index]), labels[index], slice(None), self.dtype)
+        return load_batch(
+            augment(images[index], draws[index]), labels[index], slice(None), self.dtype
+        )
 
     def loss(self, logits, labels, sums=None):
         """dlogits and [summed loss, top-1, top-5], added to `sums` if given."""
@@ -672,7 +693,9 @@ class Kernels:
         """An array for `key`, whose memory later calls with the same key share; it grows where it must."""
         size = math.prod(shape)
         if size > LARGEST:
-            raise InputError(f"an array of {size:,} values would be needed: give a smaller --batch-size")
+            raise InputError(
+                f"an array of {size:,} values would be needed: give a smaller --batch-size"
+            )
         kept = self.rooms.get(key)
         if kept is None or kept.size < size:
             self.rooms[key] = kept = None  # freed before more is asked for
@@ -719,11 +742,18 @@ class Kernels:
         while parts * tiles < self.FILL and rows % (2 * parts) == 0 and rows // (2 * parts) >= 64:
             parts *= 2
         out = self.room("products", (k, parts, m, n))
-        self.gemm(a.reshape(k * parts, -1, m), b.reshape(k * parts, -1, n), out.reshape(-1, m, n), transpose_a=True)
+        self.gemm(
+            a.reshape(k * parts, -1, m),
+            b.reshape(k * parts, -1, n),
+            out.reshape(-1, m, n),
+            transpose_a=True,
+        )
         return out, parts
 
     def make_model(self, name, seed):
-        model = Model({"cnn": cnn_layers, "resnet18": resnet18_layers}[name](seed, self.dtype), self.xp)
+        model = Model(
+            {"cnn": cnn_layers, "resnet18": resnet18_layers}[name](seed, self.dtype), self.xp
+        )
         for layer in model.layers:
             for leaf in layer.leaves():
                 leaf.gpu = self
@@ -735,15 +765,27 @@ class Kernels:
         return optimizer
 
     def load(self, images, labels, index, draws=None):
-        x, y = self.room("x", (len(index), *images.shape[1:])), self.room("y", (len(index),), np.uint8)
+        x, y = (
+            self.room("x", (len(index), *images.shape[1:])),
+            self.room("y", (len(index),), np.uint8),
+        )
         self.each("load_images", x.size, images, labels, index, draws, x, y)
         return x, y
 
     def loss(self, logits, labels, sums=None):
         result = self.room("sums", (3,), np.float64) if sums is None else sums
         dlogits = self.room("dlogits", logits.shape)
-        self.launch("softmax_cross_entropy", (1,), (THREADS,), logits, labels, *logits.shape, sums is not None,
-                    dlogits, result)  # fmt: skip
+        self.launch(
+            "softmax_cross_entropy",
+            (1,),
+            (THREADS,),
+            logits,
+            labels,
+            *logits.shape,
+            sums is not None,
+            dlogits,
+            result,
+        )
         return dlogits, result
 
 
@@ -769,24 +811,45 @@ class Gpu(Kernels):
         """cuBLAS itself, since CuPy refuses to call it while a stream is captured (cupy/cupy #6290)."""
         library, letter = load_cublas(), {4: "S", 8: "D"}[self.dtype.itemsize]
         pointer, integer, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-        begin = [pointer, *[integer] * 5, pointer]  # handle, transposed or not twice, m, n, k, alpha
-        single, stacked = library[f"cublas{letter}gemm_v2"], library[f"cublas{letter}gemmStridedBatched"]
+        begin = [
+            pointer,
+            *[integer] * 5,
+            pointer,
+        ]  # handle, transposed or not twice, m, n, k, alpha
+        single, stacked = (
+            library[f"cublas{letter}gemm_v2"],
+            library[f"cublas{letter}gemmStridedBatched"],
+        )
         single.argtypes = [*begin, *[pointer, integer] * 2, pointer, pointer, integer]
-        stacked.argtypes = [*begin, *[pointer, integer, stride] * 2, pointer, pointer, integer, stride, integer]
+        stacked.argtypes = [
+            *begin,
+            *[pointer, integer, stride] * 2,
+            pointer,
+            pointer,
+            integer,
+            stride,
+            integer,
+        ]
         self.products, self.handle = (single, stacked), pointer()
-        self.workspace = self.xp.empty(WORKSPACE, np.uint8)  # its own would be taken anew within a graph
+        self.workspace = self.xp.empty(
+            WORKSPACE, np.uint8
+        )  # its own would be taken anew within a graph
         self._check(library.cublasCreate_v2(ctypes.byref(self.handle)))
         self._check(library.cublasSetStream_v2(self.handle, pointer(self.stream.ptr)))
         workspace = pointer(self.workspace.data.ptr), ctypes.c_size_t(WORKSPACE)
         self._check(library.cublasSetWorkspace_v2(self.handle, *workspace))
-        self._check(library.cublasSetMathMode(self.handle, 3 if tf32 else 0))  # CUBLAS_TF32_TENSOR_OP_MATH, DEFAULT
+        self._check(
+            library.cublasSetMathMode(self.handle, 3 if tf32 else 0)
+        )  # CUBLAS_TF32_TENSOR_OP_MATH, DEFAULT
 
     def _check(self, status):
         if status:
             raise TrainingError(f"cuBLAS failed with status {status}")
 
     def launch(self, name, grid, block, *args):
-        function = self.functions.get(name) or self.functions.setdefault(name, self.module.get_function(name))
+        function = self.functions.get(name) or self.functions.setdefault(
+            name, self.module.get_function(name)
+        )
         function(grid, block, tuple(map(self.argument, args)))
 
     def gemm(self, a, b, out, transpose_a=False, transpose_b=False):
@@ -796,11 +859,30 @@ class Gpu(Kernels):
         start = (self.handle, int(transpose_b), int(transpose_a), n, m, k, self.one.ctypes.data)
         if stacked and len(out) > 1:
             status = self.products[1](
-                *start, b.data.ptr, b.shape[2], b.shape[1] * b.shape[2], a.data.ptr, a.shape[2],
-                a.shape[1] * a.shape[2], self.zero.ctypes.data, out.data.ptr, n, m * n, len(out))  # fmt: skip
+                *start,
+                b.data.ptr,
+                b.shape[2],
+                b.shape[1] * b.shape[2],
+                a.data.ptr,
+                a.shape[2],
+                a.shape[1] * a.shape[2],
+                self.zero.ctypes.data,
+                out.data.ptr,
+                n,
+                m * n,
+                len(out),
+            )
         else:
-            status = self.products[0](*start, b.data.ptr, b.shape[-1], a.data.ptr, a.shape[-1], self.zero.ctypes.data,
-                                      out.data.ptr, n)  # fmt: skip
+            status = self.products[0](
+                *start,
+                b.data.ptr,
+                b.shape[-1],
+                a.data.ptr,
+                a.shape[-1],
+                self.zero.ctypes.data,
+                out.data.ptr,
+                n,
+            )
         self._check(status)
 
     def put(self, array):
@@ -835,8 +917,11 @@ class Gpu(Kernels):
     def memory(self):
         """MiB: what this process's arrays take, what CuPy's pool has reserved for them, all of the GPU's in use."""
         pool, (free, total) = self.xp.get_default_memory_pool(), self.xp.cuda.runtime.memGetInfo()
-        return {"gpu_arrays_mb": pool.used_bytes() / MIB, "gpu_pool_mb": pool.total_bytes() / MIB,
-                "gpu_device_mb": (total - free) / MIB}  # fmt: skip
+        return {
+            "gpu_arrays_mb": pool.used_bytes() / MIB,
+            "gpu_pool_mb": pool.total_bytes() / MIB,
+            "gpu_device_mb": (total - free) / MIB,
+        }
 
 
 @functools.cache
@@ -881,8 +966,10 @@ def missing_for_gpu():
         if not driver:
             return "no NVIDIA driver is found"
         if driver // 1000 < needed // 1000:
-            return (f"the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, this CuPy needs "
-                    f"CUDA {needed // 1000}: update the driver")  # fmt: skip
+            return (
+                f"the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, this CuPy needs "
+                f"CUDA {needed // 1000}: update the driver"
+            )
     if not devices:
         return "the NVIDIA driver finds no GPU that this process may use (is CUDA_VISIBLE_DEVICES set?)"
     try:
@@ -892,7 +979,9 @@ def missing_for_gpu():
         load_cublas()
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        return f"a CUDA library is missing ({reason}): python -m pip install -r requirements-gpu.txt"
+        return (
+            f"a CUDA library is missing ({reason}): python -m pip install -r requirements-gpu.txt"
+        )
     return None
 
 
@@ -972,7 +1061,9 @@ class Im2col(GpuLayer, Conv2D):
 
     def _input_gradient(self, dy, add):
         dcol = self.gpu.room("dcol", self.col.shape)
-        self.gpu.gemm(dy.reshape(len(dcol), -1), self.W.reshape(dcol.shape[1], -1), dcol, transpose_b=True)
+        self.gpu.gemm(
+            dy.reshape(len(dcol), -1), self.W.reshape(dcol.shape[1], -1), dcol, transpose_b=True
+        )
         dx = self.gpu.room(self.dx_name, self.x_shape)
         self.gpu.each("col2im", dx.size, dcol, add, *self._geometry(dy.shape), dx)
         return dx
@@ -988,13 +1079,17 @@ class Im2colReLUPool(Im2col):
         self._multiply(x, y)
         pooled = (n, h // 2, w // 2, c)
         self.out, self.which = self.room("out", pooled), self.room("which", pooled, np.uint8)
-        self.gpu.each("bias_relu_pool", self.out.size, y, self.b, *self.out.shape[1:], self.out, self.which)
+        self.gpu.each(
+            "bias_relu_pool", self.out.size, y, self.b, *self.out.shape[1:], self.out, self.which
+        )
         return self.out
 
     def backward(self, dout, add=None):
         n, h, w, c = self.out.shape
         dy = self.gpu.room("y of pool", (n, 2 * h, 2 * w, c))
-        self.gpu.each("bias_relu_pool_backward", self.out.size, dout, self.out, self.which, h, w, c, dy)
+        self.gpu.each(
+            "bias_relu_pool_backward", self.out.size, dout, self.out, self.which, h, w, c, dy
+        )
         self.gpu.bias_gradient(dout, self.db, self.out)
         return super().backward(dy, add)
 
@@ -1040,14 +1135,25 @@ class WinogradConvReLUPool(WinogradConv):
         self.x_shape, (n, h, w, c) = x.shape, self._out_shape(x.shape)
         pooled = (n, h // 2, w // 2, c)
         self.out, self.which = self.room("out", pooled), self.room("which", pooled, np.uint8)
-        self.gpu.each("output_tiles_pool", n * h * w * c // 16, self._multiply_tiles(x), self.b, h, w, c, self.out,
-                      self.which)  # fmt: skip
+        self.gpu.each(
+            "output_tiles_pool",
+            n * h * w * c // 16,
+            self._multiply_tiles(x),
+            self.b,
+            h,
+            w,
+            c,
+            self.out,
+            self.which,
+        )
         return self.out
 
     def backward(self, dout, add=None):
         n, h, w, c = self._out_shape(self.x_shape)
         dM = self.gpu.room("M", (36, n * h * w // 16, c))
-        self.gpu.each("output_tiles_pool_backward", dM.size // 36, dout, self.out, self.which, h, w, c, dM)
+        self.gpu.each(
+            "output_tiles_pool_backward", dM.size // 36, dout, self.out, self.which, h, w, c, dM
+        )
         self.gpu.bias_gradient(dout, self.db, self.out)
         return self._backward_tiles(dM, add)
 
@@ -1066,20 +1172,58 @@ class Norm(GpuLayer, BatchNorm2D):
         mean = self.mean if self.training else self.running_mean
         if self.training:
             parts, count = gpu.sum_rows("norm_moments", x.size // c, c, 3, x)
-            gpu.sum_columns("norm_statistics", c, parts, count, c, self.eps, self.momentum, self.running_mean,
-                            self.running_var, self.mean, self.inverse)  # fmt: skip
+            gpu.sum_columns(
+                "norm_statistics",
+                c,
+                parts,
+                count,
+                c,
+                self.eps,
+                self.momentum,
+                self.running_mean,
+                self.running_var,
+                self.mean,
+                self.inverse,
+            )
         else:
             gpu.each("norm_inverse", c, self.running_var, self.eps, self.inverse)
-        gpu.each("norm_forward", x.size, x, mean, self.inverse, self.gamma, self.beta, add, self.relu, c, self.out)
+        gpu.each(
+            "norm_forward",
+            x.size,
+            x,
+            mean,
+            self.inverse,
+            self.gamma,
+            self.beta,
+            add,
+            self.relu,
+            c,
+            self.out,
+        )
         return self.out
 
     def backward(self, dout):
         gpu, c, x, out = self.gpu, self.gamma.size, self.x, self.out if self.relu else None
-        parts, count = gpu.sum_rows("norm_backward_sums", x.size // c, c, 2, dout, out, x, self.mean, self.inverse)
+        parts, count = gpu.sum_rows(
+            "norm_backward_sums", x.size // c, c, 2, dout, out, x, self.mean, self.inverse
+        )
         gpu.sum_columns("norm_backward_finish", c, parts, count, c, self.dgamma, self.dbeta)
         dx, self.dadd = gpu.room("dy", x.shape), gpu.room("dadd", x.shape) if self.added else None
-        gpu.each("norm_backward", x.size, dout, out, x, self.mean, self.inverse, self.gamma, self.dgamma, self.dbeta,
-                 c, dx, self.dadd)  # fmt: skip
+        gpu.each(
+            "norm_backward",
+            x.size,
+            dout,
+            out,
+            x,
+            self.mean,
+            self.inverse,
+            self.gamma,
+            self.dgamma,
+            self.dbeta,
+            c,
+            dx,
+            self.dadd,
+        )
         return dx
 
 
@@ -1088,7 +1232,9 @@ class Block(Layer):
 
     def __init__(self, in_channels, out_channels, stride=1, *, rng=None, dtype=np.float32):
         options = {"bias": False, "rng": rng, "dtype": dtype}
-        self.conv1 = (WinogradConv if stride == 1 else Im2col)(in_channels, out_channels, stride=stride, **options)
+        self.conv1 = (WinogradConv if stride == 1 else Im2col)(
+            in_channels, out_channels, stride=stride, **options
+        )
         self.norm1 = Norm(out_channels, relu=True, dtype=dtype)
         self.conv2 = WinogradConv(out_channels, out_channels, **options)
         self.norm2 = Norm(out_channels, relu=True, dtype=dtype)
@@ -1167,7 +1313,10 @@ def cnn_layers(seed, dtype):
 def resnet18_layers(seed, dtype):
     """The layers of common.make_resnet18(), with the same weights from the same seed."""
     rng = np.random.default_rng(seed)
-    layers, channels = [Im2col(3, 64, bias=False, rng=rng, dtype=dtype), Norm(64, relu=True, dtype=dtype)], 64
+    layers, channels = (
+        [Im2col(3, 64, bias=False, rng=rng, dtype=dtype), Norm(64, relu=True, dtype=dtype)],
+        64,
+    )
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
             layers.append(Block(channels, width, stride, rng=rng, dtype=dtype))
@@ -1193,16 +1342,33 @@ class Fused:
 
 class FusedSGD(Fused, SGD):
     def step(self, count):
-        w, options = self.model.params, (float(self.lr), float(self.momentum), float(self.weight_decay), 1 / count)
-        self.gpu.each("sgd", w.size, w, self.model.grads, self.slots["velocity"], *options, self._steps)
+        w, options = (
+            self.model.params,
+            (float(self.lr), float(self.momentum), float(self.weight_decay), 1 / count),
+        )
+        self.gpu.each(
+            "sgd", w.size, w, self.model.grads, self.slots["velocity"], *options, self._steps
+        )
 
 
 class FusedAdam(Fused, Adam):
     def step(self, count):
         w, m, v = self.model.params, self.slots["m"], self.slots["v"]
         self.gpu.each("adam_begin", 1, *map(np.float64, self.betas), self._steps)
-        self.gpu.each("adam", w.size, w, self.model.grads, m, v, float(self.lr), *self.betas, self.eps,
-                      float(self.weight_decay), 1 / count, self._steps)  # fmt: skip
+        self.gpu.each(
+            "adam",
+            w.size,
+            w,
+            self.model.grads,
+            m,
+            v,
+            float(self.lr),
+            *self.betas,
+            self.eps,
+            float(self.weight_decay),
+            1 / count,
+            self._steps,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1229,13 +1395,21 @@ def make_steps(device, model, optimizer, data, args):
     """
     n = len(data.y_train)
     sizes = sorted({min(args.batch_size, n), n % args.batch_size} - {0}, reverse=True)
-    steps = dict.fromkeys(sizes, lambda *batch: train_step(device, model, optimizer, *batch, device.mark))
+    steps = dict.fromkeys(
+        sizes, lambda *batch: train_step(device, model, optimizer, *batch, device.mark)
+    )
     if not device.overlaps:
         return steps
     before = {name: device.get(array) for name, array in get_arrays(model, optimizer).items()}
-    batches = {size: lambda size=size: device.load(data.x_train, data.y_train, device.put(np.arange(size, dtype="i4")))
-               for size in sizes}  # fmt: skip
-    for size in sizes:  # all before the first graph, which knows arrays by their place: none may grow after it
+    batches = {
+        size: lambda size=size: device.load(
+            data.x_train, data.y_train, device.put(np.arange(size, dtype="i4"))
+        )
+        for size in sizes
+    }
+    for size in (
+        sizes
+    ):  # all before the first graph, which knows arrays by their place: none may grow after it
         steps[size](*batches[size]())
     set_arrays(model, optimizer, before)
     for size in sizes if args.graph else ():
@@ -1269,7 +1443,9 @@ def train(device, model, optimizer, data, args, run, steps):
         run.start_epoch(epoch, math.ceil(n / size))
         for batch in range(run.batch, math.ceil(n / size)):
             started = device.mark()
-            x, labels = device.load(data.x_train, data.y_train, order[batch * size:(batch + 1) * size], draws)
+            x, labels = device.load(
+                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], draws
+            )
             loaded = device.mark()
             sums, phases = steps[len(labels)](x, labels)
             launched = (len(labels), device.read(sums), (started, loaded), phases)
@@ -1290,8 +1466,13 @@ def end_batch(device, run, images, result, loading, phases, more=False):
     seconds = {}
     if phases:
         started, forward, backward = phases
-        seconds = {"forward": device.seconds(started, forward), "backward": device.seconds(forward, backward)}
-    run.end_batch(images, loss, int(top1), int(top5), device.seconds(*loading), more=more, **seconds)
+        seconds = {
+            "forward": device.seconds(started, forward),
+            "backward": device.seconds(forward, backward),
+        }
+    run.end_batch(
+        images, loss, int(top1), int(top5), device.seconds(*loading), more=more, **seconds
+    )
 
 
 def evaluate(device, model, images, labels, batch_size):
@@ -1301,7 +1482,7 @@ def evaluate(device, model, images, labels, batch_size):
     index = device.put(np.arange(n, dtype=np.int32))
     for start in range(0, n, batch_size):
         started = device.mark()
-        x, y = device.load(images, labels, index[start:start + batch_size])
+        x, y = device.load(images, labels, index[start : start + batch_size])
         loading.append((started, device.mark()))
         device.loss(model.forward(x), y, sums)
     model.train(True)
@@ -1313,12 +1494,25 @@ def parse_args(argv=None):
     parser = make_parser("gpu_scratch", __doc__, MODELS)
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
-        help="auto: a GPU if CuPy finds one, else NumPy (default: %(default)s)")
-    add("--tf32", choices=("on", "off"), default="off",
-        help="let tensor cores round the factors of products to 11 bits (default: %(default)s)")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU if CuPy finds one, else NumPy (default: %(default)s)",
+    )
+    add(
+        "--tf32",
+        choices=("on", "off"),
+        default="off",
+        help="let tensor cores round the factors of products to 11 bits (default: %(default)s)",
+    )
     add("--graph", action="store_true", help="capture the training step as a CUDA graph")
-    add("--augment", choices=("on", "off"), default="off", help="random crops and flips (default: %(default)s)")
+    add(
+        "--augment",
+        choices=("on", "off"),
+        default="off",
+        help="random crops and flips (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -1326,16 +1520,27 @@ def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args)
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    arrays = {name: device.put(getattr(data, name)) for name in ("x_train", "y_train", "x_test", "y_test")}
+    arrays = {
+        name: device.put(getattr(data, name)) for name in ("x_train", "y_train", "x_test", "y_test")
+    }
     data = data._replace(**arrays)
     model = device.make_model(args.model, args.seed)
     optimizer = device.make_optimizer(model, args)
     steps = make_steps(device, model, optimizer, data, args)
-    with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
-        with Run(args, "gpu_scratch", data,
-                 lambda: {name: device.get(array) for name, array in get_arrays(model, optimizer).items()},
-                 lambda arrays: set_arrays(model, optimizer, arrays),
-                 {"device": device.name, "tf32": args.tf32, "graph": args.graph}, gpu_uuid=device.uuid) as run:
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # run stops at the first loss that is not finite
+        with Run(
+            args,
+            "gpu_scratch",
+            data,
+            lambda: {
+                name: device.get(array) for name, array in get_arrays(model, optimizer).items()
+            },
+            lambda arrays: set_arrays(model, optimizer, arrays),
+            {"device": device.name, "tf32": args.tf32, "graph": args.graph},
+            gpu_uuid=device.uuid,
+        ) as run:
             train(device, model, optimizer, data, args, run, steps)
             run.totals.update(device.memory())
             run.finish()

@@ -31,7 +31,15 @@ import jinja2.ext
 import numpy as np
 from markupsafe import Markup
 
-from common import InputError, Parser, TrainingError, atomic_write, check_outputs, make_model, run_main
+from common import (
+    InputError,
+    Parser,
+    TrainingError,
+    atomic_write,
+    check_outputs,
+    make_model,
+    run_main,
+)
 
 TEMPLATES = Path(__file__).resolve().parent / "report" / "templates"
 PDF_MAKERS = {  # program → its options, and how often it runs until all references are right
@@ -41,17 +49,41 @@ PDF_MAKERS = {  # program → its options, and how often it runs until all refer
 }
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 FORM = {  # of analysis.json, as far as it is used here
-    "created": (str, type(None)), "runs": int, "missing": [str], "marks": [str], "environments": [dict],
+    "created": (str, type(None)),
+    "runs": int,
+    "missing": [str],
+    "marks": [str],
+    "environments": [dict],
     "failed_runs": [{"run": str, "status": str, "output": [str]}],
-    "tables": [{"name": str, "title": str, "caption": str, "columns": [{"label": str}], "rows": [list]}],
+    "tables": [
+        {"name": str, "title": str, "caption": str, "columns": [{"label": str}], "rows": [list]}
+    ],
     "figures": [{"name": str, "title": str, "caption": str, "alt": str}],
     "facts": dict,
-}  # fmt: skip
+}
 FACT = {"value": NUMBER, "low": MAYBE_NUMBER, "high": MAYBE_NUMBER}
-PROPERTIES = {"cpu": "CPU", "gpu": "GPU", "memory_gib": "memory, GiB", "blas": "BLAS", "python": "Python"}
+PROPERTIES = {
+    "cpu": "CPU",
+    "gpu": "GPU",
+    "memory_gib": "memory, GiB",
+    "blas": "BLAS",
+    "python": "Python",
+}
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-          "November", "December")  # fmt: skip
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 NBSP = "\N{NO-BREAK SPACE}"
 BLOCK = "\x01"  # begins the line of a table or figure in the text
 
@@ -67,11 +99,15 @@ def read_analysis(folder):
     try:
         analysis = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run analyze_results.py, or give another --analysis") from None
+        raise InputError(
+            f"{path} does not exist: run analyze_results.py, or give another --analysis"
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{path} is no complete JSON ({error}): run analyze_results.py again") from None
+        raise InputError(
+            f"{path} is no complete JSON ({error}): run analyze_results.py again"
+        ) from None
     if problem := find_mismatch(analysis, FORM) or find_missing_part(analysis, folder):
         raise InputError(f"{path}{problem}: run analyze_results.py again")
     return analysis
@@ -93,9 +129,16 @@ def find_mismatch(value, form, where=""):
     if isinstance(form, dict):
         if absent := form.keys() - value.keys():
             return f"{where} has no {min(absent)}"
-        return next(filter(None, (find_mismatch(value[k], form[k], f"{where}: {k}") for k in form)), None)
+        return next(
+            filter(None, (find_mismatch(value[k], form[k], f"{where}: {k}") for k in form)), None
+        )
     if isinstance(form, list):
-        return next(filter(None, (find_mismatch(v, form[0], f"{where} {i}") for i, v in enumerate(value, 1))), None)
+        return next(
+            filter(
+                None, (find_mismatch(v, form[0], f"{where} {i}") for i, v in enumerate(value, 1))
+            ),
+            None,
+        )
     return None
 
 
@@ -122,7 +165,9 @@ class Fact:
 
     @property
     def short(self):
-        return f"{significant(self.value)}{NBSP}{self.unit}" if self.unit else significant(self.value)
+        return (
+            f"{significant(self.value)}{NBSP}{self.unit}" if self.unit else significant(self.value)
+        )
 
     @property
     def spread(self):
@@ -152,14 +197,20 @@ class Configuration:
 
     def __init__(self, suite, name, results):
         self.suite, self.name, self._results = suite, name, results
-        self.base, _, self.machine = name.partition(" ")  # [2] and so on behind the name: not the first machine
-        self.oversubscribed = any(mark.startswith("oversubscribed") and name in re.split(r"[\s:]*[:,] ", mark)
-                                  for mark in results.analysis["marks"])  # fmt: skip
+        self.base, _, self.machine = name.partition(
+            " "
+        )  # [2] and so on behind the name: not the first machine
+        self.oversubscribed = any(
+            mark.startswith("oversubscribed") and name in re.split(r"[\s:]*[:,] ", mark)
+            for mark in results.analysis["marks"]
+        )
         shape = re.fullmatch(r"(mpi|hybrid)-(\d+)(?:x(\d+))?-(strong|weak)", self.base)
         self.family, self.scaling = (shape[1], shape[4]) if shape else (name, "")
         self.ranks, self.threads = (int(shape[2]), int(shape[3] or 1)) if shape else (1, 1)
         self.cores = self.ranks * self.threads
-        self.source, _, self.workers = re.sub(r"-(\d+)-workers-\w+$", r" \1", self.base).partition(" ")
+        self.source, _, self.workers = re.sub(r"-(\d+)-workers-\w+$", r" \1", self.base).partition(
+            " "
+        )
 
     def __getattr__(self, quantity):
         return self._results.fact(f"{self.suite}.{self.name}.{quantity}")
@@ -186,28 +237,46 @@ class Results:
 
     def __init__(self, analysis):
         self.analysis, self.shown, self.empty_sections, self.seen = analysis, 0, [], set()
-        self.blocks = [Block(kind, entry["name"]) for kind in ("table", "figure") for entry in analysis[f"{kind}s"]]
+        self.blocks = [
+            Block(kind, entry["name"])
+            for kind in ("table", "figure")
+            for entry in analysis[f"{kind}s"]
+        ]
 
     def fact(self, name):
         entry = self.analysis["facts"].get(name)
-        return Fact(*map(entry.get, ("value", "low", "high", "n", "unit"))) if entry else absent(name)
+        return (
+            Fact(*map(entry.get, ("value", "low", "high", "n", "unit"))) if entry else absent(name)
+        )
 
     def run(self, suite, name):
         return Configuration(suite, name, self)
 
     def every_run(self, suite, pattern="*"):
         """The configurations of a suite that have facts, in their order."""
-        found = (re.fullmatch(rf"{suite}\.([^.]+)\.([^.]+)", name) for name in self.analysis["facts"])
-        runs = [self.run(suite, name) for name in dict.fromkeys(match[1] for match in found if match)]
+        found = (
+            re.fullmatch(rf"{suite}\.([^.]+)\.([^.]+)", name) for name in self.analysis["facts"]
+        )
+        runs = [
+            self.run(suite, name) for name in dict.fromkeys(match[1] for match in found if match)
+        ]
         return [run for run in runs if fnmatch.fnmatchcase(run.base, pattern)]
 
     def best(self, runs, quantity):
         """The configuration with the largest mean of that quantity."""
-        known = [(fact.value, i) for i, run in enumerate(runs) if isinstance(fact := getattr(run, quantity), Fact)]
+        known = [
+            (fact.value, i)
+            for i, run in enumerate(runs)
+            if isinstance(fact := getattr(run, quantity), Fact)
+        ]
         return runs[max(known)[1]] if known else absent(quantity)
 
     def every_block(self, kind, pattern):
-        return [block for block in self.blocks if block.kind == kind and fnmatch.fnmatchcase(block.name, pattern)]
+        return [
+            block
+            for block in self.blocks
+            if block.kind == kind and fnmatch.fnmatchcase(block.name, pattern)
+        ]
 
     def rest(self):
         """The tables and figures that the text has not shown so far."""
@@ -224,7 +293,9 @@ class Results:
             self.seen.add(value)
             return f"\n{BLOCK}{value.kind} {value.name}\n" if new else ""
         if isinstance(value, Configuration):
-            return f"`{escape_text(value.name)}`" + (" (oversubscribed)" if value.oversubscribed else "")
+            return f"`{escape_text(value.name)}`" + (
+                " (oversubscribed)" if value.oversubscribed else ""
+            )
         if isinstance(value, (int, float)):
             return f"{value:,}" if isinstance(value, int) else significant(value)
         return escape_text(value)
@@ -256,7 +327,11 @@ def is_below(value, other):
 
 def is_unclear(value, other):
     """Whether the intervals of two means overlap, or a number lies in one."""
-    return None not in (*ends(value), *ends(other)) and not is_above(value, other) and not is_below(value, other)
+    return (
+        None not in (*ends(value), *ends(other))
+        and not is_above(value, other)
+        and not is_below(value, other)
+    )
 
 
 def amdahl_limit(fraction):
@@ -271,21 +346,35 @@ def describe_network(name):
     model, seen = make_model(name), []
     weighted = [leaf for layer in model.layers for leaf in layer.leaves() if hasattr(leaf, "W")]
     for leaf in weighted:  # look at the input of each while one image goes through
-        leaf.forward = lambda x, leaf=leaf, forward=leaf.forward: seen.append((leaf, x.shape)) or forward(x)
+        leaf.forward = lambda x, leaf=leaf, forward=leaf.forward: (
+            seen.append((leaf, x.shape)) or forward(x)
+        )
     model.train(False)
     model.forward(np.zeros((1, 32, 32, 3), np.float32))
     layers = []
     for leaf, shape in seen:
         kernel = leaf.kernel_size if leaf.W.ndim == 4 else 0
         side = (shape[1] + 2 * leaf.padding - kernel) // leaf.stride + 1 if kernel else 1
-        layers.append({"kind": "convolution" if kernel else "dense layer", "kernel": kernel, "inputs": leaf.W.shape[-2],
-                       "outputs": leaf.W.shape[-1], "share": 100 * leaf.W.size / model.params.size,
-                       "flops": 2 * leaf.W.size * side**2})  # fmt: skip
+        layers.append(
+            {
+                "kind": "convolution" if kernel else "dense layer",
+                "kernel": kernel,
+                "inputs": leaf.W.shape[-2],
+                "outputs": leaf.W.shape[-1],
+                "share": 100 * leaf.W.size / model.params.size,
+                "flops": 2 * leaf.W.size * side**2,
+            }
+        )
     forward = sum(layer["flops"] for layer in layers)
-    return {"layers": layers, "parameters": model.params.size, "forward_mflops": forward / 1e6,
-            "step_mflops": (3 * forward - layers[0]["flops"]) / 1e6,  # backward: dW and dx, but no dx of the images
-            "largest": (largest := max(layers, key=lambda layer: layer["share"])),
-            "largest_flops_share": 100 * largest["flops"] / forward}  # fmt: skip
+    return {
+        "layers": layers,
+        "parameters": model.params.size,
+        "forward_mflops": forward / 1e6,
+        "step_mflops": (3 * forward - layers[0]["flops"])
+        / 1e6,  # backward: dW and dx, but no dx of the images
+        "largest": (largest := max(layers, key=lambda layer: layer["share"])),
+        "largest_flops_share": 100 * largest["flops"] / forward,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,8 +399,12 @@ class Sentences(jinja2.ext.Extension):
             else:
                 lines.append(line.strip())
         is_statement = re.compile(r"\{% \w+(?: (?:(?!%\}).)*)? %\}")
-        return "\n".join(line if not line or is_statement.fullmatch(line)
-                         else f"{{% sentence %}}{line}{{% endsentence %}}" for line in lines)  # fmt: skip
+        return "\n".join(
+            line
+            if not line or is_statement.fullmatch(line)
+            else f"{{% sentence %}}{line}{{% endsentence %}}"
+            for line in lines
+        )
 
     def parse(self, parser):
         token = next(parser.stream)
@@ -331,7 +424,11 @@ class Sentences(jinja2.ext.Extension):
 
     def _section(self, title, caller):
         results = self.environment.results
-        shown, empty, self.environment.depth = results.shown, len(results.empty_sections), self.environment.depth + 1
+        shown, empty, self.environment.depth = (
+            results.shown,
+            len(results.empty_sections),
+            self.environment.depth + 1,
+        )
         body = caller()
         self.environment.depth -= 1
         if results.shown == shown:
@@ -344,8 +441,13 @@ class Sentences(jinja2.ext.Extension):
 def text_environment():
     """Jinja2 for text.j2, compiled once; `results` and `depth` are set for each text."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), extensions=[Sentences], undefined=jinja2.StrictUndefined,
-        finalize=lambda value: environment.results.show(value), trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        extensions=[Sentences],
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: environment.results.show(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.tests.update(above=is_above, below=is_below, unclear=is_unclear)
     return environment
 
@@ -356,18 +458,29 @@ def make_text(analysis):
     machines = [Entry(machine) for machine in analysis["environments"]]
     failures = {}
     for failed in analysis["failed_runs"]:
-        failures.setdefault((failed["status"], (failed["output"] or [""])[-1]), []).append(failed["run"])
+        failures.setdefault((failed["status"], (failed["output"] or [""])[-1]), []).append(
+            failed["run"]
+        )
     for _ in range(2):
         results = environment.results = Results(analysis)
         environment.depth = 0
         text = environment.get_template("text.j2").render(
-            **{name: analysis[name] for name in ("runs", "marks", "missing", "failed_runs")}, failures=failures,
-            machines=machines, machine=machines[0] if machines else Entry({}),
+            **{name: analysis[name] for name in ("runs", "marks", "missing", "failed_runs")},
+            failures=failures,
+            machines=machines,
+            machine=machines[0] if machines else Entry({}),
             repeats=sorted({fact["n"] for fact in analysis["facts"].values() if fact.get("n")}),
-            fact=results.fact, run=results.run, every_run=results.every_run, best=results.best, rest=results.rest,
+            fact=results.fact,
+            run=results.run,
+            every_run=results.every_run,
+            best=results.best,
+            rest=results.rest,
             tables=functools.partial(results.every_block, "table"),
             figures=functools.partial(results.every_block, "figure"),
-            network=describe_network, amdahl_limit=amdahl_limit, missing_sections=missing_sections)  # fmt: skip
+            network=describe_network,
+            amdahl_limit=amdahl_limit,
+            missing_sections=missing_sections,
+        )
         missing_sections = results.empty_sections
     return text
 
@@ -377,8 +490,10 @@ def escape_text(value):
     return re.sub(r"([\\`*#>=-])", r"\\\1", re.sub(r"[ \t\r\n]+", " ", str(value)))
 
 
-SPAN = re.compile(r"`(?P<code>(?:\\.|[^\\`])*)`|\*\*(?P<strong>(?:\\.|[^\\*])*)\*\*|\*(?P<em>(?:\\.|[^\\*])*)\*"
-                  r"|(?P<plain>(?:\\.|[^\\`*])+)")  # fmt: skip
+SPAN = re.compile(
+    r"`(?P<code>(?:\\.|[^\\`])*)`|\*\*(?P<strong>(?:\\.|[^\\*])*)\*\*|\*(?P<em>(?:\\.|[^\\*])*)\*"
+    r"|(?P<plain>(?:\\.|[^\\`*])+)"
+)
 
 
 def parse_spans(text):
@@ -394,30 +509,53 @@ def parse_blocks(text, analysis):
 
     def kind_of(line):
         kind = BLOCK if line[0] == BLOCK else "paragraph"
-        return {"- ": "list", "> ": "note", "= ": "keys", "# ": "heading", "##": "heading"}.get(line[:2], kind)
+        return {"- ": "list", "> ": "note", "= ": "keys", "# ": "heading", "##": "heading"}.get(
+            line[:2], kind
+        )
 
     known = {("figure", entry["name"]): entry for entry in analysis["figures"]}
     known.update({("table", entry["name"]): join_intervals(entry) for entry in analysis["tables"]})
     blocks, numbers = [], {"table": itertools.count(1), "figure": itertools.count(1)}
-    for lines in (part.strip("\n").split("\n") for part in re.split(r"\n\s*\n", text) if part.strip()):
+    for lines in (
+        part.strip("\n").split("\n") for part in re.split(r"\n\s*\n", text) if part.strip()
+    ):
         for kind, group in itertools.groupby(lines, kind_of):
             group = list(group)
             if kind in ("list", "note", "keys"):
                 items = [line[2:] for line in group]
-                split = re.compile(r"(.*?)( \(.*\))? :: (.*)")  # 1.84 × (1.80 to 1.88, n = 3) :: the speed-up
-                blocks.append({"kind": kind, "items": [
-                    [parse_spans(part or "") for part in split.fullmatch(item).groups()] if kind == "keys"
-                    else parse_spans(item) for item in items]})  # fmt: skip
+                split = re.compile(
+                    r"(.*?)( \(.*\))? :: (.*)"
+                )  # 1.84 × (1.80 to 1.88, n = 3) :: the speed-up
+                blocks.append(
+                    {
+                        "kind": kind,
+                        "items": [
+                            [parse_spans(part or "") for part in split.fullmatch(item).groups()]
+                            if kind == "keys"
+                            else parse_spans(item)
+                            for item in items
+                        ],
+                    }
+                )
             elif kind == "heading":
                 marks, _, title = group[0].partition(" ")
                 name = re.sub(r"\W+", "-", title.lower()).strip("-")
-                blocks.append({"kind": "heading", "level": len(marks), "spans": parse_spans(title), "id": name})
+                blocks.append(
+                    {
+                        "kind": "heading",
+                        "level": len(marks),
+                        "spans": parse_spans(title),
+                        "id": name,
+                    }
+                )
             elif kind == BLOCK:
                 for line in group:
                     what, _, name = line[1:].partition(" ")
                     entry = known[what, name]
                     title = entry["title"][:1].upper() + entry["title"][1:]
-                    blocks.append({"kind": what, "number": next(numbers[what]), **entry, "title": title})
+                    blocks.append(
+                        {"kind": what, "number": next(numbers[what]), **entry, "title": title}
+                    )
             else:
                 blocks.append({"kind": "paragraph", "spans": parse_spans(" ".join(group))})
     return blocks
@@ -435,18 +573,54 @@ def escape_markdown(text, style="plain"):
 
 
 LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "*": "{*}", '"': "''", "`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "–": "--", "—": "---",
-    "×": r"$\times$", "−": "$-$", "·": r"$\cdot$", "±": r"$\pm$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$",
-    "→": r"$\to$", "…": r"\ldots{}", "’": "'", "“": "``", "”": "''", "µ": r"$\mu$", "μ": r"$\mu$", "°": r"$^\circ$",
-    "®": r"\textregistered{}", "™": r"\texttrademark{}", NBSP: "~",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "*": "{*}",
+    '"': "''",
+    "`": r"\textasciigrave{}",
+    "[": "{[}",
+    "]": "{]}",
+    "–": "--",
+    "—": "---",
+    "×": r"$\times$",
+    "−": "$-$",
+    "·": r"$\cdot$",
+    "±": r"$\pm$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "≈": r"$\approx$",
+    "→": r"$\to$",
+    "…": r"\ldots{}",
+    "’": "'",
+    "“": "``",
+    "”": "''",
+    "µ": r"$\mu$",
+    "μ": r"$\mu$",
+    "°": r"$^\circ$",
+    "®": r"\textregistered{}",
+    "™": r"\texttrademark{}",
+    NBSP: "~",
+}
 
 
 def escape_latex(text, style="plain"):
     """Every character is one that LaTeX can set without further fonts; where there is none, its code point is named."""
-    text = re.sub(r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"\x02{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}\x03", text)
+    text = re.sub(
+        r"[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+",
+        lambda m: f"\x02{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}\x03",
+        text,
+    )
     parts = []
     for char in text:
         if char == "-" and parts[-1:] == ["-"]:
@@ -457,7 +631,9 @@ def escape_latex(text, style="plain"):
             parts.append(char)
         else:
             plain = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
-            parts.append("".join(LATEX.get(c, c) for c in plain if c.isprintable()) or f"[U+{ord(char):04X}]")
+            parts.append(
+                "".join(LATEX.get(c, c) for c in plain if c.isprintable()) or f"[U+{ord(char):04X}]"
+            )
     text = "".join(parts).replace("\x02", r"\textsuperscript{$").replace("\x03", "$}")
     return re.sub(r"(\\_|/|-(?!\{))", r"\1\\allowbreak{}", text) if style == "code" else text
 
@@ -468,10 +644,20 @@ def escape_html(text, style="plain"):
 
 FORMATS = {  # escape, and what stands around a span
     "md": (escape_markdown, {"code": "`{}`", "strong": "**{}**", "em": "*{}*", "plain": "{}"}),
-    "tex": (escape_latex, {"code": r"\texttt{{{}}}", "strong": r"\textbf{{{}}}", "em": r"\emph{{{}}}", "plain": "{}"}),
-    "html": (escape_html, {"code": "<code>{}</code>", "strong": "<strong>{}</strong>", "em": "<em>{}</em>",
-                           "plain": "{}"}),
-}  # fmt: skip
+    "tex": (
+        escape_latex,
+        {"code": r"\texttt{{{}}}", "strong": r"\textbf{{{}}}", "em": r"\emph{{{}}}", "plain": "{}"},
+    ),
+    "html": (
+        escape_html,
+        {
+            "code": "<code>{}</code>",
+            "strong": "<strong>{}</strong>",
+            "em": "<em>{}</em>",
+            "plain": "{}",
+        },
+    ),
+}
 
 
 def join_intervals(table):
@@ -479,8 +665,13 @@ def join_intervals(table):
     columns = table["columns"]
     kept = [i for i, column in enumerate(columns) if column["label"] != "±"]
     means = {i for i in kept if i + 1 < len(columns) and i + 1 not in kept}
-    return {**table, "columns": [columns[i] for i in kept],
-            "rows": [[(row[i], row[i + 1]) if i in means else row[i] for i in kept] for row in table["rows"]]}
+    return {
+        **table,
+        "columns": [columns[i] for i in kept],
+        "rows": [
+            [(row[i], row[i + 1]) if i in means else row[i] for i in kept] for row in table["rows"]
+        ],
+    }
 
 
 def format_cell(value, column):
@@ -521,7 +712,14 @@ def paper_columns(table, width=105):
     for i, column in enumerate(table["columns"]):
         cells = [format_cell(row[i], column) for row in table["rows"]]
         widest = max(map(len, [*cells, *header(column).split()]))
-        heads.append((i, textwrap.wrap(header(column), widest, break_long_words=False, break_on_hyphens=False)))
+        heads.append(
+            (
+                i,
+                textwrap.wrap(
+                    header(column), widest, break_long_words=False, break_on_hyphens=False
+                ),
+            )
+        )
         widths.append(widest + 2)
     first, others = widths[0], sum(widths[1:])
     parts = 1 if first + others <= 1.25 * width else math.ceil(others / max(1.1 * width - first, 1))
@@ -538,20 +736,40 @@ def make_page(form, blocks, pictures, created):
     """The report in one format, from report/templates/report.<form>.j2. pictures: {name: address}"""
     title, *blocks = blocks
     escape, styles = FORMATS[form]
-    delimiters = {"block_start_string": "((*", "block_end_string": "*))", "variable_start_string": "(((",
-                  "variable_end_string": ")))", "comment_start_string": "((#", "comment_end_string": "#))"}  # fmt: skip
+    delimiters = {
+        "block_start_string": "((*",
+        "block_end_string": "*))",
+        "variable_start_string": "(((",
+        "variable_end_string": ")))",
+        "comment_start_string": "((#",
+        "comment_end_string": "#))",
+    }
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, autoescape=form == "html",
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, **(delimiters if form == "tex" else {}))
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        autoescape=form == "html",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **(delimiters if form == "tex" else {}),
+    )
     environment.filters.update(
-        spans=lambda spans: Markup("".join(styles[style].format(escape(text, style)) for style, text in spans)),
+        spans=lambda spans: Markup(
+            "".join(styles[style].format(escape(text, style)) for style, text in spans)
+        ),
         text=lambda value: Markup(escape(" ".join(str(value).split()))),
         header=lambda column: Markup(escape(header(column))),
         cell=lambda value, column: Markup(escape(format_cell(value, column))),
-        mean=mean_of, paper_columns=paper_columns)  # fmt: skip
+        mean=mean_of,
+        paper_columns=paper_columns,
+    )
     environment.tests["numeric"] = is_numeric
     return environment.get_template(f"report.{form}.j2").render(
-        title=title["spans"], blocks=blocks, pictures=pictures, created=created and date_in_words(created))
+        title=title["spans"],
+        blocks=blocks,
+        pictures=pictures,
+        created=created and date_in_words(created),
+    )
 
 
 def date_in_words(created):
@@ -574,10 +792,17 @@ def data_uri(folder, name):
 def environment_table(environments):
     """The machines as a table, a column each; what none of them tells is left out."""
     keys = dict.fromkeys(key for environment in environments for key in environment)
-    rows = [[PROPERTIES.get(key, key), *(in_words(e.get(key)) for e in environments)] for key in keys]
+    rows = [
+        [PROPERTIES.get(key, key), *(in_words(e.get(key)) for e in environments)] for key in keys
+    ]
     columns = [{"label": f"machine [{i}]"} for i in range(1, len(environments) + 1)]
-    return {"name": "environment", "title": "Environment", "caption": "As the runs have recorded it.",
-            "columns": [{"label": "property"}, *columns], "rows": [row for row in rows if any(row[1:])]}  # fmt: skip
+    return {
+        "name": "environment",
+        "title": "Environment",
+        "caption": "As the runs have recorded it.",
+        "columns": [{"label": "property"}, *columns],
+        "rows": [row for row in rows if any(row[1:])],
+    }
 
 
 def in_words(value):
@@ -586,18 +811,25 @@ def in_words(value):
         return ", ".join(f"{k} {in_words(v)}" for k, v in value.items() if v not in (None, ""))
     if isinstance(value, list):
         return "; ".join(map(in_words, value))
-    return "" if value is None else re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", str(value))  # a hash
+    return (
+        "" if value is None else re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", str(value))
+    )  # a hash
 
 
 def write_report(analysis, source, folder):
     """Write report.md, report.tex, report.html and the figures of the first two. Returns the paths of the reports."""
     if analysis["environments"]:
-        analysis = {**analysis, "tables": [*analysis["tables"], environment_table(analysis["environments"])]}
+        analysis = {
+            **analysis,
+            "tables": [*analysis["tables"], environment_table(analysis["environments"])],
+        }
     blocks = parse_blocks(make_text(analysis), analysis)
     names = [block["name"] for block in blocks if block["kind"] == "figure"]
     copies, inline = {n: f"figures/{n}.png" for n in names}, {n: data_uri(source, n) for n in names}
-    pages = {form: make_page(form, blocks, inline if form == "html" else copies, analysis["created"])
-             for form in FORMATS}  # fmt: skip
+    pages = {
+        form: make_page(form, blocks, inline if form == "html" else copies, analysis["created"])
+        for form in FORMATS
+    }
     for name, copy in copies.items():
         with atomic_write(folder / copy) as file:
             file.write((source / "figures" / f"{name}.png").read_bytes())
@@ -618,10 +850,18 @@ def make_pdf(path):
             shutil.copytree(path.parent / "figures", Path(scratch) / "figures")
         shutil.copy(path, scratch)
         for _ in range(times):
-            done = subprocess.run([program, *options, path.name], cwd=scratch, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")  # fmt: skip
+            done = subprocess.run(
+                [program, *options, path.name],
+                cwd=scratch,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                errors="replace",
+            )
             if done.returncode:
-                said = [line for line in done.stdout.splitlines() if line.startswith("!")] or done.stdout.splitlines()
+                said = [
+                    line for line in done.stdout.splitlines() if line.startswith("!")
+                ] or done.stdout.splitlines()
                 raise TrainingError(f"{program} could not set {path}: {' '.join(said[-1:])}")
         pdf = path.with_suffix(".pdf")
         with atomic_write(pdf) as file:
@@ -634,10 +874,18 @@ def make_pdf(path):
 
 def parse_args(argv=None):
     parser = Parser("make_report", __doc__)
-    parser.add_argument("--analysis", metavar="FOLDER", default="results/analysis",
-                        help="what analyze_results.py has written (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output-dir", metavar="FOLDER", default="report", help="default: %(default)s")
-    parser.add_argument("--pdf", action="store_true", help="make report.pdf too, where LaTeX is installed")
+    parser.add_argument(
+        "--analysis",
+        metavar="FOLDER",
+        default="results/analysis",
+        help="what analyze_results.py has written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-dir", metavar="FOLDER", default="report", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--pdf", action="store_true", help="make report.pdf too, where LaTeX is installed"
+    )
     return parser.parse_args(argv)
 
 

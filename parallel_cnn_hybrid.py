@@ -69,7 +69,9 @@ from common import (
 # channels (copy), and over one tile, whose positions lie at distances that it knows. Every step has one of these forms.
 
 BLOCK = 32  # channels in a tile
-A, B = (float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3]))  # 0, A, -A, B, -B and infinity
+A, B = (
+    float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3])
+)  # 0, A, -A, B, -B and infinity
 
 # No fastmath: what has just been compiled and what comes from the cache differ as machine code (Numba optimises the
 # body of a prange both by itself and within its function), and only strict arithmetic gives the same bits in both.
@@ -104,7 +106,12 @@ def add_scaled(factor, source, target):
 @inlined
 def pool(tile, at, right, below):
     """Of four positions the maximum → the first of them, and which was the first maximum, 0 to 3 → its right."""
-    zero, one, two, three = tile.dtype.type(0), tile.dtype.type(1), tile.dtype.type(2), tile.dtype.type(3)
+    zero, one, two, three = (
+        tile.dtype.type(0),
+        tile.dtype.type(1),
+        tile.dtype.type(2),
+        tile.dtype.type(3),
+    )
     for i in range(at, at + BLOCK):
         y0, y1, y2, y3 = tile[i], tile[i + right], tile[i + below], tile[i + below + right]
         upper, lower = max(y0, y1), max(y2, y3)
@@ -135,11 +142,19 @@ def relu_gradient(dout, won, dy, which):
 @inlined
 def unpool(tile, at, right, below):
     """From what relu_gradient has left in the first position and its right: the gradient of all four."""
-    zero, one, two, three = tile.dtype.type(0), tile.dtype.type(1), tile.dtype.type(2), tile.dtype.type(3)
+    zero, one, two, three = (
+        tile.dtype.type(0),
+        tile.dtype.type(1),
+        tile.dtype.type(2),
+        tile.dtype.type(3),
+    )
     for i in range(at, at + BLOCK):
         d, which = tile[i], tile[i + right]
         tile[i], tile[i + right] = d if which == zero else zero, d if which == one else zero
-        tile[i + below], tile[i + below + right] = d if which == two else zero, d if which == three else zero
+        tile[i + below], tile[i + below + right] = (
+            d if which == two else zero,
+            d if which == three else zero,
+        )
 
 
 @inlined
@@ -162,7 +177,7 @@ def im2col_for_pooling(x, planes, col):
                     for j in range(2):
                         odd, first = (kw + j) % 2, (kw + j) // 2
                         for h in range(i + kh, height + kh, 2):
-                            copy(planes[c, odd, h, first:first + ow], row[to:to + ow])
+                            copy(planes[c, odd, h, first : first + ow], row[to : to + ow])
                             to += ow
 
 
@@ -179,9 +194,15 @@ def conv_pool_forward(x, W, b, out, won, planes, cols, ys, tiles):
             h, w = divmod(row, ow)
             for f in range(0, channels, BLOCK):
                 for k in range(4):
-                    copy(y[row + k * oh * ow, f:f + BLOCK], tile[k])
+                    copy(y[row + k * oh * ow, f : f + BLOCK], tile[k])
                 pool(tile.reshape(-1), 0, BLOCK, 2 * BLOCK)
-                bias_relu(tile[0], tile[1], b[f:f + BLOCK], out[i, h, w, f:f + BLOCK], won[i, h, w, f:f + BLOCK])
+                bias_relu(
+                    tile[0],
+                    tile[1],
+                    b[f : f + BLOCK],
+                    out[i, h, w, f : f + BLOCK],
+                    won[i, h, w, f : f + BLOCK],
+                )
 
 
 @kernel(parallel=True)
@@ -194,11 +215,13 @@ def conv_pool_backward(x, dout, won, dWs, dbs, planes, cols, ys, tiles, products
         for row in range(oh * ow):
             h, w = divmod(row, ow)
             for f in range(0, channels, BLOCK):
-                relu_gradient(dout[i, h, w, f:f + BLOCK], won[i, h, w, f:f + BLOCK], tile[0], tile[1])
-                add(tile[0], dbs[t, f:f + BLOCK])
+                relu_gradient(
+                    dout[i, h, w, f : f + BLOCK], won[i, h, w, f : f + BLOCK], tile[0], tile[1]
+                )
+                add(tile[0], dbs[t, f : f + BLOCK])
                 unpool(tile.reshape(-1), 0, BLOCK, 2 * BLOCK)
                 for k in range(4):
-                    copy(tile[k], dy[row + k * oh * ow, f:f + BLOCK])
+                    copy(tile[k], dy[row + k * oh * ow, f : f + BLOCK])
         im2col_for_pooling(x[i], planes[t], cols[t])
         np.dot(cols[t], dy, products[t])
         dWs[t] += products[t]
@@ -217,22 +240,28 @@ class ThreadedConvReLUPool(ConvReLUPool):
     def forward(self, x):
         n, h, w, c = x.shape
         if h % 2 or w % 2:
-            raise ValueError(f"ThreadedConvReLUPool takes images of 2n x 2m pixels, not {h}x{w}: use ConvReLUPool")
+            raise ValueError(
+                f"ThreadedConvReLUPool takes images of 2n x 2m pixels, not {h}x{w}: use ConvReLUPool"
+            )
         f, threads = self.b.size, numba.get_num_threads()
         self.x = x
         self.out = self.scratch("out", (n, h // 2, w // 2, f), x)
         self.won = self.scratch("won", (n, h // 2, w // 2, f), x, dtype=np.uint8)
-        self.own = (self.scratch("planes", (threads, c, 2, h + 2, w // 2 + 1), x),
-                    self.scratch("cols", (threads, 9 * c, h * w), x),
-                    self.scratch("ys", (threads, h * w, f), x),
-                    self.scratch("tiles", (threads, 4, BLOCK), x))  # fmt: skip
+        self.own = (
+            self.scratch("planes", (threads, c, 2, h + 2, w // 2 + 1), x),
+            self.scratch("cols", (threads, 9 * c, h * w), x),
+            self.scratch("ys", (threads, h * w, f), x),
+            self.scratch("tiles", (threads, 4, BLOCK), x),
+        )
         conv_pool_forward(x, self.W.reshape(-1, f), self.b, self.out, self.won, *self.own)
         return self.out
 
     def backward(self, dout):
         threads, W = numba.get_num_threads(), self.W.reshape(-1, self.b.size)
-        dWs, dbs, products = (self.scratch(name, (threads, *shape), dout)
-                              for name, shape in (("dWs", W.shape), ("dbs", self.b.shape), ("products", W.shape)))
+        dWs, dbs, products = (
+            self.scratch(name, (threads, *shape), dout)
+            for name, shape in (("dWs", W.shape), ("dbs", self.b.shape), ("products", W.shape))
+        )
         dWs.fill(0)
         dbs.fill(0)
         conv_pool_backward(self.x, dout, self.won, dWs, dbs, *self.own, products)
@@ -251,7 +280,12 @@ def transform_input(tile, start, step):
     for i in range(start, start + BLOCK):
         d0, d1, d2 = tile[i], tile[i + step], tile[i + 2 * step]
         d3, d4, d5 = tile[i + 3 * step], tile[i + 4 * step], tile[i + 5 * step]
-        even_a, odd_a, even_b, odd_b = d4 - b * b * d2, a * (d3 - b * b * d1), d4 - a * a * d2, b * (d3 - a * a * d1)
+        even_a, odd_a, even_b, odd_b = (
+            d4 - b * b * d2,
+            a * (d3 - b * b * d1),
+            d4 - a * a * d2,
+            b * (d3 - a * a * d1),
+        )
         tile[i] = a * a * b * b * d0 - (a * a + b * b) * d2 + d4
         tile[i + step], tile[i + 2 * step] = even_a + odd_a, even_a - odd_a
         tile[i + 3 * step], tile[i + 4 * step] = even_b + odd_b, even_b - odd_b
@@ -264,8 +298,14 @@ def transform_input_gradient(tile, start, step):
     a, b = tile.dtype.type(A), tile.dtype.type(B)
     for i in range(start, start + BLOCK):
         v0, v5 = tile[i], tile[i + 5 * step]
-        even_a, odd_a = tile[i + step] + tile[i + 2 * step], a * (tile[i + step] - tile[i + 2 * step])
-        even_b, odd_b = tile[i + 3 * step] + tile[i + 4 * step], b * (tile[i + 3 * step] - tile[i + 4 * step])
+        even_a, odd_a = (
+            tile[i + step] + tile[i + 2 * step],
+            a * (tile[i + step] - tile[i + 2 * step]),
+        )
+        even_b, odd_b = (
+            tile[i + 3 * step] + tile[i + 4 * step],
+            b * (tile[i + 3 * step] - tile[i + 4 * step]),
+        )
         tile[i] = a * a * b * b * v0
         tile[i + step] = a * a * b * b * v5 - b * b * odd_a - a * a * odd_b
         tile[i + 2 * step] = -(a * a + b * b) * v0 - b * b * even_a - a * a * even_b
@@ -278,8 +318,14 @@ def transform_output(tile, start, step):
     """Aᵀ m: six products → four values of the output."""
     a, b = tile.dtype.type(A), tile.dtype.type(B)
     for i in range(start, start + BLOCK):
-        even_a, odd_a = tile[i + step] + tile[i + 2 * step], a * (tile[i + step] - tile[i + 2 * step])
-        even_b, odd_b = tile[i + 3 * step] + tile[i + 4 * step], b * (tile[i + 3 * step] - tile[i + 4 * step])
+        even_a, odd_a = (
+            tile[i + step] + tile[i + 2 * step],
+            a * (tile[i + step] - tile[i + 2 * step]),
+        )
+        even_b, odd_b = (
+            tile[i + 3 * step] + tile[i + 4 * step],
+            b * (tile[i + 3 * step] - tile[i + 4 * step]),
+        )
         tile[i] += even_a + even_b
         tile[i + step] = odd_a + odd_b
         tile[i + 2 * step] = a * a * even_a + b * b * even_b
@@ -292,7 +338,12 @@ def transform_output_gradient(tile, start, step):
     a, b = tile.dtype.type(A), tile.dtype.type(B)
     for i in range(start, start + BLOCK):
         y0, y1, y2, y3 = tile[i], tile[i + step], tile[i + 2 * step], tile[i + 3 * step]
-        even_a, odd_a, even_b, odd_b = y0 + a * a * y2, a * (y1 + a * a * y3), y0 + b * b * y2, b * (y1 + b * b * y3)
+        even_a, odd_a, even_b, odd_b = (
+            y0 + a * a * y2,
+            a * (y1 + a * a * y3),
+            y0 + b * b * y2,
+            b * (y1 + b * b * y3),
+        )
         tile[i + step], tile[i + 2 * step] = even_a + odd_a, even_a - odd_a
         tile[i + 3 * step], tile[i + 4 * step] = even_b + odd_b, even_b - odd_b
         tile[i + 5 * step] = y3
@@ -315,7 +366,7 @@ def transform_images(x, V, tiles):
                         for w in range(left, left + 6):
                             k = 6 * (h - top) + w - left
                             if 0 <= h < height and 0 <= w < width:
-                                copy(x[i, h, w, c:c + BLOCK], tile[k])
+                                copy(x[i, h, w, c : c + BLOCK], tile[k])
                             else:
                                 tile[k] = 0
                     for k in range(6):
@@ -323,7 +374,7 @@ def transform_images(x, V, tiles):
                     for k in range(6):
                         transform_input(flat, k * BLOCK, ROW)
                     for k in range(36):
-                        copy(tile[k], V[k, row, c:c + BLOCK])
+                        copy(tile[k], V[k, row, c : c + BLOCK])
                 row += 1
 
 
@@ -339,14 +390,14 @@ def transform_images_gradient(dV, dx, tiles):
             for left in range(-1, width - 1, 4):
                 for c in range(0, channels, BLOCK):
                     for k in range(36):
-                        copy(dV[k, row, c:c + BLOCK], tile[k])
+                        copy(dV[k, row, c : c + BLOCK], tile[k])
                     for k in range(6):
                         transform_input_gradient(flat, k * BLOCK, ROW)
                     for k in range(6):
                         transform_input_gradient(flat, k * ROW, BLOCK)
                     for h in range(max(top, 0), min(top + 6, height)):
                         for w in range(max(left, 0), min(left + 6, width)):
-                            add(tile[6 * (h - top) + w - left], dx[i, h, w, c:c + BLOCK])
+                            add(tile[6 * (h - top) + w - left], dx[i, h, w, c : c + BLOCK])
                 row += 1
 
 
@@ -361,14 +412,14 @@ def transform_products(M, out, tiles):
             for left in range(0, width, 4):
                 for f in range(0, channels, BLOCK):
                     for k in range(36):
-                        copy(M[k, row, f:f + BLOCK], tile[k])
+                        copy(M[k, row, f : f + BLOCK], tile[k])
                     for k in range(6):
                         transform_output(flat, k * ROW, BLOCK)
                     for k in range(4):
                         transform_output(flat, k * BLOCK, ROW)
                     for h in range(4):
                         for w in range(4):
-                            copy(tile[6 * h + w], out[i, top + h, left + w, f:f + BLOCK])
+                            copy(tile[6 * h + w], out[i, top + h, left + w, f : f + BLOCK])
                 row += 1
 
 
@@ -384,13 +435,13 @@ def transform_products_gradient(dout, dM, tiles):
                 for f in range(0, channels, BLOCK):
                     for h in range(4):
                         for w in range(4):
-                            copy(dout[i, top + h, left + w, f:f + BLOCK], tile[6 * h + w])
+                            copy(dout[i, top + h, left + w, f : f + BLOCK], tile[6 * h + w])
                     for k in range(4):
                         transform_output_gradient(flat, k * BLOCK, ROW)
                     for k in range(6):
                         transform_output_gradient(flat, k * ROW, BLOCK)
                     for k in range(36):
-                        copy(tile[k], dM[k, row, f:f + BLOCK])
+                        copy(tile[k], dM[k, row, f : f + BLOCK])
                 row += 1
 
 
@@ -405,7 +456,7 @@ def pool_products(M, b, out, won, tiles):
             for left in range(0, ow, 2):
                 for f in range(0, channels, BLOCK):
                     for k in range(36):
-                        copy(M[k, row, f:f + BLOCK], tile[k])
+                        copy(M[k, row, f : f + BLOCK], tile[k])
                     for k in range(6):
                         transform_output(flat, k * ROW, BLOCK)
                     for k in range(4):
@@ -414,8 +465,13 @@ def pool_products(M, b, out, won, tiles):
                         for w in range(2):
                             k = 12 * h + 2 * w
                             pool(flat, k * BLOCK, BLOCK, ROW)
-                            bias_relu(tile[k], tile[k + 1], b[f:f + BLOCK], out[i, top + h, left + w, f:f + BLOCK],
-                                      won[i, top + h, left + w, f:f + BLOCK])  # fmt: skip
+                            bias_relu(
+                                tile[k],
+                                tile[k + 1],
+                                b[f : f + BLOCK],
+                                out[i, top + h, left + w, f : f + BLOCK],
+                                won[i, top + h, left + w, f : f + BLOCK],
+                            )
                 row += 1
 
 
@@ -433,16 +489,20 @@ def pool_products_gradient(dout, won, dM, dbs, tiles):
                     for h in range(2):
                         for w in range(2):
                             k = 12 * h + 2 * w
-                            relu_gradient(dout[i, top + h, left + w, f:f + BLOCK],
-                                          won[i, top + h, left + w, f:f + BLOCK], tile[k], tile[k + 1])  # fmt: skip
-                            add(tile[k], dbs[i, f:f + BLOCK])
+                            relu_gradient(
+                                dout[i, top + h, left + w, f : f + BLOCK],
+                                won[i, top + h, left + w, f : f + BLOCK],
+                                tile[k],
+                                tile[k + 1],
+                            )
+                            add(tile[k], dbs[i, f : f + BLOCK])
                             unpool(flat, k * BLOCK, BLOCK, ROW)
                     for k in range(4):
                         transform_output_gradient(flat, k * BLOCK, ROW)
                     for k in range(6):
                         transform_output_gradient(flat, k * ROW, BLOCK)
                     for k in range(36):
-                        copy(tile[k], dM[k, row, f:f + BLOCK])
+                        copy(tile[k], dM[k, row, f : f + BLOCK])
                 row += 1
 
 
@@ -494,13 +554,17 @@ class ThreadedWinogradConv2D(WinogradConv2D):
     def forward(self, x):
         n, h, w, c = self.x_shape = x.shape
         if h % 4 or w % 4:
-            raise ValueError(f"{type(self).__name__} takes images of 4n x 4m pixels, not {h}x{w}: use Conv2D")
+            raise ValueError(
+                f"{type(self).__name__} takes images of 4n x 4m pixels, not {h}x{w}: use Conv2D"
+            )
         f, threads = self.b.size, numba.get_num_threads()
         self.G2 = np.kron(self.G, self.G).astype(x.dtype)
         self.U = self.scratch("U", (36, c, f), x)
         transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
         self.tiles = self.scratch("tiles", (threads, 36, BLOCK), x)
-        self.V = self.scratch("V", (n, 36 * (h // 4) * (w // 4) * c), x)  # a piece's part: (36, rows, C)
+        self.V = self.scratch(
+            "V", (n, 36 * (h // 4) * (w // 4) * c), x
+        )  # a piece's part: (36, rows, C)
         self._start_forward(x)
         for piece in self._pieces():
             V, M = self.V[piece].reshape(36, -1, c), self._M(piece)
@@ -532,7 +596,9 @@ class ThreadedWinogradConv2D(WinogradConv2D):
 
     def _M(self, piece):
         (_, h, w, _), f = self.x_shape, self.b.size
-        return self.scratch("M", (piece.stop - piece.start, 36 * (h // 4) * (w // 4) * f), self.V).reshape(36, -1, f)
+        return self.scratch(
+            "M", (piece.stop - piece.start, 36 * (h // 4) * (w // 4) * f), self.V
+        ).reshape(36, -1, f)
 
     def _start_forward(self, x):
         self.out = self.scratch("out", (*x.shape[:3], self.b.size), x)
@@ -585,12 +651,14 @@ def im2col(x, size, stride, padding, oh, ow, col):
             for left in range(-padding, stride * ow - padding, stride):
                 first, last = max(left, 0), min(left + size, width)
                 for h in range(top, top + size):
-                    line = col[row, (h - top) * size * channels:(h - top + 1) * size * channels]
+                    line = col[row, (h - top) * size * channels : (h - top + 1) * size * channels]
                     if not (0 <= h < height and first == left and last == left + size):
                         line[:] = 0
                     if 0 <= h < height:
-                        copy(x[i, h].reshape(-1)[first * channels:last * channels],
-                             line[(first - left) * channels:(last - left) * channels])  # fmt: skip
+                        copy(
+                            x[i, h].reshape(-1)[first * channels : last * channels],
+                            line[(first - left) * channels : (last - left) * channels],
+                        )
                 row += 1
 
 
@@ -605,9 +673,11 @@ def col2im(col, size, stride, padding, oh, ow, dx):
             for left in range(-padding, stride * ow - padding, stride):
                 first, last = max(left, 0), min(left + size, width)
                 for h in range(max(top, 0), min(top + size, height)):
-                    line = col[row, (h - top) * size * channels:(h - top + 1) * size * channels]
-                    add(line[(first - left) * channels:(last - left) * channels],
-                        dx[i, h].reshape(-1)[first * channels:last * channels])  # fmt: skip
+                    line = col[row, (h - top) * size * channels : (h - top + 1) * size * channels]
+                    add(
+                        line[(first - left) * channels : (last - left) * channels],
+                        dx[i, h].reshape(-1)[first * channels : last * channels],
+                    )
                 row += 1
 
 
@@ -617,7 +687,7 @@ def conv_forward(x, W, out, size, stride, padding, images, cols):
     n, oh, ow, channels = out.shape
     for p in prange(-(-n // images)):
         start, stop = p * images, min((p + 1) * images, n)
-        col = cols[get_thread_id(), :(stop - start) * oh * ow]
+        col = cols[get_thread_id(), : (stop - start) * oh * ow]
         im2col(x[start:stop], size, stride, padding, oh, ow, col)
         np.dot(col, W, out[start:stop].reshape(-1, channels))
 
@@ -628,7 +698,7 @@ def conv_backward(x, dout, W, dx, dWs, size, stride, padding, images, cols, prod
     n, oh, ow, channels = dout.shape
     for p in prange(-(-n // images)):
         t, start, stop = get_thread_id(), p * images, min((p + 1) * images, n)
-        col, dy = cols[t, :(stop - start) * oh * ow], dout[start:stop].reshape(-1, channels)
+        col, dy = cols[t, : (stop - start) * oh * ow], dout[start:stop].reshape(-1, channels)
         im2col(x[start:stop], size, stride, padding, oh, ow, col)
         np.dot(col.T, dy, products[t])
         dWs[t] += products[t]
@@ -641,11 +711,25 @@ class ThreadedConv2D(Conv2D):
     ROWS = 512  # at least, of a matrix product, if there are enough images
 
     def forward(self, x):
-        (n, h, w, c), k, s, p, threads = x.shape, self.kernel_size, self.stride, self.padding, numba.get_num_threads()
+        (n, h, w, c), k, s, p, threads = (
+            x.shape,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            numba.get_num_threads(),
+        )
         self.x, oh, ow = x, (h + 2 * p - k) // s + 1, (w + 2 * p - k) // s + 1
         out = self.scratch("out", (n, oh, ow, self.b.size), x)
-        images = max(1, min(-(-self.ROWS // (oh * ow)), -(-n // threads)))  # a piece for every thread
-        self.options = (k, s, p, images, self.scratch("cols", (threads, images * oh * ow, k * k * c), x))
+        images = max(
+            1, min(-(-self.ROWS // (oh * ow)), -(-n // threads))
+        )  # a piece for every thread
+        self.options = (
+            k,
+            s,
+            p,
+            images,
+            self.scratch("cols", (threads, images * oh * ow, k * k * c), x),
+        )
         conv_forward(x, self.W.reshape(-1, self.b.size), out, *self.options)
         if self.has_bias:
             out += self.b
@@ -653,7 +737,9 @@ class ThreadedConv2D(Conv2D):
 
     def backward(self, dout):
         threads, W = numba.get_num_threads(), self.W.reshape(-1, self.b.size)
-        dWs, products = (self.scratch(name, (threads, *W.shape), dout) for name in ("dWs", "products"))
+        dWs, products = (
+            self.scratch(name, (threads, *W.shape), dout) for name in ("dWs", "products")
+        )
         dx = self.scratch("dx", self.x.shape if self.needs_dx else (0, *self.x.shape[1:]), dout)
         dWs.fill(0)
         conv_backward(self.x, dout, W, dx, dWs, *self.options, products)
@@ -791,24 +877,49 @@ class ThreadedBatchNorm2D(BatchNorm2D):
 
     def _normalize(self, x, mean):
         self.x, self.mean, self.out = x, mean, self.scratch("out", x.shape, x)
-        normalize(by_position(x), mean, self.gamma * self.inverse, self.beta, by_position(self.shortcut), self.relu,
-                  by_position(self.out))  # fmt: skip
+        normalize(
+            by_position(x),
+            mean,
+            self.gamma * self.inverse,
+            self.beta,
+            by_position(self.shortcut),
+            self.relu,
+            by_position(self.out),
+        )
         return self.out
 
     def _sums(self, dout):
         n, _, _, c = dout.shape
         products, sums = (self.scratch(name, (n, c), dout) for name in ("means", "squares"))
         self.rows = self.scratch("rows", (numba.get_num_threads(), c), dout)
-        normalize_sums(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, self.rows,
-                       products, sums)  # fmt: skip
+        normalize_sums(
+            by_position(dout),
+            by_position(self.x),
+            self.mean,
+            by_position(self.out),
+            self.relu,
+            self.rows,
+            products,
+            sums,
+        )
         return products.sum(axis=0) * self.inverse, sums.sum(axis=0)
 
     def _input_gradient(self, dout, dgamma, dbeta):
         dx, scale = self.scratch("dx", dout.shape, dout), self.gamma * self.inverse
         self.dshortcut = self.scratch("dshortcut", self.shortcut.shape, dout)
-        normalize_gradient(by_position(dout), by_position(self.x), self.mean, by_position(self.out), self.relu, scale,
-                           scale * self.inverse * dgamma, scale * dbeta, self.rows, by_position(dx),
-                           by_position(self.dshortcut))  # fmt: skip
+        normalize_gradient(
+            by_position(dout),
+            by_position(self.x),
+            self.mean,
+            by_position(self.out),
+            self.relu,
+            scale,
+            scale * self.inverse * dgamma,
+            scale * dbeta,
+            self.rows,
+            by_position(dx),
+            by_position(self.dshortcut),
+        )
         return dx
 
 
@@ -829,9 +940,19 @@ def accumulate(source, target):
 
 
 class ThreadedBasicBlock(BasicBlock):
-    def __init__(self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32):
-        super().__init__(in_channels, out_channels, stride, conv=conv or ThreadedWinogradConv2D,
-                         other_conv=ThreadedConv2D, norm=ThreadedBatchNorm2D, rng=rng, dtype=dtype)  # fmt: skip
+    def __init__(
+        self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            stride,
+            conv=conv or ThreadedWinogradConv2D,
+            other_conv=ThreadedConv2D,
+            norm=ThreadedBatchNorm2D,
+            rng=rng,
+            dtype=dtype,
+        )
         self.conv1, self.norm1, _, self.conv2, self.norm2 = self.branch
         self.norm1.relu = self.norm2.relu = True
 
@@ -864,7 +985,7 @@ def dense_forward(x, W, xs, outs):
     threads = len(outs)
     for t in prange(threads):
         start, stop = part(len(W), t, threads)
-        mine = xs[t, :x.shape[0] * (stop - start)].reshape(x.shape[0], stop - start)
+        mine = xs[t, : x.shape[0] * (stop - start)].reshape(x.shape[0], stop - start)
         mine[...] = x[:, start:stop]
         np.dot(mine, W[start:stop], outs[t])
 
@@ -875,8 +996,10 @@ def dense_backward(xs, dout, W, dW, dx, turned):
     threads, n = len(xs), len(dout)
     for t in prange(threads):
         start, stop = part(len(W), t, threads)
-        np.dot(xs[t, :n * (stop - start)].reshape(n, stop - start).T, dout, dW[start:stop])
-        np.dot(W[start:stop], dout.T, turned[start:stop])  # BLAS is faster with the long dimension first
+        np.dot(xs[t, : n * (stop - start)].reshape(n, stop - start).T, dout, dW[start:stop])
+        np.dot(
+            W[start:stop], dout.T, turned[start:stop]
+        )  # BLAS is faster with the long dimension first
         for first in range(start, stop, 16):  # a cache line
             for i in range(n):
                 for k in range(first, min(first + 16, stop)):
@@ -897,8 +1020,13 @@ class ThreadedDense(Dense):
         if len(dout) == 0:
             self.x = np.zeros((0, len(self.W)), dout.dtype)
             return super().backward(dout)
-        dx, turned = (self.scratch(name, shape, dout) for name, shape in
-                      (("dx", (len(dout), len(self.W))), ("turned", (len(self.W), len(dout)))))  # fmt: skip
+        dx, turned = (
+            self.scratch(name, shape, dout)
+            for name, shape in (
+                ("dx", (len(dout), len(self.W))),
+                ("turned", (len(self.W), len(dout))),
+            )
+        )
         dense_backward(self.xs, dout, self.W, self.dW, dx, turned)
         dout.sum(axis=0, out=self.db)
         return dx
@@ -933,9 +1061,16 @@ def adam_update(w, g, m, v, scale, lr, beta1, beta2, root, eps, weight_decay):
 class ThreadedAdam(Adam):
     def step(self, count, grads=None, parts=None):
         self.steps += 1
-        w, g, (beta1, beta2) = self.model.params, self.model.grads if grads is None else grads, self.betas
+        w, g, (beta1, beta2) = (
+            self.model.params,
+            self.model.grads if grads is None else grads,
+            self.betas,
+        )
         lr, root = self.lr / (1 - beta1**self.steps), 1 / math.sqrt(1 - beta2**self.steps)
-        scalars = [w.dtype.type(s) for s in (1 / count, lr, beta1, beta2, root, self.eps, self.weight_decay)]
+        scalars = [
+            w.dtype.type(s)
+            for s in (1 / count, lr, beta1, beta2, root, self.eps, self.weight_decay)
+        ]
         for part in [slice(None)] if parts is None else parts:
             adam_update(w[part], g[part], self.slots["m"][part], self.slots["v"][part], *scalars)
 
@@ -1014,13 +1149,21 @@ class SharedMemoryReducer(Reducer):
         self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.same_share = comm.Split(self.machine.rank)  # one rank of each machine
         self.parts = [self._share(part) for part in model.slices]
-        dtype, n, private = model.grads.dtype, model.grads.size, [model.params, *optimizer.slots.values()]
+        dtype, n, private = (
+            model.grads.dtype,
+            model.grads.size,
+            [model.params, *optimizer.slots.values()],
+        )
         size = -(-model.grads.nbytes // 64) * 64  # whole cache lines
-        mine = size if self.machine.rank else size * (1 + len(private))  # gradients; rank 0 has room for the rest
+        mine = (
+            size if self.machine.rank else size * (1 + len(private))
+        )  # gradients; rank 0 has room for the rest
         self.window = MPI.Win.Allocate_shared(mine, dtype.itemsize, comm=self.machine)
         memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
         self.grads = [np.frombuffer(m, dtype, n) for m in memory]
-        shared = [np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))]
+        shared = [
+            np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))
+        ]
         self.window.Lock_all(MPI.MODE_NOCHECK)
         for part in self.parts:  # a page of memory is near the rank that first writes to it
             for ours, theirs in zip(shared, private, strict=True):
@@ -1068,7 +1211,9 @@ def make_reducer(comm, model, optimizer, args):
     sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
     equal = min(sizes) == max(sizes)
     if args.reduce == "shared" and not equal:
-        raise InputError("--reduce shared: the machines have different numbers of ranks: use --reduce messages")
+        raise InputError(
+            "--reduce shared: the machines have different numbers of ranks: use --reduce messages"
+        )
     if args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1):
         return SharedMemoryReducer(comm, model, optimizer, args.overlap)
     return Reducer(comm, model, args.overlap)
@@ -1102,19 +1247,37 @@ def train(model, optimizer, data, args, run, reducer, comm):
         run.start_epoch(epoch, math.ceil(n / size))
         for batch in range(run.batch, math.ceil(n / size)):
             started, waited = time.perf_counter(), reducer.seconds
-            index = order[batch * size:(batch + 1) * size]
+            index = order[batch * size : (batch + 1) * size]
             mine = index[share(len(index), comm.rank, comm.size)]
             x, labels = load_batch(data.x_train, data.y_train, mine, args.dtype)
             loading = time.perf_counter() - started
-            sums, forward, backward = train_step(model, optimizer, x, labels, len(index), reducer, run.signal)
-            run.end_batch(len(index), float(sums[0]), int(sums[1]), int(sums[2]), loading, stop=sums[3] > 0,
-                          forward=forward, backward=backward, communication=reducer.seconds - waited)  # fmt: skip
+            sums, forward, backward = train_step(
+                model, optimizer, x, labels, len(index), reducer, run.signal
+            )
+            run.end_batch(
+                len(index),
+                float(sums[0]),
+                int(sums[1]),
+                int(sums[2]),
+                loading,
+                stop=sums[3] > 0,
+                forward=forward,
+                backward=backward,
+                communication=reducer.seconds - waited,
+            )
         check_equal(model, comm, epoch)
         report_communication(run, comm)
         run.end_training()
         test = share(len(data.y_test), comm.rank, comm.size)
-        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test],
-                                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums)), stop=False)  # fmt: skip
+        run.end_epoch(
+            *evaluate(
+                model,
+                data.x_test[test],
+                data.y_test[test],
+                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
+            ),
+            stop=False,
+        )
 
 
 def choose_threads(args, comm):
@@ -1123,18 +1286,27 @@ def choose_threads(args, comm):
     mine = max(1, cores // local)
     wanted = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
     if not args.num_threads and not wanted.isdecimal():
-        raise InputError(f"OMP_NUM_THREADS={wanted}: set it to a whole number, or give --num-threads")
+        raise InputError(
+            f"OMP_NUM_THREADS={wanted}: set it to a whole number, or give --num-threads"
+        )
     asked = args.num_threads or int(wanted) or mine
     threads = asked if args.force_threads else min(asked, mine)
     if threads < asked:
-        print(f"--num-threads {threads} instead of {asked}: ranks on this machine: {local}, cores: {cores} "
-              f"(--force-threads keeps {asked})", file=sys.stderr)  # fmt: skip
+        print(
+            f"--num-threads {threads} instead of {asked}: ranks on this machine: {local}, cores: {cores} "
+            f"(--force-threads keeps {asked})",
+            file=sys.stderr,
+        )
     if local * threads > cores:
-        print(f"warning: {local} ranks of {threads} threads share {cores} cores: they wait for each other",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {local} ranks of {threads} threads share {cores} cores: they wait for each other",
+            file=sys.stderr,
+        )
     if threads > numba.config.NUMBA_NUM_THREADS:
-        raise InputError(f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; to force more, "
-                         f"set NUMBA_NUM_THREADS={threads} in the environment")
+        raise InputError(
+            f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; to force more, "
+            f"set NUMBA_NUM_THREADS={threads} in the environment"
+        )
     numba.set_num_threads(threads)
     return threads
 
@@ -1160,20 +1332,35 @@ def compile_kernels(name, dtype, comm):
 def make_model(name, seed, dtype):
     """The network that --model names, of threaded layers."""
     if name == "cnn":
-        return make_cnn(seed, dtype, conv1=ThreadedConvReLUPool, conv2=ThreadedWinogradReLUPool, dense=ThreadedDense)
+        return make_cnn(
+            seed,
+            dtype,
+            conv1=ThreadedConvReLUPool,
+            conv2=ThreadedWinogradReLUPool,
+            dense=ThreadedDense,
+        )
     return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
 
 
 def make_stem(rng, dtype):
-    return [ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype), ThreadedNormReLU(64, dtype=dtype)]
+    return [
+        ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+        ThreadedNormReLU(64, dtype=dtype),
+    ]
 
 
 def parse_args(argv=None):
     parser = make_parser("parallel_cnn_hybrid", __doc__, MODELS)
     add_rank_options(parser)
-    parser.add_argument("--num-threads", type=number(int, 1, 1024), metavar="N",
-                        help="threads of a rank (default: $OMP_NUM_THREADS, else its share of the cores)")  # fmt: skip
-    parser.add_argument("--force-threads", action="store_true", help="even if that is more than its share")
+    parser.add_argument(
+        "--num-threads",
+        type=number(int, 1, 1024),
+        metavar="N",
+        help="threads of a rank (default: $OMP_NUM_THREADS, else its share of the cores)",
+    )
+    parser.add_argument(
+        "--force-threads", action="store_true", help="even if that is more than its share"
+    )
     args = parser.parse_args(argv)
     args.global_batch_size = args.global_batch_size or args.batch_size * MPI.COMM_WORLD.size
     return args
@@ -1189,7 +1376,10 @@ def main(argv=None):
     threads = together(comm, lambda: choose_threads(args, comm))
     seconds = compile_kernels(args.model, np.dtype(args.dtype), comm)
     if not args.quiet:
-        print(f"{comm.size} ranks x {threads} threads; kernels ready after {seconds:.1f} s of compiling", flush=True)
+        print(
+            f"{comm.size} ranks x {threads} threads; kernels ready after {seconds:.1f} s of compiling",
+            flush=True,
+        )
     if warning := blas_warning():
         print(warning, file=sys.stderr)
     data = load_on_all(args, comm)
@@ -1197,12 +1387,27 @@ def main(argv=None):
     optimizer = make_optimizer(model, args, sgd=ThreadedSGD, adam=ThreadedAdam)
     reducer = make_reducer(comm, model, optimizer, args)
     model.gather_statistics(reducer.gather)
-    with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
-        run = together(comm, lambda: Run(
-            args, "parallel_cnn_hybrid", data, lambda: get_arrays(model, optimizer),
-            lambda arrays: set_arrays(model, optimizer, arrays), {"ranks": comm.size, "reduce": reducer.name,
-            "threads": threads, "compile_seconds": seconds, "threading_layer": numba.threading_layer()}, comm.rank,
-        ))  # fmt: skip
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # run stops at the first loss that is not finite
+        run = together(
+            comm,
+            lambda: Run(
+                args,
+                "parallel_cnn_hybrid",
+                data,
+                lambda: get_arrays(model, optimizer),
+                lambda arrays: set_arrays(model, optimizer, arrays),
+                {
+                    "ranks": comm.size,
+                    "reduce": reducer.name,
+                    "threads": threads,
+                    "compile_seconds": seconds,
+                    "threading_layer": numba.threading_layer(),
+                },
+                comm.rank,
+            ),
+        )
         with running_on_all(run, model, optimizer, comm):
             train(model, optimizer, data, args, run, reducer, comm)
             run.finish()

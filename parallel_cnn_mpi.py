@@ -116,13 +116,21 @@ class SharedMemoryReducer(Reducer):
         self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.same_share = comm.Split(self.machine.rank)  # one rank of each machine
         self.parts = [self._share(part) for part in model.slices]
-        dtype, n, private = model.grads.dtype, model.grads.size, [model.params, *optimizer.slots.values()]
+        dtype, n, private = (
+            model.grads.dtype,
+            model.grads.size,
+            [model.params, *optimizer.slots.values()],
+        )
         size = -(-model.grads.nbytes // 64) * 64  # whole cache lines
-        mine = size if self.machine.rank else size * (1 + len(private))  # gradients; rank 0 has room for the rest
+        mine = (
+            size if self.machine.rank else size * (1 + len(private))
+        )  # gradients; rank 0 has room for the rest
         self.window = MPI.Win.Allocate_shared(mine, dtype.itemsize, comm=self.machine)
         memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
         self.grads = [np.frombuffer(m, dtype, n) for m in memory]
-        shared = [np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))]
+        shared = [
+            np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))
+        ]
         self.window.Lock_all(MPI.MODE_NOCHECK)
         for part in self.parts:  # a page of memory is near the rank that first writes to it
             for ours, theirs in zip(shared, private, strict=True):
@@ -170,7 +178,9 @@ def make_reducer(comm, model, optimizer, args):
     sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
     equal = min(sizes) == max(sizes)
     if args.reduce == "shared" and not equal:
-        raise InputError("--reduce shared: the machines have different numbers of ranks: use --reduce messages")
+        raise InputError(
+            "--reduce shared: the machines have different numbers of ranks: use --reduce messages"
+        )
     if args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1):
         return SharedMemoryReducer(comm, model, optimizer, args.overlap)
     return Reducer(comm, model, args.overlap)
@@ -204,19 +214,37 @@ def train(model, optimizer, data, args, run, reducer, comm):
         run.start_epoch(epoch, math.ceil(n / size))
         for batch in range(run.batch, math.ceil(n / size)):
             started, waited = time.perf_counter(), reducer.seconds
-            index = order[batch * size:(batch + 1) * size]
+            index = order[batch * size : (batch + 1) * size]
             mine = index[share(len(index), comm.rank, comm.size)]
             x, labels = load_batch(data.x_train, data.y_train, mine, args.dtype)
             loading = time.perf_counter() - started
-            sums, forward, backward = train_step(model, optimizer, x, labels, len(index), reducer, run.signal)
-            run.end_batch(len(index), float(sums[0]), int(sums[1]), int(sums[2]), loading, stop=sums[3] > 0,
-                          forward=forward, backward=backward, communication=reducer.seconds - waited)  # fmt: skip
+            sums, forward, backward = train_step(
+                model, optimizer, x, labels, len(index), reducer, run.signal
+            )
+            run.end_batch(
+                len(index),
+                float(sums[0]),
+                int(sums[1]),
+                int(sums[2]),
+                loading,
+                stop=sums[3] > 0,
+                forward=forward,
+                backward=backward,
+                communication=reducer.seconds - waited,
+            )
         check_equal(model, comm, epoch)
         report_communication(run, comm)
         run.end_training()
         test = share(len(data.y_test), comm.rank, comm.size)
-        run.end_epoch(*evaluate(model, data.x_test[test], data.y_test[test],
-                                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums)), stop=False)  # fmt: skip
+        run.end_epoch(
+            *evaluate(
+                model,
+                data.x_test[test],
+                data.y_test[test],
+                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
+            ),
+            stop=False,
+        )
 
 
 def parse_args(argv=None):
@@ -242,12 +270,21 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     reducer = make_reducer(comm, model, optimizer, args)
     model.gather_statistics(reducer.gather)
-    with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
-        run = together(comm, lambda: Run(
-            args, "parallel_cnn_mpi", data, lambda: get_arrays(model, optimizer),
-            lambda arrays: set_arrays(model, optimizer, arrays), {"ranks": comm.size, "reduce": reducer.name},
-            comm.rank,
-        ))  # fmt: skip
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # run stops at the first loss that is not finite
+        run = together(
+            comm,
+            lambda: Run(
+                args,
+                "parallel_cnn_mpi",
+                data,
+                lambda: get_arrays(model, optimizer),
+                lambda arrays: set_arrays(model, optimizer, arrays),
+                {"ranks": comm.size, "reduce": reducer.name},
+                comm.rank,
+            ),
+        )
         with running_on_all(run, model, optimizer, comm):
             train(model, optimizer, data, args, run, reducer, comm)
             run.finish()

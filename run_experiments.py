@@ -66,58 +66,114 @@ def parallel_suite(args):
     size, mpirun = args.batch_size, [find_mpirun(), "-np"]
     suite = [Configuration("parallel", "serial", [], "serial_cnn.py", ["--batch-size", size], 1)]
     for ranks in powers_of_two(2, args.most_cores):
-        for scaling, options in (("strong", ["--global-batch-size", size]), ("weak", ["--batch-size", size])):
-            suite.append(Configuration("parallel", f"mpi-{ranks}-{scaling}", [*mpirun, ranks], "parallel_cnn_mpi.py",
-                                       options, ranks))  # fmt: skip
+        for scaling, options in (
+            ("strong", ["--global-batch-size", size]),
+            ("weak", ["--batch-size", size]),
+        ):
+            suite.append(
+                Configuration(
+                    "parallel",
+                    f"mpi-{ranks}-{scaling}",
+                    [*mpirun, ranks],
+                    "parallel_cnn_mpi.py",
+                    options,
+                    ranks,
+                )
+            )
     for ranks in powers_of_two(1, args.most_cores):
         for threads in powers_of_two(1, args.most_cores // ranks):
             cores = ranks * threads
             forced = cores > len(available_cores())
             force = ["--force-threads"] if forced else []
-            launch = ["env", f"NUMBA_NUM_THREADS={threads}"] if forced else []  # else Numba has no more than cores
+            launch = (
+                ["env", f"NUMBA_NUM_THREADS={threads}"] if forced else []
+            )  # else Numba has no more than cores
             for scaling, total in (("strong", size), ("weak", size * cores)):
                 if scaling == "strong" or cores > 1:  # on one core both are the same
                     options = ["--num-threads", threads, "--global-batch-size", total, *force]
-                    suite.append(Configuration("parallel", f"hybrid-{ranks}x{threads}-{scaling}",
-                                               [*launch, *mpirun, ranks], "parallel_cnn_hybrid.py", options, cores))
+                    suite.append(
+                        Configuration(
+                            "parallel",
+                            f"hybrid-{ranks}x{threads}-{scaling}",
+                            [*launch, *mpirun, ranks],
+                            "parallel_cnn_hybrid.py",
+                            options,
+                            cores,
+                        )
+                    )
     return suite
 
 
 def hardware_suite(args):
     """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU; float32 and no augmentation in all."""
     cores, size, suite = len(available_cores()), ["--batch-size", args.batch_size], []
-    one_rank, one_core = [find_mpirun(), "-np", 1], ["env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"]
+    one_rank, one_core = (
+        [find_mpirun(), "-np", 1],
+        ["env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"],
+    )
     for model in ("cnn", "resnet18"):
         options = ["--model", model, *size]
         same = [*options, "--amp", "off", "--augment", "off"]  # as those from scratch train
         on_cpu, on_gpu = [*same, "--device", "cpu"], [*same, "--device", "cuda"]
         for name, launch, script, more, used in (
             ("scratch-1-core", [], "serial_cnn.py", options, 1),
-            (f"scratch-{cores}-cores", one_rank, "parallel_cnn_hybrid.py", [*options, "--num-threads", cores], cores),
+            (
+                f"scratch-{cores}-cores",
+                one_rank,
+                "parallel_cnn_hybrid.py",
+                [*options, "--num-threads", cores],
+                cores,
+            ),
             ("scratch-gpu", [], "gpu_scratch.py", options, 1),
             ("pytorch-1-core", one_core, "train_cifar.py", on_cpu, 1),
             (f"pytorch-{cores}-cores", [], "train_cifar.py", on_cpu, cores),
             ("pytorch-gpu", [], "train_cifar.py", on_gpu, 1),
         ):
             if not name.endswith("-1-cores"):
-                suite.append(Configuration("hardware", f"{model}-{name}", launch, script, more, used, "gpu" in name))
+                suite.append(
+                    Configuration(
+                        "hardware", f"{model}-{name}", launch, script, more, used, "gpu" in name
+                    )
+                )
     return suite
 
 
 def loading_suite(args):
     """The CNN in PyTorch fed from every source by every number of workers, and the same loading alone."""
     suite, (server, bucket, pictures) = [], local_s3(args)
-    sources = [("memory", [], ["builtin"]), ("disk", [], ["disk", "--data-dir", pictures]),
-               ("s3-stream", server, [bucket, "--s3-mode", "stream"]),
-               ("s3-shards", server, [bucket, "--s3-mode", "shards"]),
-               *([("s3-given", [], [args.s3])] if args.s3 else [])]  # fmt: skip
+    sources = [
+        ("memory", [], ["builtin"]),
+        ("disk", [], ["disk", "--data-dir", pictures]),
+        ("s3-stream", server, [bucket, "--s3-mode", "stream"]),
+        ("s3-shards", server, [bucket, "--s3-mode", "shards"]),
+        *([("s3-given", [], [args.s3])] if args.s3 else []),
+    ]
     for name, launch, source in sources:
         for workers in (0, *powers_of_two(1, args.most_cores)):
             for kind, more in (("train", []), ("load", ["--load-only"])):
-                options = ["--model", "cnn", "--batch-size", args.batch_size, "--augment", "on", "--source", *source,
-                           "--workers", workers, *more]  # fmt: skip
-                suite.append(Configuration("loading", f"{name}-{workers}-workers-{kind}", launch, "train_cifar.py",
-                                           options, max(workers, 1)))  # fmt: skip
+                options = [
+                    "--model",
+                    "cnn",
+                    "--batch-size",
+                    args.batch_size,
+                    "--augment",
+                    "on",
+                    "--source",
+                    *source,
+                    "--workers",
+                    workers,
+                    *more,
+                ]
+                suite.append(
+                    Configuration(
+                        "loading",
+                        f"{name}-{workers}-workers-{kind}",
+                        launch,
+                        "train_cifar.py",
+                        options,
+                        max(workers, 1),
+                    )
+                )
     return suite
 
 
@@ -133,8 +189,16 @@ def prepare_pictures(configurations, args, data):
     launch, bucket, pictures = local_s3(args)
     if any({str(pictures), bucket} & set(map(str, c.options)) for c in configurations):
         print(f"pictures for suite loading: {pictures}", flush=True)
-        options = ["--export", bucket, "--subset", args.subset, "--dataset", data.name, "--quiet",
-                   *(["--data-dir", args.data_dir] if args.data_dir else [])]  # fmt: skip
+        options = [
+            "--export",
+            bucket,
+            "--subset",
+            args.subset,
+            "--dataset",
+            data.name,
+            "--quiet",
+            *(["--data-dir", args.data_dir] if args.data_dir else []),
+        ]
         command = [*launch, sys.executable, HERE / "train_cifar.py", *options]
         if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
             raise TrainingError("the pictures for suite loading could not be made")
@@ -142,12 +206,25 @@ def prepare_pictures(configurations, args, data):
 
 def split_suite(args):
     """ResNet-50 with forward and backward pass on separate cores, in every mode."""
-    return [Configuration("split", mode, [], "train_resnet50_split_cores.py",
-                          ["--mode", mode, "--batch-size", args.batch_size], len(available_cores()))
-            for mode in SPLIT_MODES]  # fmt: skip
+    return [
+        Configuration(
+            "split",
+            mode,
+            [],
+            "train_resnet50_split_cores.py",
+            ["--mode", mode, "--batch-size", args.batch_size],
+            len(available_cores()),
+        )
+        for mode in SPLIT_MODES
+    ]
 
 
-SUITES = {"parallel": parallel_suite, "hardware": hardware_suite, "loading": loading_suite, "split": split_suite}
+SUITES = {
+    "parallel": parallel_suite,
+    "hardware": hardware_suite,
+    "loading": loading_suite,
+    "split": split_suite,
+}
 
 
 def powers_of_two(low, high):
@@ -159,7 +236,9 @@ def select(args):
     names = SUITES if args.suite == "all" else [args.suite]
     chosen = [c for name in names for c in SUITES[name](args) if args.only in c.name]
     if not chosen:
-        raise InputError(f"--only {args.only}: no configuration of --suite {args.suite} has that in its name")
+        raise InputError(
+            f"--only {args.only}: no configuration of --suite {args.suite} has that in its name"
+        )
     left_out, ready = {}, []
     for configuration in chosen:
         reason = why_not(configuration)
@@ -180,7 +259,9 @@ def why_not(configuration):
     text, problem = read_help(script)
     if problem:
         return f"{script} --help fails: {problem}"
-    for option, value in zip(configuration.options, [*configuration.options[1:], None], strict=True):
+    for option, value in zip(
+        configuration.options, [*configuration.options[1:], None], strict=True
+    ):
         if not str(option).startswith("--"):
             continue
         found = re.search(rf"{option}(?![\w-])(?:\s+\{{(.*?)\}})?", text, re.S)
@@ -196,7 +277,9 @@ def why_not(configuration):
 def read_help(script):
     """What `--help` prints, and what went wrong."""
     done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True)
-    return done.stdout, (done.stderr.strip().split("\n")[-1] or "no reason given") if done.returncode else None
+    return done.stdout, (
+        done.stderr.strip().split("\n")[-1] or "no reason given"
+    ) if done.returncode else None
 
 
 @functools.lru_cache
@@ -220,15 +303,23 @@ class Index:
         if path.exists():
             try:
                 self.content = json.loads(path.read_text())
-                self.entries = {(e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]}
+                self.entries = {
+                    (e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]
+                }
                 before = self.content["settings"]
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path} is not an index of runs: delete it, or give another --results-dir") from None
+                raise InputError(
+                    f"{path} is not an index of runs: delete it, or give another --results-dir"
+                ) from None
             for name, value in settings.items():
                 if before.get(name) != value:
-                    raise InputError(f"{path} has runs with {name} {before.get(name)}, now it is {value}: give another "
-                                     "--results-dir, or that run's options")
-        self.entries = {(e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]}
+                    raise InputError(
+                        f"{path} has runs with {name} {before.get(name)}, now it is {value}: give another "
+                        "--results-dir, or that run's options"
+                    )
+        self.entries = {
+            (e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]
+        }
 
     def add(self, entry):
         self.entries[entry["suite"], entry["configuration"], entry["repeat"]] = entry
@@ -242,10 +333,24 @@ class Index:
 
 
 def make_command(configuration, folder, args, data):
-    options = ["--epochs", args.epochs, "--subset", args.subset, "--dataset", data.name,
-               *(["--data-dir", args.data_dir] if args.data_dir else []), *configuration.options,
-               "--log", folder / "run.csv", "--save-metrics", folder / "run.npz", "--quiet"]  # fmt: skip
-    return list(map(str, [*configuration.launch, sys.executable, HERE / configuration.script, *options]))
+    options = [
+        "--epochs",
+        args.epochs,
+        "--subset",
+        args.subset,
+        "--dataset",
+        data.name,
+        *(["--data-dir", args.data_dir] if args.data_dir else []),
+        *configuration.options,
+        "--log",
+        folder / "run.csv",
+        "--save-metrics",
+        folder / "run.npz",
+        "--quiet",
+    ]
+    return list(
+        map(str, [*configuration.launch, sys.executable, HERE / configuration.script, *options])
+    )
 
 
 def run_one(configuration, repeat, args, data, overview, signals):
@@ -257,8 +362,13 @@ def run_one(configuration, repeat, args, data, overview, signals):
     started, status = time.time(), "timeout"
     deadline = time.monotonic() + args.time_limit
     with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             while time.monotonic() < deadline and not signals:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -268,15 +378,29 @@ def run_one(configuration, repeat, args, data, overview, signals):
         finally:
             stop_processes([process] if process.returncode is None else [])
     if signals and status == "timeout":
-        raise Interrupted(f"interrupted by {signal.Signals(signals[0]).name} in {folder}; the same command goes on")
-    entry = {"suite": configuration.suite, "configuration": configuration.name, "repeat": repeat, "command": command,
-             "folder": str(folder.relative_to(args.results_dir)), "cores": configuration.cores,
-             "oversubscribed": configuration.cores > len(available_cores()), "status": status, "start": started,
-             "seconds": time.time() - started, "exit_status": process.returncode, "output": []}  # fmt: skip
+        raise Interrupted(
+            f"interrupted by {signal.Signals(signals[0]).name} in {folder}; the same command goes on"
+        )
+    entry = {
+        "suite": configuration.suite,
+        "configuration": configuration.name,
+        "repeat": repeat,
+        "command": command,
+        "folder": str(folder.relative_to(args.results_dir)),
+        "cores": configuration.cores,
+        "oversubscribed": configuration.cores > len(available_cores()),
+        "status": status,
+        "start": started,
+        "seconds": time.time() - started,
+        "exit_status": process.returncode,
+        "output": [],
+    }
     if status == "done" and not read_totals(folder):
         entry["status"] = "failed"
     if entry["status"] != "done":
-        entry["output"] = (folder / "output.txt").read_text(errors="replace").splitlines()[-LAST_LINES:]
+        entry["output"] = (
+            (folder / "output.txt").read_text(errors="replace").splitlines()[-LAST_LINES:]
+        )
     return entry
 
 
@@ -301,9 +425,11 @@ class Overview:
     def show(self, configuration, repeat, folder, elapsed):
         if not self.terminal:
             return
-        line = (f"{self._done()}/{self.total} done, {self.failed} failed; {self.time_left(elapsed)}; "
-                f"{configuration.suite}/{configuration.name}/{repeat} {self._epoch(folder)}{elapsed:.0f} s")
-        print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+        line = (
+            f"{self._done()}/{self.total} done, {self.failed} failed; {self.time_left(elapsed)}; "
+            f"{configuration.suite}/{configuration.name}/{repeat} {self._epoch(folder)}{elapsed:.0f} s"
+        )
+        print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
     def end_run(self, entry, totals):
         self.todo.pop(0)
@@ -315,8 +441,10 @@ class Overview:
         mark = "  oversubscribed" if entry["oversubscribed"] else ""
         if self.terminal:
             print("\r\033[K", end="")
-        print(f"{self._done():>4}/{self.total}  {name:36} {entry['status']:8} {entry['seconds']:6.1f} s  {speed}{mark}",
-              flush=True)  # fmt: skip
+        print(
+            f"{self._done():>4}/{self.total}  {name:36} {entry['status']:8} {entry['seconds']:6.1f} s  {speed}{mark}",
+            flush=True,
+        )
 
     def time_left(self, elapsed):
         """From the runs so far: a configuration's own mean, else that of its suite, else that of all."""
@@ -324,12 +452,21 @@ class Overview:
             return "time left not known yet"
         means = {name: mean(seconds) for name, seconds in self.seconds.items()}
         by_suite = {s: mean([m for (suite, _), m in means.items() if suite == s]) for s, _ in means}
-        left = sum(means.get((c.suite, c.name), by_suite.get(c.suite, mean(means.values()))) for _, c in self.todo)
+        left = sum(
+            means.get((c.suite, c.name), by_suite.get(c.suite, mean(means.values())))
+            for _, c in self.todo
+        )
         left -= elapsed
-        return f"about {max(left, 0) / 60:.0f} min left" if left >= 90 else f"about {max(left, 0):.0f} s left"
+        return (
+            f"about {max(left, 0) / 60:.0f} min left"
+            if left >= 90
+            else f"about {max(left, 0):.0f} s left"
+        )
 
     def _add_seconds(self, entry):
-        self.seconds.setdefault((entry["suite"], entry["configuration"]), []).append(entry["seconds"])
+        self.seconds.setdefault((entry["suite"], entry["configuration"]), []).append(
+            entry["seconds"]
+        )
 
     def _done(self):
         return self.total - len(self.todo)
@@ -355,8 +492,10 @@ def only_one(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another run_experiments.py is at work in {folder}: wait for it, or give another "
-                             "--results-dir") from None
+            raise InputError(
+                f"another run_experiments.py is at work in {folder}: wait for it, or give another "
+                "--results-dir"
+            ) from None
         yield
 
 
@@ -369,8 +508,14 @@ def run_all(configurations, index, args, data):
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are there already", flush=True)
     signals = []
-    overview = Overview(todo, args.epochs, [entry for entry in index.entries.values() if entry["status"] == "done"])
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # looked at between two looks at the running process
+    overview = Overview(
+        todo, args.epochs, [entry for entry in index.entries.values() if entry["status"] == "done"]
+    )
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # looked at between two looks at the running process
         signal.signal(name, lambda received, _: signals.append(received))
     with contextlib.closing(overview):
         for repeat, configuration in todo:
@@ -387,21 +532,53 @@ def parse_args(argv=None):
     parser = Parser("run_experiments", __doc__)
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="parallel", help="default: %(default)s")
-    add("--only", metavar="TEXT", default="", help="only the configurations whose name contains TEXT")
+    add(
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="only the configurations whose name contains TEXT",
+    )
     add("--epochs", type=number(int, 1, 10**6), default=5, help="default: %(default)s")
-    add("--subset", type=number(int, 1, 50_000), default=5000, metavar="N",
-        help="first N training and N/5 test images (default: %(default)s)")
-    add("--repeats", type=number(int, 1, 1000), default=3, help="of each configuration (default: %(default)s)")
-    add("--batch-size", type=number(int, 1, 10**6), default=64, help="images per step (default: %(default)s)")
+    add(
+        "--subset",
+        type=number(int, 1, 50_000),
+        default=5000,
+        metavar="N",
+        help="first N training and N/5 test images (default: %(default)s)",
+    )
+    add(
+        "--repeats",
+        type=number(int, 1, 1000),
+        default=3,
+        help="of each configuration (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1, 10**6),
+        default=64,
+        help="images per step (default: %(default)s)",
+    )
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)")
+    add(
+        "--dataset",
+        choices=("auto", "cifar10", "synthetic"),
+        default="auto",
+        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
+    )
     add("--s3", metavar="URL", help="s3://bucket/prefix: a further source of suite loading")
     add("--results-dir", metavar="FOLDER", default="results", help="default: %(default)s")
-    add("--time-limit", type=number(float, 0, 10**6, exclusive=True), default=1800, metavar="SECONDS",
-        help="end a run that takes longer, and go on with the next (default: %(default)s)")
-    add("--oversubscribe", action="store_true",
-        help="run up to twice as many ranks x threads as there are cores too, and mark them so")  # fmt: skip
+    add(
+        "--time-limit",
+        type=number(float, 0, 10**6, exclusive=True),
+        default=1800,
+        metavar="SECONDS",
+        help="end a run that takes longer, and go on with the next (default: %(default)s)",
+    )
+    add(
+        "--oversubscribe",
+        action="store_true",
+        help="run up to twice as many ranks x threads as there are cores too, and mark them so",
+    )
     add("--retry", action="store_true", help="run again what has failed or taken too long before")
     args = parser.parse_args(argv)
     if args.s3 and not re.fullmatch(r"s3://[^/\s]+(/\S*)?", args.s3):
@@ -419,11 +596,20 @@ def main(argv=None):
     if not configurations:
         raise InputError(f"--suite {args.suite}: nothing of it can run here: choose another suite")
     data = load_cifar10(args.data_dir, args.dataset, args.subset)
-    settings = {"epochs": args.epochs, "subset": args.subset, "batch_size": args.batch_size, "dataset": data.name,
-                "fingerprint": data.fingerprint, "cpu": cpu_model(), "cores": len(available_cores())}  # fmt: skip
+    settings = {
+        "epochs": args.epochs,
+        "subset": args.subset,
+        "batch_size": args.batch_size,
+        "dataset": data.name,
+        "fingerprint": data.fingerprint,
+        "cpu": cpu_model(),
+        "cores": len(available_cores()),
+    }
     with only_one(Path(args.results_dir)):
         index = Index(Path(args.results_dir) / "index.json", settings)
-        index.content["left_out"].update({name: reason for reason, names in left_out.items() for name in names})
+        index.content["left_out"].update(
+            {name: reason for reason, names in left_out.items() for name in names}
+        )
         for configuration in configurations:
             index.content["left_out"].pop(f"{configuration.suite}/{configuration.name}", None)
         index.write()
@@ -431,8 +617,10 @@ def main(argv=None):
         entries = run_all(configurations, index, args, data)
     bad = [entry for entry in entries if entry["status"] != "done"]
     if bad:
-        raise TrainingError(f"{len(bad)} of {len(entries)} runs failed or took too long; their last lines stand in "
-                            f"{index.path}; --retry runs them again")
+        raise TrainingError(
+            f"{len(bad)} of {len(entries)} runs failed or took too long; their last lines stand in "
+            f"{index.path}; --retry runs them again"
+        )
     print(f"{len(entries)} runs done; written: {index.path}")
 
 

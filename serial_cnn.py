@@ -57,7 +57,9 @@ def train(model, optimizer, data, args, run):
         run.start_epoch(epoch, math.ceil(n / size))
         for batch in range(run.batch, math.ceil(n / size)):
             started = time.perf_counter()
-            x, labels = load_batch(data.x_train, data.y_train, order[batch * size:(batch + 1) * size], args.dtype)
+            x, labels = load_batch(
+                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], args.dtype
+            )
             loading = time.perf_counter() - started
             loss, logits, forward, backward = train_step(model, optimizer, x, labels)
             correct = count_correct(logits, labels)
@@ -68,7 +70,9 @@ def train(model, optimizer, data, args, run):
 
 def parse_args(argv=None):
     parser = make_parser("serial_cnn", __doc__, MODELS)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s"
+    )
     return parser.parse_args(argv)
 
 
@@ -80,9 +84,16 @@ def main(argv=None):
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     model = make_model(args.model, args.seed, np.dtype(args.dtype))
     optimizer = make_optimizer(model, args)
-    with np.errstate(over="ignore", invalid="ignore"):  # run stops at the first loss that is not finite
-        with Run(args, "serial_cnn", data, lambda: get_arrays(model, optimizer),
-                 lambda arrays: set_arrays(model, optimizer, arrays)) as run:
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # run stops at the first loss that is not finite
+        with Run(
+            args,
+            "serial_cnn",
+            data,
+            lambda: get_arrays(model, optimizer),
+            lambda arrays: set_arrays(model, optimizer, arrays),
+        ) as run:
             train(model, optimizer, data, args, run)
             run.finish()
 

@@ -85,7 +85,9 @@ IN_FLIGHT = 16  # requests that a worker has under way
 SHARD_IMAGES = 5000  # 15 MB
 SHUFFLED_SHARDS = 2  # shards whose images are mixed, and so must be in memory together
 KEPT_SHARDS = 3 * SHUFFLED_SHARDS
-RECORD = 1 + 3 * 32 * 32  # bytes of an image in a shard: label, red, green and blue plane, as in CIFAR-10's own files
+RECORD = (
+    1 + 3 * 32 * 32
+)  # bytes of an image in a shard: label, red, green and blue plane, as in CIFAR-10's own files
 MANIFEST = "manifest.json"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,10 +99,17 @@ def make_model(name):
     """`cnn` as in common.make_cnn, or torchvision's ResNet with the CIFAR stem: (N, 3, 32, 32) → logits (N, 10)."""
     if name == "cnn":
         model = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4096, 256),
+            nn.ReLU(),
+            nn.Linear(256, 10),
+        )
         for layer in model:
             if hasattr(layer, "weight"):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -161,7 +170,7 @@ class OneBatch(Arrays):
         super().__init__(images, np.resize(labels, n))
 
     def read(self, index):
-        return self.images[:len(index)], self.labels[:len(index)]
+        return self.images[: len(index)], self.labels[: len(index)]
 
 
 class Folder(Arrays):
@@ -172,13 +181,19 @@ class Folder(Arrays):
     def __init__(self, folder, subset=None):
         numbered, self.classes = self._numbered(folder), []
         if not numbered and folder.is_dir():
-            self.classes = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+            self.classes = sorted(
+                f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")
+            )
         found = sorted(numbered or self._pictures(folder))[:subset]
         if not found:
-            raise InputError(f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, each with "
-                             "<number>_<label>.png files or a folder for each class; --export makes one")
+            raise InputError(
+                f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, each with "
+                "<number>_<label>.png files or a folder for each class; --export makes one"
+            )
         if max(label for _, label, _ in found) > 9:
-            raise InputError(f"{max(found, key=lambda f: f[1])[2]}: its label is over 9: the networks have ten classes")
+            raise InputError(
+                f"{max(found, key=lambda f: f[1])[2]}: its label is over 9: the networks have ten classes"
+            )
         self.paths = [path for _, _, path in found]
         self.labels = np.array([label for _, label, _ in found], np.uint8)
 
@@ -189,13 +204,24 @@ class Folder(Arrays):
             if match := self.PICTURE.fullmatch(entry.name):
                 found.append((int(match[1]), int(match[2]), entry.path))
             elif entry.name.lower().endswith((".png", ".jpg", ".jpeg")):
-                raise InputError(f"{entry.path}: its name does not tell its label: call it <number>_<label>.png")
+                raise InputError(
+                    f"{entry.path}: its name does not tell its label: call it <number>_<label>.png"
+                )
         return found
 
     def _pictures(self, folder):
         """The same of the pictures in its class folders, whose labels follow their names; the classes alternate."""
-        return [(i, label, str(path)) for label, name in enumerate(self.classes) for i, path in enumerate(
-            sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")))]  # fmt: skip
+        return [
+            (i, label, str(path))
+            for label, name in enumerate(self.classes)
+            for i, path in enumerate(
+                sorted(
+                    p
+                    for p in (folder / name).iterdir()
+                    if p.suffix.lower() in (".png", ".jpg", ".jpeg")
+                )
+            )
+        ]
 
     def read(self, index):
         return np.stack([self._picture(self.paths[i]) for i in index]), self.labels[index]
@@ -256,11 +282,17 @@ class Bucket:
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*?))?/?", url)
         if not match:
             raise InputError(f"{url}: not of the form s3://bucket/prefix")
-        self.url, (self.bucket, self.prefix), self.patience = url.rstrip("/"), match.groups(""), patience
+        self.url, (self.bucket, self.prefix), self.patience = (
+            url.rstrip("/"),
+            match.groups(""),
+            patience,
+        )
         session = Session()
         try:
             self._credentials, profile = session.get_credentials(), session.get_scoped_config()
-            self.region = os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+            self.region = (
+                os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+            )
         except BotoCoreError as error:
             raise InputError(f"the AWS configuration cannot be used: {error}") from None
         environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -268,24 +300,43 @@ class Bucket:
         if self.endpoint and not re.fullmatch(r"https?://[^/\s@]+/?", self.endpoint):
             raise InputError(f"--endpoint-url {self.endpoint}: give http(s)://host:port")
         if self._credentials is None:
-            raise InputError(f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill in "
-                             "~/.aws/credentials")
-        self.timeout = min(max(patience, 1), 20)  # seconds without a byte until a request has failed
+            raise InputError(
+                f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill in "
+                "~/.aws/credentials"
+            )
+        self.timeout = min(
+            max(patience, 1), 20
+        )  # seconds without a byte until a request has failed
         self.stopped = threading.Event()  # set: nothing is repeated any more
         self.failure = None  # what has ended the run, in words
 
     def connect(self):
         from obstore.store import S3Store
 
-        options = {"allow_http": True, "connect_timeout": timedelta(seconds=5), "timeout": timedelta(minutes=10),
-                   "read_timeout": timedelta(seconds=self.timeout)}  # fmt: skip
-        return S3Store(self.bucket, prefix=self.prefix or None, endpoint=self.endpoint, region=self.region,
-                       client_options=options, retry_config={"max_retries": 0}, credential_provider=self._key)
+        options = {
+            "allow_http": True,
+            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(minutes=10),
+            "read_timeout": timedelta(seconds=self.timeout),
+        }
+        return S3Store(
+            self.bucket,
+            prefix=self.prefix or None,
+            endpoint=self.endpoint,
+            region=self.region,
+            client_options=options,
+            retry_config={"max_retries": 0},
+            credential_provider=self._key,
+        )
 
     def _key(self):
         key = self._credentials.get_frozen_credentials()
-        return {"access_key_id": key.access_key, "secret_access_key": key.secret_key, "token": key.token,
-                "expires_at": datetime.now(timezone.utc) + timedelta(minutes=10)}  # asked for again then
+        return {
+            "access_key_id": key.access_key,
+            "secret_access_key": key.secret_key,
+            "token": key.token,
+            "expires_at": datetime.now(timezone.utc) + timedelta(minutes=10),
+        }  # asked for again then
 
     def name(self, key):
         return f"{self.url}/{key} at {self.endpoint or f'Amazon S3, {self.region}'}"
@@ -330,7 +381,9 @@ class Bucket:
             if given_up or self.stopped.wait(pause):
                 times = f", tried {tries} times in {passed:.0f} s" if tries > 1 else ""
                 message = f"{self.name(key)}: {problem}{times}"
-                if given_up:  # the run ends; what is being repeated beside it ends too, and is not the reason
+                if (
+                    given_up
+                ):  # the run ends; what is being repeated beside it ends too, and is not the reason
                     self.failure = self.failure or message
                     self.stopped.set()
                 raise LoadingError(self.failure or message)
@@ -344,12 +397,18 @@ class Bucket:
             text = self.get(self.connect(), MANIFEST)
         except LoadingError as error:
             if re.search(r": [34]\d\d ", str(error)):
-                hint = "put the data there with --export" if "404" in str(error) else "look at credentials and endpoint"
+                hint = (
+                    "put the data there with --export"
+                    if "404" in str(error)
+                    else "look at credentials and endpoint"
+                )
                 raise InputError(f"{error}: {hint}") from None
             raise
         digest, _, body = text.partition(b"\n")
         if hashlib.sha256(body).hexdigest() != digest.decode(errors="replace"):
-            raise LoadingError(f"{self.name(MANIFEST)}: damaged: put the data there again with --export")
+            raise LoadingError(
+                f"{self.name(MANIFEST)}: damaged: put the data there again with --export"
+            )
         manifest = json.loads(body)
         lists = {kind: [Entry(*row) for row in rows] for kind, rows in manifest["objects"].items()}
         return {"dataset": manifest["dataset"], "fingerprint": digest.decode(), **lists}
@@ -370,7 +429,10 @@ def describe(error):
     code = re.search(r"<Code>(\w+)</Code>", text)
     cause = re.search(r'message: "([^"]+)"', text)
     if status:
-        final = status[1][0] in "34" and status[1] not in ("408", "429")  # time-out, too many requests
+        final = status[1][0] in "34" and status[1] not in (
+            "408",
+            "429",
+        )  # time-out, too many requests
         return status[1] + status[2].rstrip() + (f" ({code[1]})" if code else ""), final
     if "TimedOut" in text or "timed out" in text:
         return "no answer in time", False
@@ -384,15 +446,22 @@ class S3Pictures(Arrays):
     def __init__(self, bucket, entries):
         self.bucket, self.entries = bucket, entries
         self.labels = labels_of(entries)
-        self._worker = threading.local()  # the calling thread's own client, and threads for its requests
+        self._worker = (
+            threading.local()
+        )  # the calling thread's own client, and threads for its requests
 
     def read(self, index):
         mine = self._worker
         if not hasattr(mine, "client"):
             mine.client, mine.pool = self.bucket.connect(), ThreadPoolExecutor(IN_FLIGHT)
         entries = [self.entries[i] for i in index]
-        arrived = list(mine.pool.map(functools.partial(self.bucket.fetch, mine.client), entries))  # in this order
-        images = [decode(data, self.bucket.name(entry.name)) for data, entry in zip(arrived, entries, strict=True)]
+        arrived = list(
+            mine.pool.map(functools.partial(self.bucket.fetch, mine.client), entries)
+        )  # in this order
+        images = [
+            decode(data, self.bucket.name(entry.name))
+            for data, entry in zip(arrived, entries, strict=True)
+        ]
         return np.stack(images), self.labels[index]
 
 
@@ -404,13 +473,26 @@ class S3Shards(Arrays):
     """
 
     def __init__(self, bucket, entries, labels, cache_dir=None, readers=0):
-        self.bucket, self.labels, self.cache_dir = bucket, labels, Path(cache_dir) if cache_dir else None
+        self.bucket, self.labels, self.cache_dir = (
+            bucket,
+            labels,
+            Path(cache_dir) if cache_dir else None,
+        )
         ends = np.cumsum([entry.images for entry in entries])
-        self.entries = entries[:np.searchsorted(ends, len(labels)) + 1]
-        self.bounds = np.minimum([0, *ends[:len(self.entries)]], len(labels))  # shard s: images bounds[s]:bounds[s + 1]
+        self.entries = entries[: np.searchsorted(ends, len(labels)) + 1]
+        self.bounds = np.minimum(
+            [0, *ends[: len(self.entries)]], len(labels)
+        )  # shard s: images bounds[s]:bounds[s + 1]
         self.ahead = SHUFFLED_SHARDS if readers else 0
-        self._sequence, self._kept = list(range(len(self.entries))), {}  # _kept: shard → Future of its records
-        self._pool, self._lock, self._reader = ThreadPoolExecutor(max(readers, 1)), threading.Lock(), threading.local()
+        self._sequence, self._kept = (
+            list(range(len(self.entries))),
+            {},
+        )  # _kept: shard → Future of its records
+        self._pool, self._lock, self._reader = (
+            ThreadPoolExecutor(max(readers, 1)),
+            threading.Lock(),
+            threading.local(),
+        )
 
     def order(self, seed, epoch):
         """Shard after shard in random order, the images of SHUFFLED_SHARDS mixed: a function of (seed, epoch)."""
@@ -418,7 +500,7 @@ class S3Shards(Arrays):
         self._sequence = rng.permutation(len(self.entries)).tolist()
         images = [np.arange(self.bounds[s], self.bounds[s + 1]) for s in self._sequence]
         step = SHUFFLED_SHARDS
-        groups = [np.concatenate(images[i:i + step]) for i in range(0, len(images), step)]
+        groups = [np.concatenate(images[i : i + step]) for i in range(0, len(images), step)]
         return np.concatenate([rng.permutation(group) for group in groups])
 
     def read(self, index):
@@ -435,8 +517,10 @@ class S3Shards(Arrays):
         """The records of shard s, (n, RECORD) uint8; fetches the next shards too, forgets those longest unused."""
         with self._lock:
             place = self._sequence.index(s)
-            for shard in self._sequence[place:place + 1 + self.ahead]:
-                future = self._kept.pop(shard, None) or self._pool.submit(self._fetch, self.entries[shard])
+            for shard in self._sequence[place : place + 1 + self.ahead]:
+                future = self._kept.pop(shard, None) or self._pool.submit(
+                    self._fetch, self.entries[shard]
+                )
                 self._kept[shard] = future  # the last one now
             future = self._kept[s]
             while len(self._kept) > KEPT_SHARDS:
@@ -456,7 +540,9 @@ class S3Shards(Arrays):
                 part.replace(self._cached(entry))
         records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
         if len(records) != entry.images or records[:, 0].max() > 9:
-            raise LoadingError(f"{self.bucket.name(entry.name)}: not {entry.images} images with labels up to 9")
+            raise LoadingError(
+                f"{self.bucket.name(entry.name)}: not {entry.images} images with labels up to 9"
+            )
         return records
 
     def _cached(self, entry):
@@ -478,7 +564,10 @@ def labels_of(entries):
 def download(source, loader):
     """All images of a source, in memory; and when it began, seconds waiting, seconds in all, and how many they are."""
     began, clock, waited = time.time(), time.perf_counter(), 0.0
-    images, labels = np.empty((len(source.labels), 32, 32, 3), np.uint8), np.empty_like(source.labels)
+    images, labels = (
+        np.empty((len(source.labels), 32, 32, 3), np.uint8),
+        np.empty_like(source.labels),
+    )
     parts = [np.arange(a, b) for a, b in itertools.pairwise(source.bounds)]
     reading = loader.run(source.read, parts)
     for part in parts:
@@ -509,7 +598,10 @@ def export(args):
     pool, put = ThreadPoolExecutor(IN_FLIGHT), functools.partial(put_object, client, retry, present)
     try:
         with tqdm(total=total, desc="export", unit=" images", disable=args.quiet or None) as bar:
-            for split, images, labels in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+            for split, images, labels in (
+                ("train", data.x_train, data.y_train),
+                ("test", data.x_test, data.y_test),
+            ):
                 for start in range(0, len(labels), SHARD_IMAGES):
                     part = slice(start, min(start + SHARD_IMAGES, len(labels)))
                     pictures, shard = encode(split, start, images[part], labels[part])
@@ -522,11 +614,16 @@ def export(args):
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    body = json.dumps({"dataset": data.name, "fingerprint": data.fingerprint, "objects": objects}).encode()
+    body = json.dumps(
+        {"dataset": data.name, "fingerprint": data.fingerprint, "objects": objects}
+    ).encode()
     manifest = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
     put_object(client, retry, {}, (MANIFEST, manifest, 0))  # last: where it is, everything is
-    print(f"train_cifar: {len(data.y_train):,} training and {len(data.y_test):,} test images of {data.name} are in "
-          f"{args.export}", flush=True)
+    print(
+        f"train_cifar: {len(data.y_train):,} training and {len(data.y_test):,} test images of {data.name} are in "
+        f"{args.export}",
+        flush=True,
+    )
 
 
 def name_failure(key, action):
@@ -544,7 +641,11 @@ def list_objects(client):
     """{key: (size, ETag)} of what is there."""
     import obstore
 
-    return {o["path"]: (o["size"], o["e_tag"]) for chunk in obstore.list(client, chunk_size=1000) for o in chunk}
+    return {
+        o["path"]: (o["size"], o["e_tag"])
+        for chunk in obstore.list(client, chunk_size=1000)
+        for o in chunk
+    }
 
 
 def encode(split, first, images, labels):
@@ -556,7 +657,11 @@ def encode(split, first, images, labels):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         pictures.append((f"{split}/{i:05}_{label}.png", file.getvalue(), 1))
-    return pictures, (f"{split}-shards/{first // SHARD_IMAGES:02}.bin", shard.tobytes(), len(labels))
+    return pictures, (
+        f"{split}-shards/{first // SHARD_IMAGES:02}.bin",
+        shard.tobytes(),
+        len(labels),
+    )
 
 
 def put_object(client, retry, present, item):
@@ -568,7 +673,8 @@ def put_object(client, retry, present, item):
     digest = hashlib.sha256(data).hexdigest()
     same = size == len(data) and (
         (tag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        or hashlib.sha256(retry(key, lambda: obstore.get(client, key).bytes())).hexdigest() == digest
+        or hashlib.sha256(retry(key, lambda: obstore.get(client, key).bytes())).hexdigest()
+        == digest
     )  # an ETag is the MD5 of most objects, not of all
     if not same:
         retry(key, lambda: obstore.put(client, key, data, use_multipart=False))
@@ -607,24 +713,36 @@ def open_data(args, device, loader):
     """The Data that --source, --s3-mode, --data-dir, --dataset and --subset ask for."""
     if args.source == "synthetic-batch":
         n = args.subset or 50_000
-        train, test = OneBatch(n, args.batch_size, args.seed), OneBatch(max(n // 5, 1), TEST_BATCH, args.seed)
+        train, test = (
+            OneBatch(n, args.batch_size, args.seed),
+            OneBatch(max(n // 5, 1), TEST_BATCH, args.seed),
+        )
         return Data(train, test, "synthetic", "one batch")
     if args.source == "disk":
         root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
         train, test = (Folder(root / split, n) for split, n in split_sizes(args))
         if train.classes != test.classes:  # the labels are their numbers
-            raise InputError(f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
-                             f"{', '.join(test.classes) or 'in the names'}: give both the same")
+            raise InputError(
+                f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
+                f"{', '.join(test.classes) or 'in the names'}: give both the same"
+            )
         names = "\n".join(os.path.relpath(path, root) for path in train.paths + test.paths)
         data = Data(train, test, f"pictures in {root}", hashlib.sha256(names.encode()).hexdigest())
     elif args.source == "builtin":
         data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-        data = Data(Arrays(data.x_train, data.y_train), Arrays(data.x_test, data.y_test), data.name, data.fingerprint)
+        data = Data(
+            Arrays(data.x_train, data.y_train),
+            Arrays(data.x_test, data.y_test),
+            data.name,
+            data.fingerprint,
+        )
     else:
         data = open_bucket(args, loader)
     if args.subset and len(data.y_train) < args.subset:
         if not args.cpu_default:
-            raise InputError(f"--subset {args.subset}: there are {len(data.y_train)} training images in {args.source}")
+            raise InputError(
+                f"--subset {args.subset}: there are {len(data.y_train)} training images in {args.source}"
+            )
         args.subset = len(data.y_train)
     if device.type == "cuda" and type(data.train) is Arrays:
         data = data._replace(train=OnDevice(data.train, device), test=OnDevice(data.test, device))
@@ -643,7 +761,9 @@ def open_bucket(args, loader):
             if args.s3_mode == "stream":
                 sources.append(S3Pictures(bucket, pictures))
                 continue
-            sources.append(S3Shards(bucket, shards, labels_of(pictures), args.cache_dir, args.workers))
+            sources.append(
+                S3Shards(bucket, shards, labels_of(pictures), args.cache_dir, args.workers)
+            )
             if args.s3_mode == "download":
                 sources[-1], record = download(sources[-1], loader)
                 fetched.append(record)
@@ -662,7 +782,10 @@ class Loader:
     """
 
     def __init__(self, workers):
-        self.workers, self._pool = workers, ThreadPoolExecutor(workers, "loader") if workers else None
+        self.workers, self._pool = (
+            workers,
+            ThreadPoolExecutor(workers, "loader") if workers else None,
+        )
 
     def run(self, make, batches, waiting=None):
         """Yield make(batch) for each of `batches`, in their order; waiting() is called while there is nothing yet."""
@@ -691,9 +814,11 @@ class Loader:
         """
         if isinstance(source, OneBatch):
             ready = finish_batch(*make_batch(source, None, device, batches[0]), device)
-            yield from ((ready[0][:len(index)], ready[1][:len(index)]) for index in batches)
+            yield from ((ready[0][: len(index)], ready[1][: len(index)]) for index in batches)
             return
-        for batch in self.run(functools.partial(make_batch, source, draws, device), batches, waiting):
+        for batch in self.run(
+            functools.partial(make_batch, source, draws, device), batches, waiting
+        ):
             yield finish_batch(*batch, device)
 
 
@@ -712,7 +837,10 @@ def finish_batch(images, labels, draws, device):
     x, labels = (torch.as_tensor(a).to(device, non_blocking=True) for a in (images, labels))
     if x.dtype is torch.uint8:
         x = x if draws is None else augment_tensor(x, torch.from_numpy(draws).to(device))
-        scale, shift = 1 / (255 * torch.tensor(STD, device=device)), torch.tensor(MEAN) / torch.tensor(STD)
+        scale, shift = (
+            1 / (255 * torch.tensor(STD, device=device)),
+            torch.tensor(MEAN) / torch.tensor(STD),
+        )
         x = torch.addcmul(-shift.to(device), x.float(), scale)
     if x.is_cuda:
         torch.cuda.synchronize()  # before the clock is read
@@ -837,18 +965,34 @@ def train(model, net, optimizer, data, args, run, setup):
             break
         order, draws = epoch_plan(data.train, args, epoch)
         run.start_epoch(epoch, len(batches))
-        mine = [world.share(order[start:stop]) for start, stop in batches[run.batch:]]
-        loaded = loader.batches(data.train, mine, draws, device, waiting=run.check_signal if world.size == 1 else None)
+        mine = [world.share(order[start:stop]) for start, stop in batches[run.batch :]]
+        loaded = loader.batches(
+            data.train, mine, draws, device, waiting=run.check_signal if world.size == 1 else None
+        )
         for batch in range(run.batch, len(batches)):
             set_learning_rate(optimizer, args, (epoch - 1 + batch / len(batches)) / args.epochs)
             started = time.perf_counter()
             x, labels = next_batch(loaded, args, run)
             loading = time.perf_counter() - started
             start, stop = batches[batch]
-            weight = len(labels) * world.size / (stop - start)  # DistributedDataParallel takes the mean over processes
-            loss, logits, phases = train_step(model, optimizer, x, labels, amp, scaler, args.label_smoothing, weight)
-            sums = world.sum(loss.item() * len(labels), *count_correct(logits, labels), bool(run.signal))
-            run.end_batch(stop - start, sums[0], int(sums[1]), int(sums[2]), loading, stop=sums[3] > 0, **phases)
+            weight = (
+                len(labels) * world.size / (stop - start)
+            )  # DistributedDataParallel takes the mean over processes
+            loss, logits, phases = train_step(
+                model, optimizer, x, labels, amp, scaler, args.label_smoothing, weight
+            )
+            sums = world.sum(
+                loss.item() * len(labels), *count_correct(logits, labels), bool(run.signal)
+            )
+            run.end_batch(
+                stop - start,
+                sums[0],
+                int(sums[1]),
+                int(sums[2]),
+                loading,
+                stop=sums[3] > 0,
+                **phases,
+            )
         run.end_training()
         run.end_epoch(*evaluate(net, data.test, setup), stop=world.sum(bool(run.signal))[0] > 0)
     has_reached(args.accuracy, run)  # in the last epoch too
@@ -856,7 +1000,9 @@ def train(model, net, optimizer, data, args, run, setup):
 
 def epoch_plan(source, args, epoch):
     """The order of the epoch's images, and the draws of their augmentation or None."""
-    draws = draw_augmentation(len(source.labels), args.seed, epoch) if args.augment == "on" else None
+    draws = (
+        draw_augmentation(len(source.labels), args.seed, epoch) if args.augment == "on" else None
+    )
     return source.order(args.seed, epoch), draws
 
 
@@ -872,13 +1018,17 @@ def next_batch(loaded, args, run):
     except LoadingError as error:
         if args.checkpoint:
             run.save_checkpoint()
-            raise LoadingError(f"{error}; continue with --checkpoint {args.checkpoint} --resume") from None
+            raise LoadingError(
+                f"{error}; continue with --checkpoint {args.checkpoint} --resume"
+            ) from None
         raise
 
 
 def has_reached(accuracy, run):
     """Whether the last validation had the accuracy that the run was to reach; the totals tell in what training time."""
-    reached = accuracy is not None and run.history["test_acc"] and run.history["test_acc"][-1] >= accuracy
+    reached = (
+        accuracy is not None and run.history["test_acc"] and run.history["test_acc"][-1] >= accuracy
+    )
     if reached:
         run.totals["seconds_to_accuracy"] = run.totals["train_seconds"]
     return reached
@@ -889,10 +1039,15 @@ def evaluate(net, source, setup, batch_size=TEST_BATCH):
     """Mean loss, top-1 and top-5 accuracy over all processes, and seconds spent waiting for data."""
     device, amp, _, loader, world = setup
     net.eval()
-    for buffer in net.buffers() if world.size > 1 else ():  # running statistics differ from rank to rank
+    for buffer in (
+        net.buffers() if world.size > 1 else ()
+    ):  # running statistics differ from rank to rank
         torch.distributed.broadcast(buffer, 0)
     n = len(source.labels)
-    mine = [world.share(np.arange(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
+    mine = [
+        world.share(np.arange(start, min(start + batch_size, n)))
+        for start in range(0, n, batch_size)
+    ]
     mine = [index for index in mine if len(index)]
     sums, loading, loaded = np.zeros(3), 0.0, loader.batches(source, mine, None, device)
     for _ in mine:
@@ -920,8 +1075,12 @@ def measure_loading(data, args, run, setup):
             next(loaded)
             run.end_loading(stop - start, time.perf_counter() - started)
         if not args.quiet and setup.world.rank == 0:
-            print("epoch {}: {images:,} images in {duration:.3f} s, waiting {loading:.3f} s, {:,.0f} images/s".format(
-                epoch, run.sums["images"] / run.sums["duration"], **run.sums), flush=True)
+            print(
+                "epoch {}: {images:,} images in {duration:.3f} s, waiting {loading:.3f} s, {:,.0f} images/s".format(
+                    epoch, run.sums["images"] / run.sums["duration"], **run.sums
+                ),
+                flush=True,
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -941,7 +1100,9 @@ def set_arrays(model, optimizer, scaler, arrays):
     set_torch_arrays(model, optimizer, arrays)
     if scaler:
         scale, growth = arrays["scaler"]
-        scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale), "_growth_tracker": int(growth)})
+        scaler.load_state_dict(
+            {**scaler.state_dict(), "scale": float(scale), "_growth_tracker": int(growth)}
+        )
 
 
 def share_position(run, net, optimizer, setup):
@@ -976,83 +1137,163 @@ def choose_amp(amp, device):
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        amp = "bf16" if any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16")) else "off"
+        amp = (
+            "bf16"
+            if any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+            else "off"
+        )
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def parse_args(argv=None):
-    parser = make_parser("train_cifar", __doc__, ("resnet50", "resnet18", "cnn"), batch_size=64, epochs=None)
+    parser = make_parser(
+        "train_cifar", __doc__, ("resnet50", "resnet18", "cnn"), batch_size=64, epochs=None
+    )
     add_data_options(parser.add_argument_group("where the images come from"))
     add_training_options(parser.add_argument_group("training"))
     args = parser.parse_args(argv)
     args.source = args.source.rstrip("/")
-    if args.source not in ("builtin", "disk", "synthetic-batch") and not args.source.startswith("s3://"):
-        raise InputError(f"--source {args.source}: give builtin, disk, s3://bucket/prefix or synthetic-batch")
+    if args.source not in ("builtin", "disk", "synthetic-batch") and not args.source.startswith(
+        "s3://"
+    ):
+        raise InputError(
+            f"--source {args.source}: give builtin, disk, s3://bucket/prefix or synthetic-batch"
+        )
     if args.load_only and (args.source == "synthetic-batch" or args.seeds > 1 or args.checkpoint):
-        raise InputError("--load-only measures how a source loads: give it one that does, no --seeds, no --checkpoint")
+        raise InputError(
+            "--load-only measures how a source loads: give it one that does, no --seeds, no --checkpoint"
+        )
     if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
         raise InputError("--nesterov needs --optimizer sgd and a --momentum over 0")
     if args.warmup is None:
         args.warmup = {"constant": 0.0, "cosine": 0.05, "one-cycle": 0.3}[args.schedule]
     if args.device == "cuda" and not torch.cuda.is_available():
-        why = "this build of torch has no CUDA" if not torch.version.cuda else "no NVIDIA GPU with a driver is found"
+        why = (
+            "this build of torch has no CUDA"
+            if not torch.version.cuda
+            else "no NVIDIA GPU with a driver is found"
+        )
         raise InputError(f"--device cuda: {why}: use --device cpu")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
-    args.cpu_default = args.device == "cpu" and args.epochs is None and args.subset is None and not args.export
+        raise InputError(
+            "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out"
+        )
+    args.cpu_default = (
+        args.device == "cpu" and args.epochs is None and args.subset is None and not args.export
+    )
     if args.cpu_default:
         args.epochs, args.subset = CPU_DEFAULT["epochs"], CPU_DEFAULT["subset"]
-        print(f"On a CPU: {args.subset:,} images and {args.epochs} epochs. The full run: the same with --epochs 10",
-              flush=True)
+        print(
+            f"On a CPU: {args.subset:,} images and {args.epochs} epochs. The full run: the same with --epochs 10",
+            flush=True,
+        )
     args.epochs = args.epochs or 10
-    args.schedule_epochs = args.epochs if args.schedule != "constant" or args.warmup else None  # what --resume compares
+    args.schedule_epochs = (
+        args.epochs if args.schedule != "constant" or args.warmup else None
+    )  # what --resume compares
     return args
 
 
 def add_data_options(group):
     add = group.add_argument
-    add("--source", default="builtin", metavar="SOURCE",
+    add(
+        "--source",
+        default="builtin",
+        metavar="SOURCE",
         help="builtin: CIFAR-10 in memory; disk: pictures in --data-dir/train and /test, named <number>_<label>.png or "
-        "in a folder for each class; s3://bucket/prefix; synthetic-batch: one batch again and again (default: builtin)")
-    add("--s3-mode", choices=("download", "stream", "shards"), default="shards",
-        help="fetch all images first, each picture when it is needed, or large objects of many (default: %(default)s)")
-    add("--endpoint-url", metavar="URL",
-        help="of an S3 that is not Amazon's (default: $AWS_ENDPOINT_URL, else ~/.aws/config)")
+        "in a folder for each class; s3://bucket/prefix; synthetic-batch: one batch again and again (default: builtin)",
+    )
+    add(
+        "--s3-mode",
+        choices=("download", "stream", "shards"),
+        default="shards",
+        help="fetch all images first, each picture when it is needed, or large objects of many (default: %(default)s)",
+    )
+    add(
+        "--endpoint-url",
+        metavar="URL",
+        help="of an S3 that is not Amazon's (default: $AWS_ENDPOINT_URL, else ~/.aws/config)",
+    )
     add("--cache-dir", metavar="DIR", help="keep shards on disk here")
-    add("--retry-seconds", type=number(float, 0, 10**6), default=60, metavar="SECONDS",
-        help="how long to go on asking an S3 that fails (default: %(default)s)")
-    add("--workers", type=number(int, 0, 256), default=1, help="threads that load ahead (default: %(default)s)")
-    add("--augment", choices=("on", "off"), default="on", help="random crops and flips (default: %(default)s)")
+    add(
+        "--retry-seconds",
+        type=number(float, 0, 10**6),
+        default=60,
+        metavar="SECONDS",
+        help="how long to go on asking an S3 that fails (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=number(int, 0, 256),
+        default=1,
+        help="threads that load ahead (default: %(default)s)",
+    )
+    add(
+        "--augment",
+        choices=("on", "off"),
+        default="on",
+        help="random crops and flips (default: %(default)s)",
+    )
     add("--load-only", action="store_true", help="measure the loading, without training")
-    add("--export", metavar="TARGET", help="put the data set into s3://bucket/prefix or a folder, and stop")
+    add(
+        "--export",
+        metavar="TARGET",
+        help="put the data set into s3://bucket/prefix or a folder, and stop",
+    )
 
 
 def add_training_options(group):
     add = group.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: where the hardware has it (default: %(default)s)")
+    add(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="mixed precision; auto: where the hardware has it (default: %(default)s)",
+    )
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--threads", type=number(int, 1, 4096), help="of PyTorch's operators (default: all cores, shared by processes)")
+    add(
+        "--threads",
+        type=number(int, 1, 4096),
+        help="of PyTorch's operators (default: all cores, shared by processes)",
+    )
     add("--nesterov", action="store_true", help="Nesterov's momentum")
-    add("--schedule", choices=("constant", "cosine", "one-cycle"), default="constant",
-        help="of the learning rate; --lr is its largest (default: %(default)s)")
-    add("--warmup", type=number(float, 0, 1, exclusive=True), metavar="PART",
-        help="of the training in which the learning rate rises (default: 0; cosine: 0.05; one-cycle: 0.3)")
+    add(
+        "--schedule",
+        choices=("constant", "cosine", "one-cycle"),
+        default="constant",
+        help="of the learning rate; --lr is its largest (default: %(default)s)",
+    )
+    add(
+        "--warmup",
+        type=number(float, 0, 1, exclusive=True),
+        metavar="PART",
+        help="of the training in which the learning rate rises (default: 0; cosine: 0.05; one-cycle: 0.3)",
+    )
     add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
-    add("--accuracy", type=number(float, 0, 1), help="stop at this test accuracy, say 0.9, and report the time it took")
-    add("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
-        help="train N times, with --seed and the N - 1 seeds after it (default: %(default)s)")
+    add(
+        "--accuracy",
+        type=number(float, 0, 1),
+        help="stop at this test accuracy, say 0.9, and report the time it took",
+    )
+    add(
+        "--seeds",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="train N times, with --seed and the N - 1 seeds after it (default: %(default)s)",
+    )
 
 
 def join_world(args):
     """This process's World; under torchrun, which sets RANK, it meets the others here."""
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         return World()
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))  # fmt: skip
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     device = torch.device("cpu")
     if args.device == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -1065,7 +1306,10 @@ def open_on_all(args, loader, world, device):
     """The Data on every process; rank 0 first, which downloads and prepares files that the others then find."""
     if world.rank:
         torch.distributed.barrier()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # rank 0 has said it
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+        ):  # rank 0 has said it
             return open_data(args, device, loader)
     data = open_data(args, device, loader)
     if world.size > 1:
@@ -1082,10 +1326,16 @@ def train_once(args, data, setup):
     state = (net, optimizer, setup.scaler)
     model = torch.compile(net, dynamic=False) if args.compile else net
     if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(
+            model, [device] if device.type == "cuda" else None
+        )
     batches = global_batches(len(data.train.labels), args, world)
-    warm_up(model, net, sorted({len(world.share(range(start, stop))) for start, stop in batches}), setup)
-    with make_run(args, data, setup, lambda: get_arrays(*state), lambda arrays: set_arrays(*state, arrays)) as run:
+    warm_up(
+        model, net, sorted({len(world.share(range(start, stop))) for start, stop in batches}), setup
+    )
+    with make_run(
+        args, data, setup, lambda: get_arrays(*state), lambda arrays: set_arrays(*state, arrays)
+    ) as run:
         share_position(run, net, optimizer, setup)
         train(model, net, optimizer, data, args, run, setup)
         if device.type == "cuda":
@@ -1107,8 +1357,11 @@ def make_run(args, data, setup, get, put):
     device, gpu = setup.device, None
     if device.type == "cuda":
         gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    info = {"device": torch.cuda.get_device_name(device) if gpu else "cpu", "threads": torch.get_num_threads(),
-            "ranks": setup.world.size}  # fmt: skip
+    info = {
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "ranks": setup.world.size,
+    }
     with Run(args, "train_cifar", data, get, put, info, setup.world.rank, gpu_uuid=gpu) as run:
         for kind, fetched in zip((FETCH_TRAIN, FETCH_VALIDATE), data.fetched, strict=False):
             run.record_fetch(kind, *fetched)
@@ -1130,16 +1383,30 @@ def train_seeds(args, data, setup):
         results.append(train_once(mine, data, setup))
     if setup.world.rank == 0:
         summary = {}
-        for name, form in (("best_accuracy", ".4f"), ("final_accuracy", ".4f"), ("train_seconds", ".2f"),
-                           ("images_per_s", ",.0f"), ("seconds_to_accuracy", ".2f")):  # fmt: skip
+        for name, form in (
+            ("best_accuracy", ".4f"),
+            ("final_accuracy", ".4f"),
+            ("train_seconds", ".2f"),
+            ("images_per_s", ",.0f"),
+            ("seconds_to_accuracy", ".2f"),
+        ):
             values = [result[name] for result in results if name in result]
             if len(values) == len(results):
-                summary[name] = {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
+                summary[name] = {
+                    "mean": statistics.mean(values),
+                    "std": statistics.stdev(values),
+                    "values": values,
+                }
                 mean, std = (format(summary[name][key], form) for key in ("mean", "std"))
                 print(f"{name}: {mean} ± {std} (n = {len(values)})", flush=True)
         path = Path(args.log).with_name(Path(args.log).stem + "_seeds.json")
         with atomic_write(path, "w") as file:
-            json.dump({"seeds": args.seeds, "arguments": vars(args), **summary}, file, indent=1, default=str)
+            json.dump(
+                {"seeds": args.seeds, "arguments": vars(args), **summary},
+                file,
+                indent=1,
+                default=str,
+            )
 
 
 def main(argv=None):
@@ -1149,7 +1416,9 @@ def main(argv=None):
             args = parse_args(argv)
     except InputError:
         if rank:
-            time.sleep(5)  # rank 0 says it, before torchrun ends all processes because this one ended
+            time.sleep(
+                5
+            )  # rank 0 says it, before torchrun ends all processes because this one ended
             sys.exit(2)
         raise
     if args.export:
@@ -1161,14 +1430,19 @@ def main(argv=None):
     if args.threads or world.size > 1:  # torchrun asks for one thread each
         torch.set_num_threads(args.threads or max(1, len(available_cores()) // world.local_size))
     torch.backends.cudnn.benchmark = True
-    loader, scaler = Loader(args.workers), torch.amp.GradScaler("cuda") if amp is torch.float16 else None
+    loader, scaler = (
+        Loader(args.workers),
+        torch.amp.GradScaler("cuda") if amp is torch.float16 else None,
+    )
     setup = Setup(world.device, amp, scaler, loader, world)
     data = open_on_all(args, loader, world, world.device)
     try:
         run = load_once if args.load_only else train_seeds if args.seeds > 1 else train_once
         run(args, data, setup)
     except (Interrupted, TrainingError) as error:
-        if world.rank and not isinstance(error, LoadingError):  # all processes know, and rank 0 says it
+        if world.rank and not isinstance(
+            error, LoadingError
+        ):  # all processes know, and rank 0 says it
             sys.exit(1 if isinstance(error, TrainingError) else 130)
         raise
     finally:

@@ -69,7 +69,11 @@ from common import (
 
 MODES = ("all", "split", "pipelined", "replicas")
 INSIDE = 0.99  # the least share of a group's CPU time on its own cores before a run warns
-DEFAULT_RUN = {"subset": 128, "epochs": 1, "rounds": 3}  # with the benchmark within two minutes on two cores
+DEFAULT_RUN = {
+    "subset": 128,
+    "epochs": 1,
+    "rounds": 3,
+}  # with the benchmark within two minutes on two cores
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,7 +87,11 @@ class Split(NamedTuple):
     reserved: tuple = ()  # left to the system
 
     def __str__(self):
-        names = (f"{name} {format_cores(cores)}" for name, cores in zip(self._fields, self, strict=True) if cores)
+        names = (
+            f"{name} {format_cores(cores)}"
+            for name, cores in zip(self._fields, self, strict=True)
+            if cores
+        )
         return ", ".join(names)
 
 
@@ -95,15 +103,21 @@ def split_cores(cores, proportion=(1, 1)):
     """
     cores = tuple(cores)
     if len(cores) < 2:
-        bound = [name for name in ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "OMP_PLACES") if name in os.environ]
+        bound = [
+            name
+            for name in ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "OMP_PLACES")
+            if name in os.environ
+        ]
         remedy = f"unset {' and '.join(bound)}" if bound else "start it with more (taskset, cgroup)"
-        raise InputError("forward and backward on separate cores need two cores, this process may use one: use --mode "
-                         f"all, or {remedy}")
+        raise InputError(
+            "forward and backward on separate cores need two cores, this process may use one: use --mode "
+            f"all, or {remedy}"
+        )
     usable = cores[:-2] if len(cores) > 4 else cores
     forward, total = proportion[0], sum(proportion)
     first = math.floor(len(usable) * forward / total + 0.5)
     first = min(max(first, 1), len(usable) - 1)
-    return Split(usable[:first], usable[first:], cores[len(usable):])
+    return Split(usable[:first], usable[first:], cores[len(usable) :])
 
 
 def balance(split, forward_seconds, backward_seconds):
@@ -112,7 +126,10 @@ def balance(split, forward_seconds, backward_seconds):
     forward_seconds, backward_seconds: of the phases on the groups of `split`.
     """
     usable = split.forward + split.backward
-    forward, backward = forward_seconds * len(split.forward), backward_seconds * len(split.backward)  # core-seconds
+    forward, backward = (
+        forward_seconds * len(split.forward),
+        backward_seconds * len(split.backward),
+    )  # core-seconds
     first = min(range(1, len(usable)), key=lambda n: max(forward / n, backward / (len(usable) - n)))
     return Split(usable[:first], usable[first:], split.reserved)
 
@@ -128,7 +145,9 @@ def parse_cores(text):
                 raise ValueError
             cores.update(numbers)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of cores such as 0-2 or 0,2,5") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of cores such as 0-2 or 0,2,5"
+        ) from None
     return tuple(sorted(cores))
 
 
@@ -160,17 +179,23 @@ def choose_split(args):
         return Split(tuple(cores), ())  # needs no groups
     if not can_pin():
         what = "--benchmark" if args.benchmark else f"--mode {args.mode}"
-        raise InputError(f"{what} chooses the cores of its threads, which {platform.system()} does not let a process "
-                         "do: train with --mode all")  # fmt: skip
+        raise InputError(
+            f"{what} chooses the cores of its threads, which {platform.system()} does not let a process "
+            "do: train with --mode all"
+        )
     if args.forward_cores is None:
         return split_cores(cores, (1, 1) if args.split in (None, "auto") else args.split)
     forward, backward = args.forward_cores, args.backward_cores
     if both := set(forward) & set(backward):
-        raise InputError(f"--forward-cores and --backward-cores both have {format_cores(sorted(both))}: "
-                         "give each core to one of them")  # fmt: skip
+        raise InputError(
+            f"--forward-cores and --backward-cores both have {format_cores(sorted(both))}: "
+            "give each core to one of them"
+        )
     if missing := set(forward + backward) - set(cores):
-        raise InputError(f"core {format_cores(sorted(missing))} is not available: this process may use "
-                         f"{format_cores(cores)}")  # fmt: skip
+        raise InputError(
+            f"core {format_cores(sorted(missing))} is not available: this process may use "
+            f"{format_cores(cores)}"
+        )
     return Split(forward, backward, tuple(core for core in cores if core not in forward + backward))
 
 
@@ -219,8 +244,10 @@ def check_affinity(threads, cores):
     for thread in threads:
         with contextlib.suppress(ProcessLookupError):
             if (seen := os.sched_getaffinity(thread)) != set(cores):
-                raise TrainingError(f"a thread is on cores {format_cores(sorted(seen))}, not {format_cores(cores)}: "
-                                    "let no other program move the threads of this one")
+                raise TrainingError(
+                    f"a thread is on cores {format_cores(sorted(seen))}, not {format_cores(cores)}: "
+                    "let no other program move the threads of this one"
+                )
 
 
 class CoreGroup:
@@ -241,7 +268,9 @@ class CoreGroup:
         torch.zeros(len(self.cores) << 16).add_(1)  # starts the pool
         threads = {threading.get_native_id(), *(thread_ids() - others - python_thread_ids())}
         if can_pin():
-            pin(threads, self.cores)  # the pool inherits the cores unless OpenMP has been told to bind its threads
+            pin(
+                threads, self.cores
+            )  # the pool inherits the cores unless OpenMP has been told to bind its threads
         return threads
 
     def check(self):
@@ -249,8 +278,10 @@ class CoreGroup:
         if can_pin():
             check_affinity(self.threads, self.cores)
             if (alive := len(self.threads & thread_ids())) != len(self.cores):
-                raise TrainingError(f"{alive} OpenMP threads for the {len(self.cores)} cores of group {self.name}: "
-                                    "unset OMP_THREAD_LIMIT and OMP_DYNAMIC")
+                raise TrainingError(
+                    f"{alive} OpenMP threads for the {len(self.cores)} cores of group {self.name}: "
+                    "unset OMP_THREAD_LIMIT and OMP_DYNAMIC"
+                )
 
     def close(self):
         """End the thread when what it computes is done, also if Ctrl-C is pressed meanwhile.
@@ -281,8 +312,11 @@ class Placement:
         try:
             pin(thread_ids(), self.split.reserved or self.split.forward + self.split.backward)
             torch.set_num_threads(1)
-            for name, cores in (("forward", self.split.forward), ("backward", self.split.backward),
-                                ("all", self.split.forward + self.split.backward)):  # fmt: skip
+            for name, cores in (
+                ("forward", self.split.forward),
+                ("backward", self.split.backward),
+                ("all", self.split.forward + self.split.backward),
+            ):
                 if cores:
                     self.groups[name] = CoreGroup(name, cores)
             self.check()
@@ -319,7 +353,12 @@ class CoreMonitor(threading.Thread):
     def __init__(self, placement, interval=0.05):
         super().__init__(daemon=True, name="core-monitor")
         self.placement, self.interval = placement, interval
-        self._stop_event, self._lock, self._seen, self._seconds = threading.Event(), threading.Lock(), {}, Counter()
+        self._stop_event, self._lock, self._seen, self._seconds = (
+            threading.Event(),
+            threading.Lock(),
+            {},
+            Counter(),
+        )
         self._sample()
 
     def __enter__(self):
@@ -383,23 +422,43 @@ class Usage:
 
     def inside(self, group):
         """The share of the group's CPU time on its own cores; a thread that nobody placed counts as outside."""
-        cores = self.split.forward + self.split.backward if group == "all" else getattr(self.split, group)
-        of_group = {key: seconds for key, seconds in self.by_core.items() if key[0] in (group, "unknown")}
-        inside = sum(seconds for (owner, core), seconds in of_group.items() if owner == group and core in cores)
+        cores = (
+            self.split.forward + self.split.backward
+            if group == "all"
+            else getattr(self.split, group)
+        )
+        of_group = {
+            key: seconds for key, seconds in self.by_core.items() if key[0] in (group, "unknown")
+        }
+        inside = sum(
+            seconds
+            for (owner, core), seconds in of_group.items()
+            if owner == group and core in cores
+        )
         return inside / sum(of_group.values()) if of_group else 1.0
 
     def idle(self, cores):
         """The share of the time that these cores did not compute for any group."""
-        busy = sum(seconds for (owner, core), seconds in self.by_core.items() if core in cores and owner != "python")
+        busy = sum(
+            seconds
+            for (owner, core), seconds in self.by_core.items()
+            if core in cores and owner != "python"
+        )
         return max(1 - busy / (self.seconds * len(cores)), 0.0)
 
     def shares(self):
         """{group: inside(group)} of the groups that computed."""
         groups = {owner for owner, _ in self.by_core} - {"python", "unknown"}
-        return {group: self.inside(group) for group in sorted(groups, key=("forward", "backward", "all").index)}
+        return {
+            group: self.inside(group)
+            for group in sorted(groups, key=("forward", "backward", "all").index)
+        }
 
     def __str__(self):
-        return ", ".join(f"{group} {share:.1%}" for group, share in self.shares().items()) or "nothing computed"
+        return (
+            ", ".join(f"{group} {share:.1%}" for group, share in self.shares().items())
+            or "nothing computed"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -502,9 +561,13 @@ class Trainer:
         self.optimizer.zero_grad()
         micro_batches = cut(x, labels, self.micro_batches)
         if mode in ("split", "pipelined"):
-            results, *seconds = self._two_lanes(micro_batches, len(labels), ahead=mode == "pipelined")
+            results, *seconds = self._two_lanes(
+                micro_batches, len(labels), ahead=mode == "pipelined"
+            )
         elif mode == "replicas":
-            results, *seconds = self._replicas(cut(x, labels, max(self.micro_batches, 2)), len(labels))
+            results, *seconds = self._replicas(
+                cut(x, labels, max(self.micro_batches, 2)), len(labels)
+            )
         else:
             results, *seconds = self._one_group("all", micro_batches, len(labels))
         logits, losses = zip(*results, strict=True)
@@ -514,32 +577,50 @@ class Trainer:
         """The forward passes of a step on their group, to measure them while the other group does nothing."""
         discard = SimpleNamespace(put=lambda loss: None)
         tickets = threading.Semaphore(self.micro_batches)
-        _, forward = self.groups["forward"].submit(
-            forward_lane, self.model, cut(x, labels, self.micro_batches), len(labels), self.dtype, tickets, discard
-        ).result()  # fmt: skip
+        _, forward = (
+            self.groups["forward"]
+            .submit(
+                forward_lane,
+                self.model,
+                cut(x, labels, self.micro_batches),
+                len(labels),
+                self.dtype,
+                tickets,
+                discard,
+            )
+            .result()
+        )
         return Step(math.nan, None, forward, 0.0, 0.0)
 
     def backward_alone(self, x, labels):
         """A whole step on the backward pass's group, for the same purpose: a backward pass needs a forward pass."""
         self.optimizer.zero_grad()
-        _, _, backward, update = self._one_group("backward", cut(x, labels, self.micro_batches), len(labels))
+        _, _, backward, update = self._one_group(
+            "backward", cut(x, labels, self.micro_batches), len(labels)
+        )
         return Step(math.nan, None, 0.0, backward, update)
 
     def _one_group(self, name, micro_batches, batch_size):
         """Both phases and the update on one group."""
         group = self.groups[name]
         results, forward, backward = group.submit(
-            both_phases, self.model, micro_batches, batch_size, self.dtype).result()  # fmt: skip
+            both_phases, self.model, micro_batches, batch_size, self.dtype
+        ).result()
         return results, forward, backward, group.submit(self._update).result()
 
     def _two_lanes(self, micro_batches, batch_size, ahead):
         """Forward and backward on their groups; the forward pass is at most `ahead` micro-batches ahead."""
         tickets, losses = threading.Semaphore(1 + ahead), queue.SimpleQueue()
-        (results, forward), (backward, update) = join([
-            self.groups["forward"].submit(
-                forward_lane, self.model, micro_batches, batch_size, self.dtype, tickets, losses),
-            self.groups["backward"].submit(backward_lane, self.optimizer, len(micro_batches), tickets, losses),
-        ])  # fmt: skip
+        (results, forward), (backward, update) = join(
+            [
+                self.groups["forward"].submit(
+                    forward_lane, self.model, micro_batches, batch_size, self.dtype, tickets, losses
+                ),
+                self.groups["backward"].submit(
+                    backward_lane, self.optimizer, len(micro_batches), tickets, losses
+                ),
+            ]
+        )
         return results, forward, backward, update
 
     def _replicas(self, micro_batches, batch_size):
@@ -554,17 +635,31 @@ class Trainer:
                 q.data = p.data
         self._replica.zero_grad()
         half = math.ceil(len(micro_batches) / 2)
-        (first, *seconds), (second, *others) = join([
-            self.groups["forward"].submit(both_phases, self.model, micro_batches[:half], batch_size, self.dtype),
-            self.groups["backward"].submit(both_phases, self._replica, micro_batches[half:], batch_size, self.dtype),
-        ])  # fmt: skip
+        (first, *seconds), (second, *others) = join(
+            [
+                self.groups["forward"].submit(
+                    both_phases, self.model, micro_batches[:half], batch_size, self.dtype
+                ),
+                self.groups["backward"].submit(
+                    both_phases, self._replica, micro_batches[half:], batch_size, self.dtype
+                ),
+            ]
+        )
         forward, backward = ((a + b) / 2 for a, b in zip(seconds, others, strict=True))
-        return first + second, forward, backward, self.groups["all"].submit(self._update, self._replica).result()
+        return (
+            first + second,
+            forward,
+            backward,
+            self.groups["all"].submit(self._update, self._replica).result(),
+        )
 
     def _update(self, replica=None):
         started = time.perf_counter()
         if replica is not None:
-            grads = [(p.grad, q.grad) for p, q in zip(self.model.parameters(), replica.parameters(), strict=True)]
+            grads = [
+                (p.grad, q.grad)
+                for p, q in zip(self.model.parameters(), replica.parameters(), strict=True)
+            ]
             if grads[0][1] is not None:  # a batch of one image leaves it without any
                 torch._foreach_add_(*map(list, zip(*grads, strict=True)))
         self.optimizer.step()
@@ -584,11 +679,15 @@ def make_model(image_size=32):
 def load_batch(images, labels, index, args):
     """The images at `index`, normalised and resized: (N, 3, S, S) in args.memory_format; and their labels (N,)."""
     scale = 1 / (255 * torch.tensor(STD))
-    x = torch.addcmul(-torch.tensor(MEAN) / torch.tensor(STD), torch.from_numpy(images[index]).float(), scale)
+    x = torch.addcmul(
+        -torch.tensor(MEAN) / torch.tensor(STD), torch.from_numpy(images[index]).float(), scale
+    )
     x = x.permute(0, 3, 1, 2)  # channels_last
     if args.image_size != 32:
         x = F.interpolate(x, size=args.image_size, mode="bilinear")
-    return x.contiguous(memory_format=MEMORY_FORMATS[args.memory_format]), torch.from_numpy(labels[index]).long()
+    return x.contiguous(memory_format=MEMORY_FORMATS[args.memory_format]), torch.from_numpy(
+        labels[index]
+    ).long()
 
 
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -607,7 +706,9 @@ def evaluate(model, images, labels, args, batch_size=100):
     loss, top1, top5, loading = 0.0, 0, 0, 0.0
     for start in range(0, len(labels), batch_size):
         clock = time.perf_counter()
-        x, y = load_batch(images, labels, np.arange(start, min(start + batch_size, len(labels))), args)
+        x, y = load_batch(
+            images, labels, np.arange(start, min(start + batch_size, len(labels))), args
+        )
         loading += time.perf_counter() - clock
         with autocast(DTYPES[args.dtype]):
             logits = model(x).float()
@@ -623,7 +724,9 @@ def make_trainer(placement, args, **changes):
     args = argparse.Namespace(**{**vars(args), **changes})
     torch.manual_seed(args.seed)
     model = make_model(args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
-    return Trainer(placement, model, make_torch_optimizer(model, args), DTYPES[args.dtype], args.micro_batches)
+    return Trainer(
+        placement, model, make_torch_optimizer(model, args), DTYPES[args.dtype], args.micro_batches
+    )
 
 
 def find_split(args, data):
@@ -631,13 +734,19 @@ def find_split(args, data):
     split = choose_split(args)
     if args.split != "auto" or len(split.forward + split.backward) < 3:
         return split
-    batch = load_batch(data.x_train, data.y_train, np.arange(args.batch_size) % len(data.y_train), args)
+    batch = load_batch(
+        data.x_train, data.y_train, np.arange(args.batch_size) % len(data.y_train), args
+    )
     for _ in range(3):
         with Placement(split) as placement:
             trainer = make_trainer(placement, args)
             steps = [trainer.step("split", *batch) for _ in range(3)][1:]
-        forward, backward = (min(getattr(step, phase) for step in steps) for phase in ("forward", "backward"))
-        print(f"--split auto: {split}: forward {forward:.3f} s, backward {backward:.3f} s", flush=True)
+        forward, backward = (
+            min(getattr(step, phase) for step in steps) for phase in ("forward", "backward")
+        )
+        print(
+            f"--split auto: {split}: forward {forward:.3f} s, backward {backward:.3f} s", flush=True
+        )
         before, split = split, balance(split, forward, backward)
         if split == before:
             break
@@ -658,20 +767,36 @@ def train_epochs(trainer, data, args, run, placement, monitor):
         monitor.take()
         for batch in range(run.batch, math.ceil(n / size)):
             started = time.perf_counter()
-            x, labels = load_batch(data.x_train, data.y_train, order[batch * size:(batch + 1) * size], args)
+            x, labels = load_batch(
+                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], args
+            )
             loading = time.perf_counter() - started
             step = trainer.step(args.mode, x, labels)
             correct = count_correct(step.logits, labels)
-            run.end_batch(len(labels), step.loss, *correct, loading, forward=step.forward, backward=step.backward)
+            run.end_batch(
+                len(labels),
+                step.loss,
+                *correct,
+                loading,
+                forward=step.forward,
+                backward=step.backward,
+            )
         run.end_training()
         total += monitor.take()
         placement.check()
         run.totals["cpu_time_inside"] = total.shares()
         groups = {"forward": placement.split.forward, "backward": placement.split.backward}
         run.totals["idle"] = {group: total.idle(cores) for group, cores in groups.items() if cores}
-        run.end_epoch(*placement.groups["all"].submit(evaluate, trainer.model, data.x_test, data.y_test, args).result())
+        run.end_epoch(
+            *placement.groups["all"]
+            .submit(evaluate, trainer.model, data.x_test, data.y_test, args)
+            .result()
+        )
         if not args.quiet:
-            print(f"epoch {epoch}/{args.epochs}  CPU time inside the assigned cores: {total}", flush=True)
+            print(
+                f"epoch {epoch}/{args.epochs}  CPU time inside the assigned cores: {total}",
+                flush=True,
+            )
     return total
 
 
@@ -682,21 +807,41 @@ def run_training(args, data):
     if args.mode in ("all", "replicas"):
         phases = dict.fromkeys(phases, split.forward + split.backward)
     if not args.quiet:
-        print(f"mode {args.mode}, cores: {split}; {args.dtype}, {args.memory_format}, "
-              f"{args.micro_batches} micro-batches of {args.batch_size / args.micro_batches:g} images", flush=True)
+        print(
+            f"mode {args.mode}, cores: {split}; {args.dtype}, {args.memory_format}, "
+            f"{args.micro_batches} micro-batches of {args.batch_size / args.micro_batches:g} images",
+            flush=True,
+        )
     with Placement(split) as placement, CoreMonitor(placement) as monitor:
         trainer = make_trainer(placement, args)
-        x, labels = load_batch(data.x_train, data.y_train, np.arange(min(args.batch_size, len(data.y_train))), args)
-        make_trainer(placement, args).step(args.mode, x, labels)  # libraries build their kernels for these shapes
+        x, labels = load_batch(
+            data.x_train, data.y_train, np.arange(min(args.batch_size, len(data.y_train))), args
+        )
+        make_trainer(placement, args).step(
+            args.mode, x, labels
+        )  # libraries build their kernels for these shapes
         state = trainer.model, trainer.optimizer
-        info = {"threads": len(split.forward + split.backward), "cores_of_phases": phases, "reserved": split.reserved}
-        with Run(args, "train_resnet50_split_cores", data, lambda: get_torch_arrays(*state),
-                 lambda arrays: set_torch_arrays(*state, arrays), info) as run:  # fmt: skip
+        info = {
+            "threads": len(split.forward + split.backward),
+            "cores_of_phases": phases,
+            "reserved": split.reserved,
+        }
+        with Run(
+            args,
+            "train_resnet50_split_cores",
+            data,
+            lambda: get_torch_arrays(*state),
+            lambda arrays: set_torch_arrays(*state, arrays),
+            info,
+        ) as run:
             usage = train_epochs(trainer, data, args, run, placement, monitor)
             run.finish()
     print(f"cores: {split}; CPU time inside the assigned cores: {usage}", flush=True)
     if min(usage.shares().values(), default=1.0) < INSIDE:
-        print(f"warning: less than {INSIDE:.0%} of the CPU time was inside the assigned cores", file=sys.stderr)
+        print(
+            f"warning: less than {INSIDE:.0%} of the CPU time was inside the assigned cores",
+            file=sys.stderr,
+        )
     return run.history
 
 
@@ -705,10 +850,19 @@ def train(num_epochs=1, batch_size=64, learning_rate=0.01, **options):
 
     options: those of the command line, with underscores. Raises InputError for what cannot be used.
     """
-    argv = ["--epochs", str(num_epochs), "--batch-size", str(batch_size), "--learning-rate", str(learning_rate)]
+    argv = [
+        "--epochs",
+        str(num_epochs),
+        "--batch-size",
+        str(batch_size),
+        "--learning-rate",
+        str(learning_rate),
+    ]
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
-        argv += [option] if value is True else [] if value in (None, False) else [option, str(value)]
+        argv += (
+            [option] if value is True else [] if value in (None, False) else [option, str(value)]
+        )
     args = parse_args(argv)
     return run_training(args, load_cifar10(args.data_dir, args.dataset, args.subset, args.seed))
 
@@ -738,8 +892,15 @@ def contestants(placement, args):
     trainer = make_trainer(placement, args, lr=0.0, weight_decay=0.0)
     whole = copy.copy(trainer)
     whole.micro_batches = 1
-    usual = make_trainer(placement, args, lr=0.0, weight_decay=0.0, dtype="float32", memory_format="contiguous",
-                         micro_batches=1)  # fmt: skip
+    usual = make_trainer(
+        placement,
+        args,
+        lr=0.0,
+        weight_decay=0.0,
+        dtype="float32",
+        memory_format="contiguous",
+        micro_batches=1,
+    )
 
     steps = {mode: functools.partial(trainer.step, mode) for mode in MODES}
     steps[ONE_PIECE] = functools.partial(whole.step, "all")
@@ -765,9 +926,16 @@ def measure(args, split, data):
                 losses[name] = done.loss
                 idle = usage.idle(split.forward), usage.idle(split.backward)
                 if turn:
-                    turns.setdefault(name, []).append(Turn(seconds, done.forward, done.backward, done.update, *idle))
+                    turns.setdefault(name, []).append(
+                        Turn(seconds, done.forward, done.backward, done.update, *idle)
+                    )
                 if sys.stderr.isatty():
-                    print(f"\r\033[Kround {turn}/{args.rounds}: {name} ", end="", file=sys.stderr, flush=True)
+                    print(
+                        f"\r\033[Kround {turn}/{args.rounds}: {name} ",
+                        end="",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             check_same_loss({mode: losses[mode] for mode in MODES})
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
@@ -778,7 +946,9 @@ def check_same_loss(losses):
     """Raise TrainingError unless the modes compute the same, but for rounding, before anybody compares their speed."""
     low, high = min(losses.values()), max(losses.values())
     if not (all(map(math.isfinite, losses.values())) and high - low <= 0.02 * high):
-        raise TrainingError("the modes' losses differ: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+        raise TrainingError(
+            "the modes' losses differ: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
+        )
 
 
 def median(turns, name):
@@ -798,30 +968,56 @@ def report(turns, args):
     """The table of the benchmark and what it means, as text."""
     rows = []
     for name in (*MODES, ONE_PIECE, USUAL):
-        middle, rates = median(turns, name), [args.batch_size / turn.seconds for turn in turns[name]]
+        middle, rates = (
+            median(turns, name),
+            [args.batch_size / turn.seconds for turn in turns[name]],
+        )
         ratios = [b.seconds / a.seconds for a, b in zip(turns[name], turns["all"], strict=True)]
-        rows.append([name, f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})",
-                     f"{middle.forward:.3f}", f"{middle.backward:.3f}", f"{middle.forward_idle:.0%}",
-                     f"{middle.backward_idle:.0%}",
-                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})",
+                f"{middle.forward:.3f}",
+                f"{middle.backward:.3f}",
+                f"{middle.forward_idle:.0%}",
+                f"{middle.backward_idle:.0%}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+            ]
+        )
     rows.append([FORWARD_ALONE, "", f"{median(turns, FORWARD_ALONE).forward:.3f}", "", "", "", ""])
-    rows.append([BACKWARD_ALONE, "", "", f"{median(turns, BACKWARD_ALONE).backward:.3f}", "", "", ""])
-    header = ("mode", "images/s", "forward s", "backward s", "idle: fwd cores", "bwd cores", "against all")
+    rows.append(
+        [BACKWARD_ALONE, "", "", f"{median(turns, BACKWARD_ALONE).backward:.3f}", "", "", ""]
+    )
+    header = (
+        "mode",
+        "images/s",
+        "forward s",
+        "backward s",
+        "idle: fwd cores",
+        "bwd cores",
+        "against all",
+    )
     return table(header, rows) + "\n\n" + "\n".join(findings(turns, args.micro_batches))
 
 
 def speed(turns, name, other):
     """How many times as fast as the other: the median over the rounds."""
-    return statistics.median(b.seconds / a.seconds for a, b in zip(turns[name], turns[other], strict=True))
+    return statistics.median(
+        b.seconds / a.seconds for a, b in zip(turns[name], turns[other], strict=True)
+    )
 
 
 def findings(turns, micro_batches):
     """Sentences that follow from the figures."""
     lines = [*findings_split(turns), *findings_pipelined(turns, micro_batches)]
     replicas = speed(turns, "replicas", "pipelined")
-    lines.append(f"replicas, the same groups with half of the batch each, are {replicas:.2f} × as fast as pipelined.")
-    lines.append(f"Cutting the batch makes all {speed(turns, 'all', ONE_PIECE):.2f} × as fast; uncut it is "
-                 f"{speed(turns, ONE_PIECE, USUAL):.2f} × as fast as the usual step, in float32 and NCHW.")
+    lines.append(
+        f"replicas, the same groups with half of the batch each, are {replicas:.2f} × as fast as pipelined."
+    )
+    lines.append(
+        f"Cutting the batch makes all {speed(turns, 'all', ONE_PIECE):.2f} × as fast; uncut it is "
+        f"{speed(turns, ONE_PIECE, USUAL):.2f} × as fast as the usual step, in float32 and NCHW."
+    )
     return lines
 
 
@@ -830,51 +1026,79 @@ def findings_split(turns):
     idle = f"forward's cores are idle {split.forward_idle:.0%} of the time, backward's {split.backward_idle:.0%}"
     alone = statistics.median(
         s.seconds / (f.forward + b.backward + b.update)
-        for s, f, b in zip(turns["split"], turns[FORWARD_ALONE], turns[BACKWARD_ALONE], strict=True))  # fmt: skip
-    passing = statistics.median(1 - (t.forward + t.backward + t.update) / t.seconds for t in turns["split"])
-    yield (f"split takes {alone:.2f} × the time of its phases, each alone on its group; going over from one group to "
-           f"the other takes {passing:.2%} of its step.")
+        for s, f, b in zip(turns["split"], turns[FORWARD_ALONE], turns[BACKWARD_ALONE], strict=True)
+    )
+    passing = statistics.median(
+        1 - (t.forward + t.backward + t.update) / t.seconds for t in turns["split"]
+    )
+    yield (
+        f"split takes {alone:.2f} × the time of its phases, each alone on its group; going over from one group to "
+        f"the other takes {passing:.2%} of its step."
+    )
     if against_all > 0.95:
         yield f"It is {against_all:.2f} × as fast as all, although its phases wait for each other: {idle}."
     elif alone <= 1.05:
         yield f"It is {against_all:.2f} × as fast as all because its phases wait for each other: {idle}."
     else:
-        yield (f"It is {against_all:.2f} × as fast as all: its phases wait for each other ({idle}) and are slower than "
-               "alone.")
+        yield (
+            f"It is {against_all:.2f} × as fast as all: its phases wait for each other ({idle}) and are slower than "
+            "alone."
+        )
 
 
 def findings_pipelined(turns, micro_batches):
-    forward, (backward, update) = median(turns, FORWARD_ALONE).forward, median(turns, BACKWARD_ALONE)[2:4]
+    forward, (backward, update) = (
+        median(turns, FORWARD_ALONE).forward,
+        median(turns, BACKWARD_ALONE)[2:4],
+    )
     pipelined, against_all = median(turns, "pipelined"), speed(turns, "pipelined", "all")
     gain = speed(turns, "pipelined", "split")
-    why = "the phases of different micro-batches overlap" if gain > 1.05 else "the overlap gains nothing here"
+    why = (
+        "the phases of different micro-batches overlap"
+        if gain > 1.05
+        else "the overlap gains nothing here"
+    )
     yield f"pipelined is {gain:.2f} × as fast as split: {why}."
     bound = bound_seconds(forward, backward, update, micro_batches)
     slower = (pipelined.forward + pipelined.backward) / (forward + backward)
-    yield (f"With {micro_batches} micro-batches its bound, from the phases measured alone, is {bound:.3f} s a step; it "
-           f"takes {pipelined.seconds:.3f} s and so reaches {bound / pipelined.seconds:.0%} of the bound. At work "
-           f"together the phases take {slower:.2f} × as long as alone.")
+    yield (
+        f"With {micro_batches} micro-batches its bound, from the phases measured alone, is {bound:.3f} s a step; it "
+        f"takes {pipelined.seconds:.3f} s and so reaches {bound / pipelined.seconds:.0%} of the bound. At work "
+        f"together the phases take {slower:.2f} × as long as alone."
+    )
     if against_all >= 1:
         yield f"pipelined is {against_all:.2f} × as fast as all."
     else:
         longer, shorter = ("backward", "forward") if backward > forward else ("forward", "backward")
-        ratio, idle = max(forward, backward) / min(forward, backward), getattr(pipelined, f"{shorter}_idle")
-        yield (f"pipelined is {against_all:.2f} × as fast as all: {longer} takes {ratio:.1f} × as long as {shorter} "
-               f"on these groups, so {shorter}'s cores are idle {idle:.0%} of the time.")
+        ratio, idle = (
+            max(forward, backward) / min(forward, backward),
+            getattr(pipelined, f"{shorter}_idle"),
+        )
+        yield (
+            f"pipelined is {against_all:.2f} × as fast as all: {longer} takes {ratio:.1f} × as long as {shorter} "
+            f"on these groups, so {shorter}'s cores are idle {idle:.0%} of the time."
+        )
 
 
 def run_benchmark(args, data):
     split = find_split(args, data)
-    print(f"\nBenchmark: {cpu_model()}, cores: {split}; PyTorch {torch.__version__}; ResNet-50, {data.name}, "
-          f"{args.image_size} pixels, batch {args.batch_size} in {args.micro_batches} micro-batches, {args.dtype}, "
-          f"{args.memory_format}; medians (min–max) of {args.rounds} rounds", flush=True)
+    print(
+        f"\nBenchmark: {cpu_model()}, cores: {split}; PyTorch {torch.__version__}; ResNet-50, {data.name}, "
+        f"{args.image_size} pixels, batch {args.batch_size} in {args.micro_batches} micro-batches, {args.dtype}, "
+        f"{args.memory_format}; medians (min–max) of {args.rounds} rounds",
+        flush=True,
+    )
     turns = measure(args, split, data)
     print(report(turns, args), flush=True)
     shown = ("micro_batches", "batch_size", "dtype", "memory_format", "image_size", "rounds")
-    content = {"environment": environment(), "dataset": data.name, "cores": str(split),
-               "arguments": {name: getattr(args, name) for name in shown},
-               "turns": {name: [turn._asdict() for turn in taken] for name, taken in turns.items()},
-               "findings": findings(turns, args.micro_batches)}  # fmt: skip
+    content = {
+        "environment": environment(),
+        "dataset": data.name,
+        "cores": str(split),
+        "arguments": {name: getattr(args, name) for name in shown},
+        "turns": {name: [turn._asdict() for turn in taken] for name, taken in turns.items()},
+        "findings": findings(turns, args.micro_batches),
+    }
     with atomic_write(args.output, "w") as file:
         json.dump(content, file, indent=1)
     print(f"written: {args.output}", flush=True)
@@ -892,24 +1116,74 @@ def has_bfloat16():
 
 
 def parse_args(argv=None):
-    parser = make_parser("train_resnet50_split_cores", __doc__, ("resnet50",), batch_size=64, epochs=None)
+    parser = make_parser(
+        "train_resnet50_split_cores", __doc__, ("resnet50",), batch_size=64, epochs=None
+    )
     add = parser.add_argument
-    add("--learning-rate", dest="lr", type=number(float, 0, math.inf, exclusive=True), metavar="LR", help="like --lr")
+    add(
+        "--learning-rate",
+        dest="lr",
+        type=number(float, 0, math.inf, exclusive=True),
+        metavar="LR",
+        help="like --lr",
+    )
     add("--mode", choices=MODES, default="pipelined", help="see above (default: %(default)s)")
-    add("--micro-batches", type=number(int, 1, 10**6), default=4, metavar="M",
-        help="pieces of a batch, in every mode (default: %(default)s)")
-    add("--split", type=parse_split, metavar="F:B",
-        help="proportion of forward's cores to backward's, or auto: measure both phases (default: 1:1)")
-    add("--forward-cores", type=parse_cores, metavar="LIST", help="such as 0-2,5; with --backward-cores")
-    add("--backward-cores", type=parse_cores, metavar="LIST", help="such as 3-4; with --forward-cores")
-    add("--dtype", choices=DTYPES, default="bfloat16" if has_bfloat16() else "float32",
-        help="of autocast; parameters stay float32 (default here: %(default)s)")
-    add("--memory-format", choices=MEMORY_FORMATS, default="channels_last", help="default: %(default)s")
-    add("--image-size", type=int, default=32, metavar="S", help="32, 64, … 224: images are scaled (default: 32)")
+    add(
+        "--micro-batches",
+        type=number(int, 1, 10**6),
+        default=4,
+        metavar="M",
+        help="pieces of a batch, in every mode (default: %(default)s)",
+    )
+    add(
+        "--split",
+        type=parse_split,
+        metavar="F:B",
+        help="proportion of forward's cores to backward's, or auto: measure both phases (default: 1:1)",
+    )
+    add(
+        "--forward-cores",
+        type=parse_cores,
+        metavar="LIST",
+        help="such as 0-2,5; with --backward-cores",
+    )
+    add(
+        "--backward-cores",
+        type=parse_cores,
+        metavar="LIST",
+        help="such as 3-4; with --forward-cores",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16" if has_bfloat16() else "float32",
+        help="of autocast; parameters stay float32 (default here: %(default)s)",
+    )
+    add(
+        "--memory-format",
+        choices=MEMORY_FORMATS,
+        default="channels_last",
+        help="default: %(default)s",
+    )
+    add(
+        "--image-size",
+        type=int,
+        default=32,
+        metavar="S",
+        help="32, 64, … 224: images are scaled (default: 32)",
+    )
     add("--benchmark", action="store_true", help="compare all modes instead of training")
-    add("--rounds", type=number(int, 3, 1000), help="of the benchmark (default: 7; in the default run 3)")
-    add("--output", metavar="FILE", default="results/split_cores_benchmark.json",
-        help="the benchmark's figures (default: %(default)s)")
+    add(
+        "--rounds",
+        type=number(int, 3, 1000),
+        help="of the benchmark (default: 7; in the default run 3)",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        default="results/split_cores_benchmark.json",
+        help="the benchmark's figures (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     check_args(args)
     args.default_run = not args.benchmark and args.epochs is None and args.subset is None
@@ -925,14 +1199,20 @@ def check_args(args):
     if (args.forward_cores is None) != (args.backward_cores is None):
         raise InputError("--forward-cores and --backward-cores go together: give both")
     if args.forward_cores and args.split:
-        raise InputError("--split does not go with --forward-cores and --backward-cores: give one or the other")
+        raise InputError(
+            "--split does not go with --forward-cores and --backward-cores: give one or the other"
+        )
     if args.batch_size % args.micro_batches:
         fits = [m for m in range(1, args.batch_size + 1) if args.batch_size % m == 0]
-        raise InputError(f"--micro-batches {args.micro_batches} does not divide --batch-size {args.batch_size}: "
-                         f"give one of {', '.join(map(str, fits))}")
+        raise InputError(
+            f"--micro-batches {args.micro_batches} does not divide --batch-size {args.batch_size}: "
+            f"give one of {', '.join(map(str, fits))}"
+        )
     if args.image_size % 32 or not 32 <= args.image_size <= 224:
-        raise InputError(f"--image-size {args.image_size}: the network halves an image five times: give a multiple of "
-                         "32 from 32 to 224")
+        raise InputError(
+            f"--image-size {args.image_size}: the network halves an image five times: give a multiple of "
+            "32 from 32 to 224"
+        )
     if args.resume and args.benchmark:
         raise InputError("--resume does not go with --benchmark: leave one out")
     choose_split(args)
@@ -945,8 +1225,11 @@ def main(argv=None):
     check_outputs([args.output] if benchmark else [])
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:
-        print(f"A small run first: {args.subset} images, {args.epochs} epoch. The full one: "
-              "python train_resnet50_split_cores.py --epochs 10 --subset 50000", flush=True)
+        print(
+            f"A small run first: {args.subset} images, {args.epochs} epoch. The full one: "
+            "python train_resnet50_split_cores.py --epochs 10 --subset 50000",
+            flush=True,
+        )
     if not args.benchmark:
         run_training(args, data)
     if benchmark:

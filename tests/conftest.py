@@ -18,9 +18,17 @@ def run_script(tmp_path):
 
     def run(script, *args, status=0, env=None, timeout=300):
         command = [sys.executable, str(REPO / script), *map(str, args)]
-        done = subprocess.run(command, cwd=tmp_path, env=script_environment(**(env or {})), capture_output=True,
-                              text=True, timeout=timeout)  # fmt: skip
-        assert status is None or done.returncode == status, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=script_environment(**(env or {})),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert status is None or done.returncode == status, (
+            f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done
 
     return run
@@ -50,7 +58,12 @@ def serial(tmp_path_factory, cache):
         if options not in folders:
             folders[options] = tmp_path_factory.mktemp("serial")
             command = [sys.executable, REPO / "serial_cnn.py", *options, "--checkpoint", "run.npz"]
-            subprocess.run(list(map(str, command)), cwd=folders[options], env=script_environment(**cache), check=True)
+            subprocess.run(
+                list(map(str, command)),
+                cwd=folders[options],
+                env=script_environment(**cache),
+                check=True,
+            )
         return folders[options]
 
     return run

@@ -24,8 +24,14 @@ COLUMNS = (
 
 def script_environment(**changes):
     """The environment for a script under test: no data, no download (a closed port refuses at once)."""
-    env = {k: v for k, v in os.environ.items() if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    env.update(https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY="")
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+    }
+    env.update(
+        https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY=""
+    )
     env.update({k: str(v) for k, v in changes.items() if v is not None})
     return env
 
@@ -37,7 +43,9 @@ def start(folder, script, *args, env=None, **options):
 
 def start_command(folder, command, env=None, **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options)
+    return subprocess.Popen(
+        list(map(str, command)), cwd=folder, env=script_environment(**(env or {})), **options
+    )
 
 
 STOPPING = """
@@ -98,7 +106,9 @@ def wait_until(process, condition, timeout=180):
     """Return as soon as condition() holds; fail if the process ends before."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended too early\n{''.join(filter(None, process.communicate()))}"
+        assert process.poll() is None, (
+            f"ended too early\n{''.join(filter(None, process.communicate()))}"
+        )
         assert time.monotonic() < deadline, f"nothing within {timeout} s"
         time.sleep(0.002)
 
@@ -122,7 +132,9 @@ script.run_main(script.main)
 def pausing(folder, script, epoch, batch):
     """A script that waits after that batch (its row is written) for a signal, so that a slow test cannot miss it."""
     path = folder / f"pausing_{script}"
-    path.write_text(PAUSING.format(repo=str(REPO), module=script.removesuffix(".py"), epoch=epoch, batch=batch))
+    path.write_text(
+        PAUSING.format(repo=str(REPO), module=script.removesuffix(".py"), epoch=epoch, batch=batch)
+    )
     return path
 
 
@@ -152,7 +164,9 @@ def read_npz(path):
 
 def files_in(folder):
     """{path: (size, time of the last change)} of all there is below a folder."""
-    return {p.relative_to(folder): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+    return {
+        p.relative_to(folder): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
+    }
 
 
 def assert_one_error_line(stderr):
@@ -171,7 +185,8 @@ def assert_same_run(folder, reference, script, checkpoint="run.npz"):
         assert ours[name].tolist() == theirs[name].tolist(), name
     same = ("type", "epoch", "value1", "value2", "loss")
     ours, theirs = (
-        [[row[name] for name in same] for row in read_log(f / f"results/{script}.csv")] for f in (folder, reference)
+        [[row[name] for name in same] for row in read_log(f / f"results/{script}.csv")]
+        for f in (folder, reference)
     )
     assert ours == theirs
 
@@ -179,7 +194,9 @@ def assert_same_run(folder, reference, script, checkpoint="run.npz"):
 def usage_lines(path):
     """The command lines in a script's docstring, which are its indented lines, without their comments."""
     doc = ast.get_docstring(ast.parse(Path(path).read_text()), clean=False)
-    lines = re.findall(r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|torchrun|make) .*)$", doc, re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|torchrun|make) .*)$", doc, re.MULTILINE
+    )
     return [shlex.join(shlex.split(line, comments=True)) for line in lines]
 
 
@@ -195,9 +212,18 @@ def run_usage_line(folder, path, line, *tiny):
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (folder / "bin/python").chmod(0o755)
-    env = script_environment(PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    done = subprocess.run(f"{line} {shlex.join(map(str, tiny))}", shell=True, cwd=folder, env=env, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    env = script_environment(
+        PATH=f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    done = subprocess.run(
+        f"{line} {shlex.join(map(str, tiny))}",
+        shell=True,
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done
 
@@ -211,8 +237,17 @@ def start_on_terminal(folder, script, *args, env=None, columns=120, lines=40):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
-    process = start(folder, script, *args, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    process = start(
+        folder,
+        script,
+        *args,
+        env=env,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
     os.close(theirs)
     return process, ours
 
@@ -240,7 +275,9 @@ def run_on_terminal(folder, script, *args, env=None, status=0, **size):
 def start_ranks(folder, ranks, script, *args, env=None, before=(), launch=(), **options):
     """Start mpirun with that many ranks. before: what stands before mpirun; launch: further options of it."""
     mpirun = [Path(sys.executable).with_name("mpirun"), "-np", ranks, *launch]
-    return start_command(folder, [*before, *mpirun, sys.executable, REPO / script, *args], env, **options)
+    return start_command(
+        folder, [*before, *mpirun, sys.executable, REPO / script, *args], env, **options
+    )
 
 
 def mpirun(folder, ranks, script, *args, status=0, timeout=240, **options):
@@ -258,7 +295,9 @@ def ranks_of(process):
     """The rank processes of a running mpirun, by rank."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that is just ending, a zombie too, tells nothing
+        with contextlib.suppress(
+            psutil.NoSuchProcess
+        ):  # one that is just ending, a zombie too, tells nothing
             if rank := child.environ().get("PMI_RANK"):
                 found[int(rank)] = child
     return [found[rank] for rank in sorted(found)]

@@ -12,8 +12,16 @@ from helpers import COLUMNS, assert_one_error_line, finish, start
 import analyze_results
 from analyze_results import amdahl_fit, estimate, karp_flatt, ratio
 
-MACHINE = {"host": "here", "cpu": "A processor", "cores": [0, 1, 2, 3], "dataset": "cifar10", "fingerprint": "f",
-           "git_commit": "1" * 40, "versions": {"python": "3.11", "numpy": "2.4"}, "train_images": 2000}  # fmt: skip
+MACHINE = {
+    "host": "here",
+    "cpu": "A processor",
+    "cores": [0, 1, 2, 3],
+    "dataset": "cifar10",
+    "fingerprint": "f",
+    "git_commit": "1" * 40,
+    "versions": {"python": "3.11", "numpy": "2.4"},
+    "train_images": 2000,
+}
 SUMS = ("loading", "duration", "forward", "backward", "communication")  # since the epoch began
 T = 12.7062  # Student's t, 97.5 %, one degree of freedom
 
@@ -23,12 +31,22 @@ def write_log(path, epochs, batches=2, **sidecar):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, epoch in enumerate(epochs, 1):
-        common = {"epoch": number, "start": 0, "loading": 0.1, "loss": 1.0, "value1": 0.5, "value2": 0.9, "ram_mb": 50,
-                  "images_per_s": 2000 / epoch["duration"]}  # fmt: skip
+        common = {
+            "epoch": number,
+            "start": 0,
+            "loading": 0.1,
+            "loss": 1.0,
+            "value1": 0.5,
+            "value2": 0.9,
+            "ram_mb": 50,
+            "images_per_s": 2000 / epoch["duration"],
+        }
         for batch in range(1, batches + 1):
             sums = {c: v * batch / batches for c, v in {**common, **epoch}.items() if c in SUMS}
             rows.append({**common, **sums, "type": 2, "value1": batch, "value2": batches})
-        rows.append({**common, **{k: v for k, v in epoch.items() if not k.startswith("test_")}, "type": 0})
+        rows.append(
+            {**common, **{k: v for k, v in epoch.items() if not k.startswith("test_")}, "type": 0}
+        )
         if epoch.get("value1", 0) is not None:
             test = {"loss": epoch.get("test_loss", 1.5), "value1": epoch.get("test_accuracy", 0.4)}
             rows.append({**common, **test, "duration": 0.3, "type": 1})
@@ -36,9 +54,26 @@ def write_log(path, epochs, batches=2, **sidecar):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    content = {"script": "serial_cnn", "ranks": 1, "threads": 1, "end": 1e9, "status": "done", **MACHINE, **sidecar}
-    content["arguments"] = {"batch_size": 64, "seed": 42, "model": "cnn", **sidecar.get("arguments", {})}
-    content["totals"] = {"peak_ram_mb": 100.0, "mean_cpu_percent": 99.0, **sidecar.get("totals", {})}
+    content = {
+        "script": "serial_cnn",
+        "ranks": 1,
+        "threads": 1,
+        "end": 1e9,
+        "status": "done",
+        **MACHINE,
+        **sidecar,
+    }
+    content["arguments"] = {
+        "batch_size": 64,
+        "seed": 42,
+        "model": "cnn",
+        **sidecar.get("arguments", {}),
+    }
+    content["totals"] = {
+        "peak_ram_mb": 100.0,
+        "mean_cpu_percent": 99.0,
+        **sidecar.get("totals", {}),
+    }
     path.with_suffix(".json").write_text(json.dumps(content))
 
 
@@ -48,16 +83,39 @@ class Results:
     def __init__(self, folder):
         self.folder, self.runs, self.left_out = folder, [], {}
 
-    def add(self, name, *durations, status="done", cores=1, oversubscribed=False, epoch=(), output=(), **sidecar):
+    def add(
+        self,
+        name,
+        *durations,
+        status="done",
+        cores=1,
+        oversubscribed=False,
+        epoch=(),
+        output=(),
+        **sidecar,
+    ):
         """A run of one epoch for each duration: repeats 1, 2, ... epoch: further columns of it."""
         suite, _, configuration = name.partition("/")
         for repeat, duration in enumerate(durations, 1):
             place = f"{name}/{repeat}"
-            self.runs.append({"suite": suite, "configuration": configuration, "repeat": repeat, "status": status,
-                              "folder": place, "cores": cores, "oversubscribed": oversubscribed,
-                              "output": list(output)})  # fmt: skip
+            self.runs.append(
+                {
+                    "suite": suite,
+                    "configuration": configuration,
+                    "repeat": repeat,
+                    "status": status,
+                    "folder": place,
+                    "cores": cores,
+                    "oversubscribed": oversubscribed,
+                    "output": list(output),
+                }
+            )
             if status == "done":
-                write_log(self.folder / place / "run.csv", [{"duration": duration, **dict(epoch)}], **sidecar)
+                write_log(
+                    self.folder / place / "run.csv",
+                    [{"duration": duration, **dict(epoch)}],
+                    **sidecar,
+                )
 
     def write(self):
         settings = {"dataset": MACHINE["dataset"], "fingerprint": MACHINE["fingerprint"]}
@@ -73,12 +131,31 @@ def results(tmp_path):
 def add_parallel(results, **sidecar):
     """Speed-ups of MPI: 1.6 and 2.0 on two cores, 2.0 and 2.0 on four; hybrid on two: 1.5 and 1.5, weak 1.8 and 1.8."""
     results.add("parallel/serial", 2.0, 2.5, **sidecar)
-    results.add("parallel/mpi-2-strong", 1.25, 1.25, cores=2, ranks=2, script="parallel_cnn_mpi", **sidecar)
-    results.add("parallel/mpi-4-strong", 1.0, 1.25, cores=4, ranks=4, script="parallel_cnn_mpi", **sidecar)
+    results.add(
+        "parallel/mpi-2-strong", 1.25, 1.25, cores=2, ranks=2, script="parallel_cnn_mpi", **sidecar
+    )
+    results.add(
+        "parallel/mpi-4-strong", 1.0, 1.25, cores=4, ranks=4, script="parallel_cnn_mpi", **sidecar
+    )
     results.add("parallel/hybrid-1x1-strong", 1.8, 1.8, script="parallel_cnn_hybrid", **sidecar)
-    results.add("parallel/hybrid-1x2-strong", 1.2, 1.2, cores=2, threads=2, script="parallel_cnn_hybrid", **sidecar)
-    results.add("parallel/hybrid-1x2-weak", 1.0, 1.0, cores=2, threads=2, script="parallel_cnn_hybrid",
-                **{**sidecar, "arguments": {"global_batch_size": 128}})  # fmt: skip
+    results.add(
+        "parallel/hybrid-1x2-strong",
+        1.2,
+        1.2,
+        cores=2,
+        threads=2,
+        script="parallel_cnn_hybrid",
+        **sidecar,
+    )
+    results.add(
+        "parallel/hybrid-1x2-weak",
+        1.0,
+        1.0,
+        cores=2,
+        threads=2,
+        script="parallel_cnn_hybrid",
+        **{**sidecar, "arguments": {"global_batch_size": 128}},
+    )
 
 
 def add_loading(results):
@@ -86,20 +163,43 @@ def add_loading(results):
         for source, option in (("memory", "builtin"), ("s3-shards", "s3://b/1")):
             arguments = {"workers": workers, "source": option, "s3_mode": "shards"}
             name, script = f"loading/{source}-{workers}-workers", "train_cifar"
-            data = {} if source == "memory" else {"dataset": "s3://b/1", "fingerprint": "of the shards"}
-            results.add(f"{name}-train", duration, duration, epoch={"loading": 0.2}, arguments=arguments, script=script,
-                        **data)  # fmt: skip
-            results.add(f"{name}-load", 0.1, 0.1, epoch={"value1": None, "value2": None, "loss": None},
-                        arguments=arguments, script=script, **data)  # fmt: skip
+            data = (
+                {}
+                if source == "memory"
+                else {"dataset": "s3://b/1", "fingerprint": "of the shards"}
+            )
+            results.add(
+                f"{name}-train",
+                duration,
+                duration,
+                epoch={"loading": 0.2},
+                arguments=arguments,
+                script=script,
+                **data,
+            )
+            results.add(
+                f"{name}-load",
+                0.1,
+                0.1,
+                epoch={"value1": None, "value2": None, "loss": None},
+                arguments=arguments,
+                script=script,
+                **data,
+            )
 
 
 def add_rest(results):
     for name, forward in (("cnn-scratch-1-core", 0.5), ("cnn-pytorch-4-cores", 0.3)):
         results.add(f"hardware/{name}", 2.0, 2.2, epoch={"forward": forward, "backward": 1.0})
     for mode, duration, idle in (("all", 2.0, 0.0), ("split", 4.0, 0.7), ("pipelined", 2.5, 0.5)):
-        results.add(f"split/{mode}", duration, duration, epoch={"forward": 1.0, "backward": 1.9},
-                    script="train_resnet50_split_cores",
-                    totals={"idle": {"forward": idle, "backward": idle / 2}})  # fmt: skip
+        results.add(
+            f"split/{mode}",
+            duration,
+            duration,
+            epoch={"forward": 1.0, "backward": 1.9},
+            script="train_resnet50_split_cores",
+            totals={"idle": {"forward": idle, "backward": idle / 2}},
+        )
 
 
 def analyze(results):
@@ -136,14 +236,23 @@ def test_the_last_row_of_each_epoch_tells_the_steps(results):
     whole, _ = analyze(results)
     for path in results.folder.glob("**/run.csv"):
         lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.split(",")[:1] != ["2"] or line.split(",")[5] == "2"))
+        path.write_text(
+            "".join(
+                line for line in lines if line.split(",")[:1] != ["2"] or line.split(",")[5] == "2"
+            )
+        )
     thin, _ = analyze(results)
     name = "loading.memory-0-workers-train"
     assert value(thin, f"{name}.step_ms") == value(whole, f"{name}.step_ms") == pytest.approx(500)
     assert value(whole, f"{name}.batch_loading_ms") == pytest.approx(100)
     assert f"{name}.batch_loading_ms" not in thin["facts"]
-    assert [figure["name"] for figure in whole["figures"] if figure not in thin["figures"]] == ["loading_batches"]
-    assert "loading: waiting batch by batch: the logs do not have the rows of all batches" in thin["missing"]
+    assert [figure["name"] for figure in whole["figures"] if figure not in thin["figures"]] == [
+        "loading_batches"
+    ]
+    assert (
+        "loading: waiting batch by batch: the logs do not have the rows of all batches"
+        in thin["missing"]
+    )
 
 
 def test_ratio_is_repeat_by_repeat():
@@ -169,16 +278,24 @@ def test_speedup_efficiency_and_fits(results):
     assert value(content, "parallel.mpi-2-strong.efficiency") == pytest.approx(90)
     assert value(content, "parallel.mpi-2-strong.serial_fraction") == pytest.approx(12.5)
     assert value(content, "parallel.mpi-4-strong.serial_fraction") == pytest.approx(100 / 3)
-    assert value(content, "parallel.mpi.amdahl_serial_fraction") == pytest.approx((30.7692 + 23.0769) / 2, rel=1e-4)
-    assert value(content, "parallel.hybrid-1x2-strong.speedup") == pytest.approx(1.5)  # against hybrid on one core
-    assert value(content, "parallel.hybrid-1x2-strong.speedup_over_serial") == pytest.approx((2 / 1.2 + 2.5 / 1.2) / 2)
+    assert value(content, "parallel.mpi.amdahl_serial_fraction") == pytest.approx(
+        (30.7692 + 23.0769) / 2, rel=1e-4
+    )
+    assert value(content, "parallel.hybrid-1x2-strong.speedup") == pytest.approx(
+        1.5
+    )  # against hybrid on one core
+    assert value(content, "parallel.hybrid-1x2-strong.speedup_over_serial") == pytest.approx(
+        (2 / 1.2 + 2.5 / 1.2) / 2
+    )
     assert value(content, "parallel.hybrid-1x2-weak.efficiency") == pytest.approx(90)
     assert "parallel.hybrid-1x2-weak.serial_fraction" not in content["facts"]
     row = read_table(out, "parallel_scaling")["mpi-2-strong"]
     assert float(row["speedup (×)"]) == pytest.approx(1.8)
     assert float(row["speedup_ci (×)"]) == pytest.approx(T * np.sqrt(0.08 / 2), rel=1e-4)
     assert float(row["images_per_s (images/s)"]) == 1600
-    assert {"parallel_speedup", "parallel_efficiency", "parallel_throughput"} <= {f["name"] for f in content["figures"]}
+    assert {"parallel_speedup", "parallel_efficiency", "parallel_throughput"} <= {
+        f["name"] for f in content["figures"]
+    }
     for figure in content["figures"]:
         assert (out / f"figures/{figure['name']}.png").stat().st_size > 5000
         assert (out / f"figures/{figure['name']}.svg").stat().st_size > 5000
@@ -207,7 +324,10 @@ def test_same_results_give_the_same_files(results):
 
 def test_largest_difference_is_over_all_epochs_of_what_computes_the_same(results):
     for name, losses, test, seed in (
-        ("a", (2.0, 1.0), 0.40, 1), ("b", (2.25, 1.0), 0.43, 1), ("c", (9.0, 1.0), 0.40, 2)):  # fmt: skip
+        ("a", (2.0, 1.0), 0.40, 1),
+        ("b", (2.25, 1.0), 0.43, 1),
+        ("c", (9.0, 1.0), 0.40, 2),
+    ):
         results.add(f"parallel/{name}", 1.0)
         epochs = [{"duration": 1.0, "loss": loss, "test_accuracy": test} for loss in losses]
         write_log(results.folder / f"parallel/{name}/1/run.csv", epochs, arguments={"seed": seed})
@@ -220,11 +340,21 @@ def test_largest_difference_is_over_all_epochs_of_what_computes_the_same(results
 
 def test_a_training_that_diverged_is_named_and_nothing_is_made_of_its_losses(results):
     results.add("parallel/serial", 1.0, 1.0)
-    results.add("parallel/mpi-2-strong", 1.0, 1.0, epoch={"loss": float("nan"), "test_loss": float("nan")}, cores=2)
+    results.add(
+        "parallel/mpi-2-strong",
+        1.0,
+        1.0,
+        epoch={"loss": float("nan"), "test_loss": float("nan")},
+        cores=2,
+    )
     content, out = analyze(results)
-    assert "losses of parallel/mpi-2-strong: not all are numbers, the training diverged" in content["missing"]
+    assert (
+        "losses of parallel/mpi-2-strong: not all are numbers, the training diverged"
+        in content["missing"]
+    )
     assert not {"train_loss", "loss_difference", "alone_images_per_s"} & {
-        name.rpartition(".")[2] for name in content["facts"] if "mpi-2-strong" in name}
+        name.rpartition(".")[2] for name in content["facts"] if "mpi-2-strong" in name
+    }
     assert read_table(out, "parallel_learning")["mpi-2-strong"]["train_loss"] == ""
     assert "NaN" not in (out / "analysis.json").read_text()
 
@@ -241,28 +371,49 @@ def test_where_a_step_goes(results):
     log.write_text(log.read_text().replace(",0.5,1.0,0.2\n1,", ",0.5,1.0,0.9\n1,"))
     assert ",0.9\n" in log.read_text()
     content, out = analyze(results)
-    for phase, share in (("loading", 5), ("forward", 25), ("backward", 50), ("communication", 10), ("update", 10)):
+    for phase, share in (
+        ("loading", 5),
+        ("forward", 25),
+        ("backward", 50),
+        ("communication", 10),
+        ("update", 10),
+    ):
         assert value(content, f"parallel.mpi-2-weak.{phase}_share") == pytest.approx(share)
     assert value(content, "parallel.mpi-2-weak.step_ms") == pytest.approx(1000)  # two steps
     assert value(content, "parallel.mpi-2-weak.backward_ms") == pytest.approx(500)
     assert "split.pipelined.update_share" not in content["facts"]
     assert not (out / "figures/split_step.png").exists()
-    assert "speed-up of parallel/mpi-2-weak: there is no run on one core to compare it with" in content["missing"]
+    assert (
+        "speed-up of parallel/mpi-2-weak: there is no run on one core to compare it with"
+        in content["missing"]
+    )
 
 
 def test_loading_per_epoch_and_per_batch(results):
     add_loading(results)
-    write_log(results.folder / "loading/memory-0-workers-train/1/run.csv",
-              [{"duration": 2.0, "loading": 0.5}, {"duration": 1.0, "loading": 0.1}], script="train_cifar",
-              arguments={"workers": 0, "source": "builtin"})  # fmt: skip
+    write_log(
+        results.folder / "loading/memory-0-workers-train/1/run.csv",
+        [{"duration": 2.0, "loading": 0.5}, {"duration": 1.0, "loading": 0.1}],
+        script="train_cifar",
+        arguments={"workers": 0, "source": "builtin"},
+    )
     content, out = analyze(results)
-    assert value(content, "loading.memory-0-workers-train.first_loading_share") == pytest.approx((25 + 20) / 2)
+    assert value(content, "loading.memory-0-workers-train.first_loading_share") == pytest.approx(
+        (25 + 20) / 2
+    )
     assert value(content, "loading.memory-0-workers-train.later_loading_share") == pytest.approx(10)
-    assert value(content, "loading.memory-1-workers-train.batch_loading_ms") == pytest.approx(100)  # 0.2 s, two batches
-    assert value(content, "loading.memory-0-workers-train.batch_loading_max_ms") == pytest.approx((250 + 100) / 2)
-    assert value(content, "loading.s3-shards-1-workers-train.alone_images_per_s") == pytest.approx(20_000)
+    assert value(content, "loading.memory-1-workers-train.batch_loading_ms") == pytest.approx(
+        100
+    )  # 0.2 s, two batches
+    assert value(content, "loading.memory-0-workers-train.batch_loading_max_ms") == pytest.approx(
+        (250 + 100) / 2
+    )
+    assert value(content, "loading.s3-shards-1-workers-train.alone_images_per_s") == pytest.approx(
+        20_000
+    )
     assert set(read_table(out, "loading_loading")) == {
-        f"{source}-{n}-workers-train" for source in ("memory", "s3-shards") for n in (0, 1)}
+        f"{source}-{n}-workers-train" for source in ("memory", "s3-shards") for n in (0, 1)
+    }
     assert len(content["environments"]) == 1  # the same images, wherever they came from
 
 
@@ -280,13 +431,20 @@ def test_split_modes(results):
 
 def test_missing_pieces_and_failed_runs_are_named(results, capsys):
     results.add("parallel/serial", 1.0)
-    results.add("parallel/mpi-2-strong", 1.0, status="timeout", output=["first", "the last words", ""])
+    results.add(
+        "parallel/mpi-2-strong", 1.0, status="timeout", output=["first", "the last words", ""]
+    )
     results.left_out = {"hardware/cnn-pytorch-gpu": "there is no NVIDIA GPU"}
     content, _ = analyze(results)
     out, err = capsys.readouterr()
-    for text in ("suite hardware: no run", "suite loading: no run", "suite split: no run", "GPU: no run used one",
-                 "hardware/cnn-pytorch-gpu: there is no NVIDIA GPU",
-                 "95 % intervals of parallel/serial: one run each"):  # fmt: skip
+    for text in (
+        "suite hardware: no run",
+        "suite loading: no run",
+        "suite split: no run",
+        "GPU: no run used one",
+        "hardware/cnn-pytorch-gpu: there is no NVIDIA GPU",
+        "95 % intervals of parallel/serial: one run each",
+    ):
         assert text in content["missing"]
         assert text in out
     assert "parallel/mpi-2-strong/1: timeout: the last words" in err
@@ -296,8 +454,17 @@ def test_missing_pieces_and_failed_runs_are_named(results, capsys):
 
 def test_synthetic_data_oversubscription_and_commits_are_in_the_pictures(results):
     add_parallel(results, dataset="synthetic")
-    results.add("parallel/mpi-8-strong", 1.0, 1.0, cores=8, ranks=8, oversubscribed=True, dataset="synthetic",
-                script="parallel_cnn_mpi", git_commit="2" * 40)  # fmt: skip
+    results.add(
+        "parallel/mpi-8-strong",
+        1.0,
+        1.0,
+        cores=8,
+        ranks=8,
+        oversubscribed=True,
+        dataset="synthetic",
+        script="parallel_cnn_mpi",
+        git_commit="2" * 40,
+    )
     content, out = analyze(results)
     assert content["marks"][0] == "synthetic data"
     assert "oversubscribed: mpi-8-strong" in content["marks"]
@@ -316,7 +483,11 @@ def test_machines_are_never_mixed(results):
     for number in range(8):  # most runs are those of a third one
         results.add(f"hardware/{number}", 1.0, 1.0, host="third")
     for repeat in (1, 2):  # another machine has run mpi-2-strong, and nothing to compare it with
-        write_log(results.folder / f"parallel/mpi-2-strong/{repeat}/run.csv", [{"duration": 0.1}], host="there")
+        write_log(
+            results.folder / f"parallel/mpi-2-strong/{repeat}/run.csv",
+            [{"duration": 0.1}],
+            host="there",
+        )
     content, out = analyze(results)
     assert "parallel.mpi-2-strong.images_per_s" not in content["facts"]
     assert value(content, "parallel.mpi-2-strong [3].images_per_s") == pytest.approx(20_000)
@@ -334,7 +505,9 @@ def test_machines_are_never_mixed(results):
 
 def test_logs_without_an_index(tmp_path, capsys):
     for place, duration in (("one/run", 1.0), ("two/run", 2.0), ("third", 4.0)):
-        write_log(tmp_path / f"{place}.csv", [{"duration": duration, "forward": 0.2, "backward": 0.4}])
+        write_log(
+            tmp_path / f"{place}.csv", [{"duration": duration, "forward": 0.2, "backward": 0.4}]
+        )
     (tmp_path / "third.json").unlink()
     out = tmp_path / "out"
     logs = [str(tmp_path / f"{place}.csv") for place in ("one/run", "two/run", "third")]
@@ -344,7 +517,11 @@ def test_logs_without_an_index(tmp_path, capsys):
     assert [float(row["images_per_s (images/s)"]) for row in rows.values()] == [2000, 1000, 500]
     assert "third.json" in capsys.readouterr().err  # its machine is unknown: not compared
     assert {p.stem for p in (out / "figures").glob("*.png")} == {
-        "files_throughput", "files_step", "files_curves", "files_batches"}
+        "files_throughput",
+        "files_step",
+        "files_curves",
+        "files_batches",
+    }
 
 
 def test_damaged_logs_are_named_and_the_rest_goes_on(results, capsys):
@@ -363,10 +540,15 @@ def test_damaged_logs_are_named_and_the_rest_goes_on(results, capsys):
     assert value(content, "parallel.serial.images_per_s") == 2000
 
 
-@pytest.mark.parametrize(("index", "said"), [
-    (None, "run make experiments first"), ("{", "is not an index of runs"),
-    ('{"runs": [{}]}', "is not an index of runs"),
-    ('{"settings": {}, "runs": []}', "no run that is done")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (None, "run make experiments first"),
+        ("{", "is not an index of runs"),
+        ('{"runs": [{}]}', "is not an index of runs"),
+        ('{"settings": {}, "runs": []}', "no run that is done"),
+    ],
+)
 def test_no_results_is_one_error_line(tmp_path, index, said):
     if index:
         (tmp_path / "index.json").write_text(index)
@@ -388,8 +570,13 @@ def test_a_named_file_that_is_no_log_is_one_error_line(tmp_path, content):
 def test_two_hundred_runs(results):
     for ranks in (2, 4, 8, 16, 32):
         for scaling in ("strong", "weak"):
-            results.add(f"parallel/mpi-{ranks}-{scaling}", *[2 / ranks + 0.01 * i for i in range(18)], cores=ranks,
-                        ranks=ranks, script="parallel_cnn_mpi")  # fmt: skip
+            results.add(
+                f"parallel/mpi-{ranks}-{scaling}",
+                *[2 / ranks + 0.01 * i for i in range(18)],
+                cores=ranks,
+                ranks=ranks,
+                script="parallel_cnn_mpi",
+            )
     results.add("parallel/serial", *[2.0] * 20)
     content, _ = analyze(results)
     assert content["runs"] == 200
@@ -407,7 +594,15 @@ def test_no_labels_overlap(results, monkeypatch):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     add_parallel(results)
-    results.add("parallel/mpi-8-strong", 1.0, 1.0, cores=8, ranks=8, oversubscribed=True, script="parallel_cnn_mpi")
+    results.add(
+        "parallel/mpi-8-strong",
+        1.0,
+        1.0,
+        cores=8,
+        ranks=8,
+        oversubscribed=True,
+        script="parallel_cnn_mpi",
+    )
     add_loading(results)
     add_rest(results)
     checked, save = [], analyze_results.Plotter.save
@@ -423,13 +618,24 @@ def test_no_labels_overlap(results, monkeypatch):
         for ax in figure.axes:
             if ax.get_visible():
                 low, high = sorted(ax.get_xlim())
-                boxes += [(t.get_text(), t.get_window_extent(renderer)) for t in ax.get_xticklabels()
-                          if t.get_text() and t.get_visible() and low <= t.get_position()[0] <= high]  # fmt: skip
-                boxes += [(t.get_text(), t.get_window_extent(renderer)) for t in ax.get_yticklabels()
-                          if t.get_text() and t.get_visible() and ax.yaxis.get_tick_params()["labelleft"]
-                          and min(ax.get_ylim()) <= t.get_position()[1] <= max(ax.get_ylim())]  # fmt: skip
-                boxes += [(t.get_text(), t.get_window_extent(renderer))
-                          for t in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts) if t.get_text()]  # fmt: skip
+                boxes += [
+                    (t.get_text(), t.get_window_extent(renderer))
+                    for t in ax.get_xticklabels()
+                    if t.get_text() and t.get_visible() and low <= t.get_position()[0] <= high
+                ]
+                boxes += [
+                    (t.get_text(), t.get_window_extent(renderer))
+                    for t in ax.get_yticklabels()
+                    if t.get_text()
+                    and t.get_visible()
+                    and ax.yaxis.get_tick_params()["labelleft"]
+                    and min(ax.get_ylim()) <= t.get_position()[1] <= max(ax.get_ylim())
+                ]
+                boxes += [
+                    (t.get_text(), t.get_window_extent(renderer))
+                    for t in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts)
+                    if t.get_text()
+                ]
         for (text, box), (other, its) in itertools.combinations(boxes, 2):
             assert not overlaps(box, its), f"{self.suite}_{name}: {text!r} and {other!r}"
         for text, box in boxes:
@@ -450,7 +656,15 @@ def test_no_labels_overlap(results, monkeypatch):
 def test_real_experiment(tmp_path, cache):
     options = ("--dataset", "synthetic", "--epochs", 2, "--subset", 64, "--batch-size", 16)
     for only in ("serial", "mpi-2"):
-        command = ("run_experiments.py", "--only", only, "--repeats", 2, "--oversubscribe", *options)
+        command = (
+            "run_experiments.py",
+            "--only",
+            only,
+            "--repeats",
+            2,
+            "--oversubscribe",
+            *options,
+        )
         finish(start(tmp_path, *command, env=cache), timeout=200)
     out, err = finish(start(tmp_path, "analyze_results.py"))
     assert err == ""
@@ -460,12 +674,22 @@ def test_real_experiment(tmp_path, cache):
     assert "synthetic data" in content["marks"]
     rates = []
     for name in ("serial", "mpi-2-strong"):
-        sidecars = [json.loads((tmp_path / f"results/parallel/{name}/{r}/run.json").read_text()) for r in (1, 2)]
+        sidecars = [
+            json.loads((tmp_path / f"results/parallel/{name}/{r}/run.json").read_text())
+            for r in (1, 2)
+        ]
         rates.append(np.array([s["totals"]["images_per_s"] for s in sidecars]))
-        assert value(content, f"parallel.{name}.images_per_s") == pytest.approx(rates[-1].mean(), rel=1e-5)
+        assert value(content, f"parallel.{name}.images_per_s") == pytest.approx(
+            rates[-1].mean(), rel=1e-5
+        )
         assert value(content, f"parallel.{name}.test_accuracy") == pytest.approx(
-            100 * np.mean([s["totals"]["final_accuracy"] for s in sidecars]), abs=1e-3)
-    assert value(content, "parallel.mpi-2-strong.speedup") == pytest.approx((rates[1] / rates[0]).mean(), rel=1e-4)
+            100 * np.mean([s["totals"]["final_accuracy"] for s in sidecars]), abs=1e-3
+        )
+    assert value(content, "parallel.mpi-2-strong.speedup") == pytest.approx(
+        (rates[1] / rates[0]).mean(), rel=1e-4
+    )
     assert value(content, "parallel.mpi-2-strong.loss_difference") < 0.02  # the same computation
-    shares = [value(content, f"parallel.mpi-2-strong.{phase}_share") for phase in analyze_results.PHASES]
+    shares = [
+        value(content, f"parallel.mpi-2-strong.{phase}_share") for phase in analyze_results.PHASES
+    ]
     assert sum(shares) == pytest.approx(100)

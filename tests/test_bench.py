@@ -19,7 +19,9 @@ def data():
 
 
 def test_quick_run_writes_table_and_json(run_script, tmp_path):
-    done = run_script("bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic")
+    done = run_script(
+        "bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic"
+    )
     rows = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert [set(row) for row in rows] == [KEYS | {"of_sgemm"}]
     row = rows[0]
@@ -32,11 +34,14 @@ def test_quick_run_writes_table_and_json(run_script, tmp_path):
 
 
 @pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
-@pytest.mark.parametrize(("name", "more"), [
-    ("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
-    ("2 at once that share nothing", {"cores", "efficiency", "communication"}),
-    ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
+        ("2 at once that share nothing", {"cores", "efficiency", "communication"}),
+        ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"}),
+    ],
+)
 def test_rows_of_processes_under_mpirun(run_script, tmp_path, name, more):
     done = run_script("bench.py", "--quick", "--only", name, "--dataset", "synthetic")
     (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
@@ -73,8 +78,14 @@ class Clock:
 def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
     calls, clock = [], Clock(monkeypatch)
     monkeypatch.setattr(bench, "sgemm", lambda: lambda: clock.pass_by(0.001))
-    contest = bench.Contest("test", 10, 1, lambda: calls.append("a") or clock.pass_by(0.001),
-                            lambda: calls.append("b") or clock.pass_by(0.002), 1e6)  # fmt: skip
+    contest = bench.Contest(
+        "test",
+        10,
+        1,
+        lambda: calls.append("a") or clock.pass_by(0.001),
+        lambda: calls.append("b") or clock.pass_by(0.002),
+        1e6,
+    )
     row = bench.compete(contest, pairs=7, seconds=0.01)
     turns = "".join(calls[i] for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1])
     assert turns == "ab" * 8  # a warm-up and seven pairs
@@ -87,11 +98,15 @@ def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
 def test_rate_counts_whole_calls(monkeypatch):
     clock = Clock(monkeypatch)
     assert bench.rate(lambda: clock.pass_by(0.03), seconds=0.1) == pytest.approx(4 / 0.12)
-    assert bench.rate(lambda: clock.pass_by(7), seconds=0.1) == pytest.approx(2 / 14)  # at least two
+    assert bench.rate(lambda: clock.pass_by(7), seconds=0.1) == pytest.approx(
+        2 / 14
+    )  # at least two
 
 
 def test_train_cifar_row_uses_what_the_script_uses(data):
-    step = bench.train_cifar_step({"options": ["--model", "cnn", "--lr", "0.001"], "images": 16}, data)
+    step = bench.train_cifar_step(
+        {"options": ["--model", "cnn", "--lr", "0.001"], "images": 16}, data
+    )
     loss, logits, _ = step()
     assert logits.shape == (16, 10)
     assert np.isfinite(loss.item())
@@ -113,7 +128,10 @@ def test_both_sides_load_the_same_images_augmented(data):
         assert x.shape == (32, 3, 32, 32)
         assert x.dtype is torch.float32
         assert y.dtype is torch.int64
-        assert torch.bincount(torch.cat([y, y2]), minlength=10).tolist() == np.bincount(data.y_train).tolist()
+        assert (
+            torch.bincount(torch.cat([y, y2]), minlength=10).tolist()
+            == np.bincount(data.y_train).tolist()
+        )
         assert torch.cat([x, x2]).mean().item() == pytest.approx(0.0, abs=0.4)
     contest = bench.loading_contest(data, 32)
     assert [len(batch[1]) for batch in (contest.ours(), contest.peer())] == [32, 32]
@@ -123,13 +141,25 @@ def test_gpu_rows_are_left_out_with_a_reason(run_script):
     if not bench.missing_for_gpu():
         pytest.skip("needs a machine without a GPU")
     done = run_script("bench.py", "--only", "gpu_scratch.py", "--dataset", "synthetic", status=2)
-    assert done.stderr.startswith("error: --only gpu_scratch.py: no such row (no rows of gpu_scratch.py: ")
+    assert done.stderr.startswith(
+        "error: --only gpu_scratch.py: no such row (no rows of gpu_scratch.py: "
+    )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA")
+@pytest.mark.skipif(
+    bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA"
+)
 def test_gpu_row(run_script, tmp_path):
-    run_script("bench.py", "--quick", "--only", "gpu_scratch.py, CNN, batch 64", "--dataset", "synthetic", timeout=600)
+    run_script(
+        "bench.py",
+        "--quick",
+        "--only",
+        "gpu_scratch.py, CNN, batch 64",
+        "--dataset",
+        "synthetic",
+        timeout=600,
+    )
     (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
     assert set(row) == KEYS
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
@@ -156,7 +186,9 @@ def test_a_gpu_turn_is_timed_by_its_events():
     assert len(calls) - before == 20
 
 
-@pytest.mark.parametrize(("options", "message"), [(("--only", "absent"), "no such row"), (("--pairs", 3), "--pairs")])
+@pytest.mark.parametrize(
+    ("options", "message"), [(("--only", "absent"), "no such row"), (("--pairs", 3), "--pairs")]
+)
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
     done = run_script("bench.py", *options, "--dataset", "synthetic", status=2)
     assert done.stderr.startswith("error: ")

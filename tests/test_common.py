@@ -87,7 +87,15 @@ def torchvision(torch):
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path):
     """No download (a closed port refuses at once), no data, and no cache but the test's own."""
-    for name in ("CIFAR10_DIR", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+    for name in (
+        "CIFAR10_DIR",
+        "http_proxy",
+        "HTTP_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "no_proxy",
+        "NO_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     use_proxy(monkeypatch, 9)
@@ -225,7 +233,11 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch():
     x, dout = 5 + rng.standard_normal((7, 2, 3, 4)), rng.standard_normal((7, 2, 3, 4))
     whole = BatchNorm2D(4, dtype=np.float64)
     out, dx = whole.forward(x), whole.backward(dout)
-    parts, met, places = [slice(0, 4), slice(4, 4), slice(4, 7)], threading.Barrier(3, timeout=120), [None] * 3
+    parts, met, places = (
+        [slice(0, 4), slice(4, 4), slice(4, 7)],
+        threading.Barrier(3, timeout=120),
+        [None] * 3,
+    )
     layers = [BatchNorm2D(4, dtype=np.float64) for _ in parts]
     results = [None] * 3
 
@@ -238,7 +250,10 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch():
             return stacked
 
         layers[r].gather = gather
-        results[r] = layers[r].forward(x[parts[r]]).copy(), layers[r].backward(dout[parts[r]]).copy()
+        results[r] = (
+            layers[r].forward(x[parts[r]]).copy(),
+            layers[r].backward(dout[parts[r]]).copy(),
+        )
 
     threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
     for thread in threads:
@@ -254,7 +269,15 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch():
         assert_close(layer.running_var, whole.running_var, 1e-12)
 
 
-POOLS = [(2, None), (2, 1), (3, None), (3, 2), (3, 1), (1, 2), (2, 3)]  # overlapping, with leftovers, with gaps
+POOLS = [
+    (2, None),
+    (2, 1),
+    (3, None),
+    (3, 2),
+    (3, 1),
+    (1, 2),
+    (2, 3),
+]  # overlapping, with leftovers, with gaps
 
 
 @pytest.mark.parametrize(("size", "stride"), POOLS)
@@ -289,7 +312,9 @@ def test_gradient_softmax_cross_entropy(scale):
     rng = np.random.default_rng(scale)
     logits, labels = scale * rng.standard_normal((6, 10)), rng.integers(0, 10, 6).astype(np.uint8)
     _, dlogits = softmax_cross_entropy(logits, labels)
-    assert_close(dlogits, numerical_gradient(lambda: softmax_cross_entropy(logits, labels)[0], logits, 1e-5))
+    assert_close(
+        dlogits, numerical_gradient(lambda: softmax_cross_entropy(logits, labels)[0], logits, 1e-5)
+    )
 
 
 def test_gradient_of_the_whole_cnn():
@@ -325,13 +350,17 @@ def against_torch(torch, layer, x, function, tolerance=1e-10):
     out = function(*leaves)
     R = np.random.default_rng(0).standard_normal(out.shape).astype(x.dtype)
     out.backward(torch.tensor(R))
-    for mine, theirs in zip(run_layer(layer, x, R), (out.detach(), *(t.grad for t in leaves)), strict=True):
+    for mine, theirs in zip(
+        run_layer(layer, x, R), (out.detach(), *(t.grad for t in leaves)), strict=True
+    ):
         assert_close(mine, theirs.numpy(), tolerance)
 
 
 def torch_conv2d(torch, stride=1, padding=1):
     def function(x, W, b):
-        y = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), W.permute(3, 2, 0, 1).contiguous(), b, stride, padding)
+        y = torch.nn.functional.conv2d(
+            x.permute(0, 3, 1, 2), W.permute(3, 2, 0, 1).contiguous(), b, stride, padding
+        )
         return y.permute(0, 2, 3, 1)
 
     return function
@@ -369,8 +398,13 @@ def test_winograd_relu_pool_is_pytorchs(torch, shape):
 @pytest.mark.parametrize("shape", [(3, 8, 8, 4), (2, 13, 9, 3)])
 def test_max_pool_is_pytorchs(torch, size, stride, shape):
     rng = np.random.default_rng(shape)
-    for x in (rng.standard_normal(shape), rng.integers(-1, 2, shape).astype(float)):  # the second is full of ties
-        against_torch(torch, MaxPool2D(size, stride), x, lambda x: torch_pool(torch, x, size, stride))
+    for x in (
+        rng.standard_normal(shape),
+        rng.integers(-1, 2, shape).astype(float),
+    ):  # the second is full of ties
+        against_torch(
+            torch, MaxPool2D(size, stride), x, lambda x: torch_pool(torch, x, size, stride)
+        )
 
 
 def test_dense_and_loss_are_pytorchs(torch):
@@ -444,7 +478,9 @@ def test_fused_blocks_in_float32_keep_its_precision(block):
 
 
 LAYERS = {
-    "Conv2D kernel 1": lambda: Conv2D(4, 6, 1, 1, 0, rng=2, dtype=np.float64),  # keeps its im2col matrix
+    "Conv2D kernel 1": lambda: Conv2D(
+        4, 6, 1, 1, 0, rng=2, dtype=np.float64
+    ),  # keeps its im2col matrix
     "Conv2D kernel 3": lambda: Conv2D(4, 6, rng=2, dtype=np.float64),
     "Conv2D stride 2": lambda: Conv2D(4, 6, 3, 2, 1, rng=2, dtype=np.float64),
     "Conv2D padding 0": lambda: Conv2D(4, 6, 3, 1, 0, rng=2, dtype=np.float64),
@@ -464,7 +500,9 @@ def batch_for(name, n, rng, size=8):
 
 
 @all_layers
-@pytest.mark.parametrize("cache", [1, 20_000, 2**40], ids=["one image", "some images", "all images"])
+@pytest.mark.parametrize(
+    "cache", [1, 20_000, 2**40], ids=["one image", "some images", "all images"]
+)
 def test_pieces_do_not_change_the_result(name, cache, monkeypatch):
     rng = np.random.default_rng(3)
     x = batch_for(name, 11, rng)
@@ -486,7 +524,14 @@ def test_pieces():
 def test_batch_and_image_size_may_change_between_calls(name):
     """32, 16, 100 in evaluation mode, 32, then other images: each time what a fresh layer gives."""
     rng, layer = np.random.default_rng(4), LAYERS[name]()
-    calls = ((32, 8, True), (16, 8, True), (100, 8, False), (32, 8, True), (5, 12, True), (6, 8, True))
+    calls = (
+        (32, 8, True),
+        (16, 8, True),
+        (100, 8, False),
+        (32, 8, True),
+        (5, 12, True),
+        (6, 8, True),
+    )
     for n, size, training in calls:
         x = batch_for(name, n, rng, size)
         fresh = LAYERS[name]()
@@ -518,7 +563,9 @@ def test_strided_arrays_are_taken(name):
     strided = [np.ascontiguousarray(np.moveaxis(a, -1, 0)) for a in (x, R)]
     strided = [np.moveaxis(a, 0, -1) for a in strided]
     assert not strided[0].flags.c_contiguous
-    for mine, theirs in zip(run_layer(LAYERS[name](), *strided), run_layer(LAYERS[name](), x, R), strict=True):
+    for mine, theirs in zip(
+        run_layer(LAYERS[name](), *strided), run_layer(LAYERS[name](), x, R), strict=True
+    ):
         assert_close(mine, theirs, 1e-12)
 
 
@@ -547,7 +594,9 @@ def test_an_empty_batch_has_zero_gradients(name):
     assert not any(g.any() for g in layer.grads())
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "Conv" in name or name in ("Dense", "WinogradReLUPool")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if "Conv" in name or name in ("Dense", "WinogradReLUPool")]
+)
 def test_without_needs_dx_the_weight_gradients_are_the_same(name):
     rng, layer, spared = np.random.default_rng(9), LAYERS[name](), LAYERS[name]()
     spared.needs_dx = False
@@ -564,7 +613,11 @@ def test_a_layer_works_alone():
     """W, b, dW and db are ordinary attributes; backward() overwrites dW and db."""
     layer, x = Conv2D(2, 3, rng=1), np.ones((1, 4, 4, 2), np.float32)
     assert layer.W.shape == (3, 3, 2, 3)
-    assert [p.shape for p in layer.params()] == [g.shape for g in layer.grads()] == [(3, 3, 2, 3), (3,)]
+    assert (
+        [p.shape for p in layer.params()]
+        == [g.shape for g in layer.grads()]
+        == [(3, 3, 2, 3), (3,)]
+    )
     layer.W = np.zeros_like(layer.W)
     layer.b = np.array([1, 2, 3], np.float32)
     out = layer.forward(x)
@@ -609,14 +662,28 @@ def to_torch(torch, model):
     """The CNN as a PyTorch module with the same weights."""
     nn, (conv1, conv2, _, dense1, _, dense2) = torch.nn, model.layers
     net = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10),
-    ).to(getattr(torch, model.params.dtype.name))  # fmt: skip
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4096, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    ).to(getattr(torch, model.params.dtype.name))
     weights = (
-        conv1.W.transpose(3, 2, 0, 1), conv1.b, conv2.W.transpose(3, 2, 0, 1), conv2.b,
+        conv1.W.transpose(3, 2, 0, 1),
+        conv1.b,
+        conv2.W.transpose(3, 2, 0, 1),
+        conv2.b,
         # rows in the order (H, W, C) here, columns in the order (C, H, W) there
-        dense1.W.reshape(8, 8, 64, 256).transpose(3, 2, 0, 1).reshape(256, 4096), dense1.b, dense2.W.T, dense2.b,
-    )  # fmt: skip
+        dense1.W.reshape(8, 8, 64, 256).transpose(3, 2, 0, 1).reshape(256, 4096),
+        dense1.b,
+        dense2.W.T,
+        dense2.b,
+    )
     with torch.no_grad():
         for theirs, mine in zip(net.parameters(), weights, strict=True):
             theirs.copy_(torch.tensor(mine.copy()))
@@ -639,7 +706,9 @@ def test_fifty_steps_are_pytorchs(torch, images, dtype, name, weight_decay):
     size, loss_tolerance, tolerance = (32, 1e-5, 1e-4) if dtype is np.float32 else (8, 1e-10, 1e-10)
     model = make_cnn(0, dtype)
     net = to_torch(torch, model)
-    args = make_parser("test", "").parse_args(["--optimizer", name, "--weight-decay", str(weight_decay)])
+    args = make_parser("test", "").parse_args(
+        ["--optimizer", name, "--weight-decay", str(weight_decay)]
+    )
     optimizer = make_optimizer(model, args)
     if name == "adam":
         theirs = torch.optim.Adam(net.parameters(), args.lr, weight_decay=weight_decay)
@@ -647,12 +716,14 @@ def test_fifty_steps_are_pytorchs(torch, images, dtype, name, weight_decay):
         theirs = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=weight_decay)
     order = epoch_order(len(images[1]), 0, 1)
     for step in range(50):
-        x, labels = load_batch(*images, order[step * size:(step + 1) * size], dtype)
+        x, labels = load_batch(*images, order[step * size : (step + 1) * size], dtype)
         loss, dlogits = softmax_cross_entropy(model.forward(x), labels)
         model.backward(dlogits)
         optimizer.step(size)
         their_logits = net(torch.tensor(x.transpose(0, 3, 1, 2).copy()))
-        their_loss = torch.nn.functional.cross_entropy(their_logits, torch.tensor(labels.astype(np.int64)))
+        their_loss = torch.nn.functional.cross_entropy(
+            their_logits, torch.tensor(labels.astype(np.int64))
+        )
         theirs.zero_grad()
         their_loss.backward()
         theirs.step()
@@ -673,14 +744,25 @@ def resnet18_to_torch(torch, model):
     net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
     stem, norm, _, *blocks, _, dense = model.layers
     pairs = [(net.conv1, stem), (net.bn1, norm), (net.fc, dense)]
-    for theirs, ours in zip((b for i in (1, 2, 3, 4) for b in getattr(net, f"layer{i}")), blocks, strict=True):
+    for theirs, ours in zip(
+        (b for i in (1, 2, 3, 4) for b in getattr(net, f"layer{i}")), blocks, strict=True
+    ):
         conv1, bn1, _, conv2, bn2 = ours.branch
-        pairs += [(theirs.conv1, conv1), (theirs.bn1, bn1), (theirs.conv2, conv2), (theirs.bn2, bn2)]
+        pairs += [
+            (theirs.conv1, conv1),
+            (theirs.bn1, bn1),
+            (theirs.conv2, conv2),
+            (theirs.bn2, bn2),
+        ]
         pairs += zip(theirs.downsample or (), ours.shortcut, strict=True)
     for theirs, ours in pairs:
         if isinstance(ours, BatchNorm2D):
-            arrays = {"weight": ours.gamma, "bias": ours.beta, "running_mean": ours.running_mean,
-                      "running_var": ours.running_var}  # fmt: skip
+            arrays = {
+                "weight": ours.gamma,
+                "bias": ours.beta,
+                "running_mean": ours.running_mean,
+                "running_var": ours.running_var,
+            }
         else:
             arrays = {"weight": ours.W.transpose(3, 2, 0, 1) if ours.W.ndim == 4 else ours.W.T}
             if theirs.bias is not None:
@@ -703,13 +785,15 @@ def test_resnet18_trains_as_pytorchs(torch, images):
         model.backward(dlogits)
         optimizer.step(6)
         their_loss = torch.nn.functional.cross_entropy(
-            net(torch.tensor(x.transpose(0, 3, 1, 2).copy())), torch.tensor(labels.astype(np.int64)))  # fmt: skip
+            net(torch.tensor(x.transpose(0, 3, 1, 2).copy())), torch.tensor(labels.astype(np.int64))
+        )
         theirs.zero_grad()
         their_loss.backward()
         theirs.step()
         assert loss / 6 == pytest.approx(their_loss.item(), rel=1e-8)
-    for (name, wanted), ours in zip(net.state_dict().items(), resnet18_to_torch(torch, model).state_dict().values(),
-                                    strict=True):  # fmt: skip
+    for (name, wanted), ours in zip(
+        net.state_dict().items(), resnet18_to_torch(torch, model).state_dict().values(), strict=True
+    ):
         if not name.endswith("num_batches_tracked"):
             assert_close(ours, wanted, 1e-8)
     model.train(False)
@@ -726,13 +810,15 @@ def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     theirs = torch.optim.SGD(net.parameters(), 0.001, momentum=0.9)
     order = np.concatenate([epoch_order(len(images[1]), 0, epoch) for epoch in (1, 2, 3, 4)])
     for step in range(50):
-        x, labels = load_batch(*images, order[step * 32:(step + 1) * 32])
+        x, labels = load_batch(*images, order[step * 32 : (step + 1) * 32])
         loss, dlogits = softmax_cross_entropy(model.forward(x), labels)
         model.backward(dlogits)
         optimizer.step(32)
         theirs.zero_grad()
         logits = net(torch.tensor(x.transpose(0, 3, 1, 2).copy()))
-        their_loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels.astype(np.int64)))
+        their_loss = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(labels.astype(np.int64))
+        )
         their_loss.backward()
         theirs.step()
         assert loss / 32 == pytest.approx(their_loss.item(), rel=1e-4), f"step {step}"
@@ -755,7 +841,10 @@ def test_parameters_and_gradients_are_views_of_the_flat_buffers():
     model, start = make_cnn(), 0
     for layer in model.layers:
         for name in layer.param_names:
-            for buffer, array in ((model.params, getattr(layer, name)), (model.grads, getattr(layer, "d" + name))):
+            for buffer, array in (
+                (model.params, getattr(layer, name)),
+                (model.grads, getattr(layer, "d" + name)),
+            ):
                 assert np.shares_memory(array, buffer)
                 assert array.ctypes.data == buffer[start:].ctypes.data
             start += array.size
@@ -785,7 +874,10 @@ def test_gradients_are_reported_in_backward_order_when_they_are_final():
 def test_gradients_are_sums_over_shards(dtype):
     """Summed over shards of 5, 0 and 3 images they are the gradient of the batch of 8: the idea of every MPI script."""
     rng, model = np.random.default_rng(2), make_cnn(1, dtype)
-    x, labels = rng.standard_normal((8, 32, 32, 3)).astype(dtype), rng.integers(0, 10, 8).astype(np.uint8)
+    x, labels = (
+        rng.standard_normal((8, 32, 32, 3)).astype(dtype),
+        rng.integers(0, 10, 8).astype(np.uint8),
+    )
 
     def gradient(part):
         loss, dlogits = softmax_cross_entropy(model.forward(x[part]), labels[part])
@@ -822,8 +914,15 @@ def test_evaluate_is_the_mean_over_all_images(images):
 
 def small_resnet(seed=0):
     rng = np.random.default_rng(seed)
-    model = Model([Conv2D(3, 4, rng=rng, dtype=np.float64), BasicBlock(4, 4, conv=Conv2D, rng=rng, dtype=np.float64),
-                   MaxPool2D(3), Flatten(), Dense(16, 5, rng=rng, dtype=np.float64)])  # fmt: skip
+    model = Model(
+        [
+            Conv2D(3, 4, rng=rng, dtype=np.float64),
+            BasicBlock(4, 4, conv=Conv2D, rng=rng, dtype=np.float64),
+            MaxPool2D(3),
+            Flatten(),
+            Dense(16, 5, rng=rng, dtype=np.float64),
+        ]
+    )
     for leaf in model.layers[1].leaves():
         if isinstance(leaf, BatchNorm2D):
             leaf.gamma[...], leaf.beta[...] = np.linspace(0.5, 1.5, 4), np.linspace(-0.2, 0.3, 4)
@@ -843,7 +942,12 @@ def test_a_composite_layer_with_state_has_a_place_in_a_model():
     model.backward(softmax_cross_entropy(model.forward(x), labels)[1], reported.append)
     assert reported == [s for s in reversed(model.slices) if s.stop > s.start]
     analytic = model.grads.copy()
-    assert_close(analytic, numerical_gradient(lambda: softmax_cross_entropy(model.forward(x), labels)[0], model.params))
+    assert_close(
+        analytic,
+        numerical_gradient(
+            lambda: softmax_cross_entropy(model.forward(x), labels)[0], model.params
+        ),
+    )
 
     model.train(False)
     alone, both = model.forward(x[:1]).copy(), model.forward(x)[:1]
@@ -954,7 +1058,9 @@ def python_files(binary_files, tmp_path_factory):
     folder.mkdir()
     for path in sorted(binary_files.iterdir()):
         records = np.fromfile(path, np.uint8).reshape(-1, 3073)
-        entry = pickle.dumps({"data": records[:, 1:].copy(), "labels": records[:, 0].tolist()}, protocol=4)
+        entry = pickle.dumps(
+            {"data": records[:, 1:].copy(), "labels": records[:, 0].tolist()}, protocol=4
+        )
         (folder / path.stem).write_bytes(entry)
         checksums[path.stem] = hashlib.md5(entry).hexdigest()
     entry = pickle.dumps({"label_names": list("abcdefghij")})
@@ -1005,7 +1111,9 @@ def record(files, name, number):
     with open(files / name, "rb") as file:
         file.seek(3073 * number)
         label, planes = file.read(1)[0], file.read(3072)
-    image = [[[planes[1024 * c + 32 * y + x] for c in range(3)] for x in range(32)] for y in range(32)]
+    image = [
+        [[planes[1024 * c + 32 * y + x] for c in range(3)] for x in range(32)] for y in range(32)
+    ]
     return np.array(image, np.uint8), label
 
 
@@ -1013,8 +1121,11 @@ def test_binary_layout_cache_and_fingerprint(binary_files, data_dir):
     link(binary_files, data_dir / "cifar-10-batches-bin")
     data = load_cifar10(data_dir)
     assert [(a.shape, a.dtype) for a in data[:4]] == [
-        ((50_000, 32, 32, 3), np.uint8), ((50_000,), np.uint8), ((10_000, 32, 32, 3), np.uint8), ((10_000,), np.uint8),
-    ]  # fmt: skip
+        ((50_000, 32, 32, 3), np.uint8),
+        ((50_000,), np.uint8),
+        ((10_000, 32, 32, 3), np.uint8),
+        ((10_000,), np.uint8),
+    ]
     for i in (0, 1, 9_999, 10_000, 34_567, 49_999):
         image, label = record(binary_files, f"data_batch_{i // 10_000 + 1}.bin", i % 10_000)
         np.testing.assert_array_equal(data.x_train[i], image)
@@ -1036,7 +1147,9 @@ def test_binary_layout_cache_and_fingerprint(binary_files, data_dir):
     assert len(caches(data_dir)) == 1
 
 
-def test_data_dir_may_be_the_folder_itself_and_comes_from_the_environment(binary_files, data_dir, monkeypatch):
+def test_data_dir_may_be_the_folder_itself_and_comes_from_the_environment(
+    binary_files, data_dir, monkeypatch
+):
     link(binary_files, data_dir)
     monkeypatch.setenv("CIFAR10_DIR", str(data_dir))
     image, label = record(binary_files, "data_batch_1.bin", 77)
@@ -1071,7 +1184,9 @@ def test_an_unusable_cache_in_data_dir_falls_back_to_the_users(binary_files, dat
         data = load_cifar10(data_dir)
         assert data.fingerprint == first.fingerprint
         assert_mapped(data)
-        assert Path(data.x_test.base.filename).parent == tmp_path / "xdg" / "parallel-cnn" / key.name
+        assert (
+            Path(data.x_test.base.filename).parent == tmp_path / "xdg" / "parallel-cnn" / key.name
+        )
 
 
 def test_without_any_cache_the_arrays_are_returned(tmp_path, monkeypatch):
@@ -1093,8 +1208,14 @@ def test_a_damaged_cache_is_not_trusted(tmp_path, name, damage):
     path = tmp_path / caches(tmp_path)[0] / name
     contents, evil = path.read_bytes(), tmp_path / "evil"
     path.unlink()
-    replacement = {"empty": b"", "half": contents[:len(contents) // 2], "garbage": b"\xffgarbage" * 99,
-                   "zip": b"PK\x03\x04" + bytes(99), "list": b"[1]", "pickle": malicious_pickle(evil)}  # fmt: skip
+    replacement = {
+        "empty": b"",
+        "half": contents[: len(contents) // 2],
+        "garbage": b"\xffgarbage" * 99,
+        "zip": b"PK\x03\x04" + bytes(99),
+        "list": b"[1]",
+        "pickle": malicious_pickle(evil),
+    }
     if damage in replacement:
         path.write_bytes(replacement[damage])
     for _ in range(2):
@@ -1119,7 +1240,9 @@ def test_two_processes_may_build_the_cache_at_once(binary_files, data_dir):
     assert not (data_dir.parent / "xdg").exists()
 
 
-@pytest.mark.parametrize("inside", ["cifar-10-batches-bin", "."], ids=["data_dir above", "data_dir itself"])
+@pytest.mark.parametrize(
+    "inside", ["cifar-10-batches-bin", "."], ids=["data_dir above", "data_dir itself"]
+)
 @pytest.mark.parametrize("dataset", ["auto", "cifar10"])
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
@@ -1130,11 +1253,17 @@ def test_two_processes_may_build_the_cache_at_once(binary_files, data_dir):
         ("data_batch_1.bin", None, "missing"),
         ("data_batch_4.bin", None, "missing"),
         ("test_batch.bin", None, "missing"),
-        ("data_batch_2.bin", lambda contents: contents[:3073 * 5] + b"\x0a" + contents[3073 * 5 + 1:], "label 10"),
+        (
+            "data_batch_2.bin",
+            lambda contents: contents[: 3073 * 5] + b"\x0a" + contents[3073 * 5 + 1 :],
+            "label 10",
+        ),
     ],
     ids=["truncated", "empty", "oversized", "first missing", "missing", "test missing", "label 10"],
 )
-def test_damaged_binary_files_are_named(binary_files, data_dir, inside, dataset, name, damage, message):
+def test_damaged_binary_files_are_named(
+    binary_files, data_dir, inside, dataset, name, damage, message
+):
     path = link(binary_files, data_dir / inside) / name
     contents = path.read_bytes()
     path.unlink()
@@ -1147,7 +1276,9 @@ def test_damaged_binary_files_are_named(binary_files, data_dir, inside, dataset,
     assert caches(data_dir) == []
 
 
-def test_python_layout_gives_the_same_arrays_as_the_binary_one(published, binary_files, python_files, data_dir):
+def test_python_layout_gives_the_same_arrays_as_the_binary_one(
+    published, binary_files, python_files, data_dir
+):
     link(python_files[0], data_dir / "cifar-10-batches-py")
     data = load_cifar10(data_dir, "cifar10")
     for i in (0, 12_345, 49_999):
@@ -1157,8 +1288,12 @@ def test_python_layout_gives_the_same_arrays_as_the_binary_one(published, binary
     assert_mapped(data)
     digest = hashlib.sha256()
     for names in ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]):
-        records = np.concatenate([np.fromfile(binary_files / n, np.uint8).reshape(-1, 3073) for n in names])
-        digest.update(np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)))
+        records = np.concatenate(
+            [np.fromfile(binary_files / n, np.uint8).reshape(-1, 3073) for n in names]
+        )
+        digest.update(
+            np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        )
         digest.update(records[:, 0].copy())
     assert data.fingerprint == digest.hexdigest()
 
@@ -1179,7 +1314,9 @@ def malicious_pickle(path):
 
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("dataset", ["auto", "cifar10"])
-def test_a_pickle_with_a_wrong_checksum_is_never_opened(published, python_files, data_dir, name, dataset):
+def test_a_pickle_with_a_wrong_checksum_is_never_opened(
+    published, python_files, data_dir, name, dataset
+):
     path = link(python_files[0], data_dir / "cifar-10-batches-py") / name
     path.unlink()
     path.write_bytes(malicious_pickle(data_dir / "executed"))
@@ -1193,7 +1330,9 @@ def test_a_pickle_with_a_wrong_checksum_is_never_opened(published, python_files,
 def test_the_python_layout_without_torch_is_a_one_line_error(python_files, data_dir, monkeypatch):
     link(python_files[0], data_dir / "cifar-10-batches-py")
     for name in ("torch", "torchvision"):
-        monkeypatch.setitem(sys.modules, name, None)  # what Python does for a module that is not installed
+        monkeypatch.setitem(
+            sys.modules, name, None
+        )  # what Python does for a module that is not installed
     with pytest.raises(InputError, match="torchvision"):
         load_cifar10(data_dir, "cifar10")
 
@@ -1308,7 +1447,9 @@ def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "DOWNLOAD_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         use_proxy(monkeypatch, server.getsockname()[1])
-        with pytest.raises(InputError, match=r"cannot be downloaded \((no answer within 1 s|timed out)"):
+        with pytest.raises(
+            InputError, match=r"cannot be downloaded \((no answer within 1 s|timed out)"
+        ):
             load_cifar10(tmp_path / "data", "cifar10")
         server.setblocking(False)
         knocks = 0
@@ -1367,7 +1508,7 @@ def test_subset_is_a_prefix(binary_files, data_dir):
         part = load_cifar10(data_dir, subset=subset)
         assert [len(a) for a in part[:4]] == [subset, subset, tests, tests]
         for mine, theirs in zip(part[:4], whole[:4], strict=True):
-            np.testing.assert_array_equal(mine[:2000], theirs[:min(len(mine), 2000)])
+            np.testing.assert_array_equal(mine[:2000], theirs[: min(len(mine), 2000)])
         assert part.fingerprint == whole.fingerprint
 
 
@@ -1394,7 +1535,7 @@ def test_a_smaller_synthetic_set_is_the_beginning_of_a_larger_one():
     large = make_synthetic(2500)
     for n in (1, 300, 1000, 1700):
         for small, whole in zip(make_synthetic(n), large, strict=True):
-            np.testing.assert_array_equal(small, whole[:len(small)])
+            np.testing.assert_array_equal(small, whole[: len(small)])
     assert len(make_synthetic(1)[2]) == 1
     assert len(make_synthetic(10, n_test=7)[2]) == 7
 
@@ -1411,7 +1552,11 @@ def test_no_two_random_streams_are_the_same(monkeypatch):
     make_generator, states = np.random.default_rng, []
 
     def default_rng(seed):
-        states.append(None if isinstance(seed, np.random.Generator) else str(make_generator(seed).bit_generator.state))
+        states.append(
+            None
+            if isinstance(seed, np.random.Generator)
+            else str(make_generator(seed).bit_generator.state)
+        )
         return make_generator(seed)
 
     monkeypatch.setattr(np.random, "default_rng", default_rng)
@@ -1431,7 +1576,7 @@ def train(data, epochs, seed=0):
     for epoch in range(1, epochs + 1):
         order = epoch_order(len(data[1]), seed, epoch)
         for start in range(0, len(order), 32):
-            x, labels = load_batch(data[0], data[1], order[start:start + 32])
+            x, labels = load_batch(data[0], data[1], order[start : start + 32])
             model.backward(softmax_cross_entropy(model.forward(x), labels)[1])
             optimizer.step(len(labels))
         accuracies.append(evaluate(model, data[2], data[3])[1])
@@ -1455,7 +1600,10 @@ def test_real_images(real_data):
     assert np.bincount(data.y_train).tolist() == [5000] * 10
     assert np.bincount(data.y_test).tolist() == [1000] * 10
     for channel, mean, std in zip(range(3), common.MEAN, common.STD, strict=True):
-        share = np.bincount(data.x_train[..., channel].ravel(), minlength=256) / data.x_train[..., channel].size
+        share = (
+            np.bincount(data.x_train[..., channel].ravel(), minlength=256)
+            / data.x_train[..., channel].size
+        )
         level = np.arange(256) / 255
         assert share @ level == pytest.approx(mean, abs=0.01)
         assert math.sqrt(share @ level**2 - (share @ level) ** 2) == pytest.approx(std, abs=0.01)
@@ -1481,7 +1629,9 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float64, 1e-14)])
-@pytest.mark.parametrize("index", [np.array([3, 1, 1, 40]), slice(5, 12), np.array([], int)], ids=str)
+@pytest.mark.parametrize(
+    "index", [np.array([3, 1, 1, 40]), slice(5, 12), np.array([], int)], ids=str
+)
 def test_load_batch_normalises(images, dtype, tolerance, index):
     kept = [a.copy() for a in images]
     x, labels = load_batch(*images, index, dtype)
@@ -1499,11 +1649,31 @@ def test_load_batch_normalises(images, dtype, tolerance, index):
 # ----------------------------------------------------------------------------------------------------------------------
 
 DESIGN_COLUMNS = [
-    "type", "epoch", "start", "loading", "duration", "value1", "value2", "loss", "images_per_s", "cpu_percent",
-    "ram_mb", "gpu_percent", "gpu_mem_mb", "forward", "backward", "communication",
-]  # fmt: skip
-TINY = Dataset(np.zeros((30, 32, 32, 3), np.uint8), np.zeros(30, np.uint8), np.zeros((6, 32, 32, 3), np.uint8),
-               np.zeros(6, np.uint8), "synthetic", "f" * 64)  # fmt: skip
+    "type",
+    "epoch",
+    "start",
+    "loading",
+    "duration",
+    "value1",
+    "value2",
+    "loss",
+    "images_per_s",
+    "cpu_percent",
+    "ram_mb",
+    "gpu_percent",
+    "gpu_mem_mb",
+    "forward",
+    "backward",
+    "communication",
+]
+TINY = Dataset(
+    np.zeros((30, 32, 32, 3), np.uint8),
+    np.zeros(30, np.uint8),
+    np.zeros((6, 32, 32, 3), np.uint8),
+    np.zeros(6, np.uint8),
+    "synthetic",
+    "f" * 64,
+)
 
 
 def run_args(folder, *options):
@@ -1514,10 +1684,23 @@ def run_args(folder, *options):
 class Fake:
     """Three batches of ten images an epoch, 3 of them right, 6 among the five largest, mean loss 2."""
 
-    def __init__(self, folder, *options, validation=0.0, before_batch=lambda epoch, batch: None, **run_options):
-        self.args, self.validation, self.before_batch = run_args(folder, *options), validation, before_batch
+    def __init__(
+        self,
+        folder,
+        *options,
+        validation=0.0,
+        before_batch=lambda epoch, batch: None,
+        **run_options,
+    ):
+        self.args, self.validation, self.before_batch = (
+            run_args(folder, *options),
+            validation,
+            before_batch,
+        )
         self.arrays = {"w": np.zeros(3)}
-        self.run = Run(self.args, "fake", TINY, lambda: self.arrays, self.arrays.update, **run_options)
+        self.run = Run(
+            self.args, "fake", TINY, lambda: self.arrays, self.arrays.update, **run_options
+        )
 
     def train(self):
         with self.run as run:
@@ -1565,22 +1748,39 @@ def test_log_rows(tmp_path):
         assert len({r["start"] for r in batches + training}) == 1
         for i, r in enumerate(batches, 1):  # since the epoch's start
             assert float(r["duration"]) >= 0.02 * i
-            assert [float(r[c]) for c in ("loading", "forward", "backward")] == [0.001 * i, 0.002 * i, 0.004 * i]
-            assert float(r["images_per_s"]) == pytest.approx(10 * i / float(r["duration"]), rel=1e-3)
+            assert [float(r[c]) for c in ("loading", "forward", "backward")] == [
+                0.001 * i,
+                0.002 * i,
+                0.004 * i,
+            ]
+            assert float(r["images_per_s"]) == pytest.approx(
+                10 * i / float(r["duration"]), rel=1e-3
+            )
             assert float(r["loss"]) == 2
         (training,), (validation,) = training, validation
         assert training["duration"] == batches[-1]["duration"]
         assert training["loading"] == batches[-1]["loading"]
         assert [float(training[c]) for c in ("value1", "value2", "loss")] == [0.3, 0.6, 2]
-        assert float(training["images_per_s"]) == pytest.approx(30 / float(training["duration"]), rel=1e-3)
+        assert float(training["images_per_s"]) == pytest.approx(
+            30 / float(training["duration"]), rel=1e-3
+        )
         assert float(training["ram_mb"]) > 10
         assert [float(validation[c]) for c in ("value2", "loss", "loading")] == [0.8, 1.5, 0.01]
         assert float(validation["value1"]) == (0.25 if epoch == "1" else 0.2)
         assert float(validation["duration"]) >= 0.05
-        assert float(validation["images_per_s"]) == pytest.approx(6 / float(validation["duration"]), rel=1e-3)
-        assert float(validation["start"]) >= float(training["start"]) + float(training["duration"]) - 0.01
+        assert float(validation["images_per_s"]) == pytest.approx(
+            6 / float(validation["duration"]), rel=1e-3
+        )
+        assert (
+            float(validation["start"])
+            >= float(training["start"]) + float(training["duration"]) - 0.01
+        )
     assert before <= float(rows[0]["start"])
-    assert float(rows[4]["start"]) + float(rows[4]["duration"]) <= float(rows[5]["start"]) + 0.01 <= time.time()
+    assert (
+        float(rows[4]["start"]) + float(rows[4]["duration"])
+        <= float(rows[5]["start"]) + 0.01
+        <= time.time()
+    )
 
 
 def test_rows_are_flushed_as_they_are_written(tmp_path):
@@ -1604,11 +1804,18 @@ def test_sidecar(tmp_path):
     assert info["cpu"]
     assert all(set(blas) == {"library", "version", "kernel", "threads"} for blas in info["blas"])
     assert all(blas["threads"] == 1 for blas in info["blas"])
-    assert (info["versions"]["numpy"], info["versions"]["python"]) == (np.__version__, sys.version.split()[0])
+    assert (info["versions"]["numpy"], info["versions"]["python"]) == (
+        np.__version__,
+        sys.version.split()[0],
+    )
     assert started <= info["start"] <= info["end"] <= time.time()
     assert info["status"] == "done"
     totals = info["totals"]
-    assert (totals["train_images"], totals["final_accuracy"], totals["best_accuracy"]) == (60, 0.2, 0.25)
+    assert (totals["train_images"], totals["final_accuracy"], totals["best_accuracy"]) == (
+        60,
+        0.2,
+        0.25,
+    )
     assert totals["images_per_s"] == pytest.approx(60 / totals["train_seconds"])
     assert totals["peak_ram_mb"] >= psutil.Process().memory_info().rss / 2**20 / 2
     assert totals["mean_cpu_percent"] >= 0
@@ -1621,7 +1828,9 @@ def test_evaluation_is_not_training_time(tmp_path):
     seconds = time.perf_counter() - started
     totals = sidecar(tmp_path)["totals"]
     trainings = [r for r in log_rows(tmp_path)[1] if r["type"] == "0"]
-    assert totals["train_seconds"] == pytest.approx(sum(float(r["duration"]) for r in trainings), abs=1e-5)
+    assert totals["train_seconds"] == pytest.approx(
+        sum(float(r["duration"]) for r in trainings), abs=1e-5
+    )
     assert totals["train_seconds"] >= 0.12
     assert totals["evaluation_seconds"] >= 0.6
     assert totals["train_seconds"] + totals["evaluation_seconds"] < seconds
@@ -1631,7 +1840,14 @@ def test_metrics_file(tmp_path):
     Fake(tmp_path).train()
     with np.load(tmp_path / "metrics.npz", allow_pickle=False) as file:
         metrics = dict(file)
-    assert list(metrics) == ["train_loss", "train_acc", "test_loss", "test_acc", "epoch_time", "images_per_s"]
+    assert list(metrics) == [
+        "train_loss",
+        "train_acc",
+        "test_loss",
+        "test_acc",
+        "epoch_time",
+        "images_per_s",
+    ]
     assert all(m.shape == (2,) for m in metrics.values())
     assert metrics["train_acc"].tolist() == [0.3, 0.3]
     assert metrics["test_acc"].tolist() == [0.25, 0.2]
@@ -1672,13 +1888,19 @@ def test_an_interrupted_run_is_resumed_without_a_gap(tmp_path, number, batch):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     options = ("--checkpoint", f"{tmp_path}/c.npz")
     stop = (2, batch)
-    fake = Fake(tmp_path, *options, before_batch=lambda *at: at == stop and os.kill(os.getpid(), number))
+    fake = Fake(
+        tmp_path, *options, before_batch=lambda *at: at == stop and os.kill(os.getpid(), number)
+    )
     fake.arrays["w"][...] = 7
-    with pytest.raises(Interrupted, match=f"{number.name} after batch {batch + 1} of epoch 2; continue with"):
+    with pytest.raises(
+        Interrupted, match=f"{number.name} after batch {batch + 1} of epoch 2; continue with"
+    ):
         fake.train()
     assert sidecar(tmp_path)["status"] == "interrupted"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert [(r["type"], r["epoch"]) for r in log_rows(tmp_path)[1]][5:] == [("2", "2")] * (batch + 1)
+    assert [(r["type"], r["epoch"]) for r in log_rows(tmp_path)[1]][5:] == [("2", "2")] * (
+        batch + 1
+    )
 
     resumed = Fake(tmp_path, *options, "--resume")
     assert resumed.arrays["w"].tolist() == [7, 7, 7]
@@ -1705,7 +1927,9 @@ def test_a_crashed_run_is_resumed_from_its_last_checkpoint(tmp_path):
         file.write("2,2,17000")
     assert len(log_rows(tmp_path)[1]) == 5 + 2 + 1
     Fake(tmp_path, *options, "--resume").train()
-    assert [(r["type"], r["epoch"]) for r in log_rows(tmp_path)[1]] == [(t, e) for e in "12" for t in "22201"]
+    assert [(r["type"], r["epoch"]) for r in log_rows(tmp_path)[1]] == [
+        (t, e) for e in "12" for t in "22201"
+    ]
     assert sidecar(tmp_path)["status"] == "done"
     Fake(tmp_path, *options, "--resume").train()  # there is nothing left to do
     assert len(log_rows(tmp_path)[1]) == 10
@@ -1722,7 +1946,13 @@ def test_checkpoints_that_do_not_fit_are_input_errors(tmp_path):
     with pytest.raises(InputError, match=r"made with lr 0.01, this run has 0.5"):
         Fake(tmp_path, *options, "--resume", "--lr", "0.5")
     whole = path.read_bytes()
-    for damaged in (b"", whole[:len(whole) // 2], b"garbage", malicious_pickle(tmp_path / "executed"), b"PK\x03\x04"):
+    for damaged in (
+        b"",
+        whole[: len(whole) // 2],
+        b"garbage",
+        malicious_pickle(tmp_path / "executed"),
+        b"PK\x03\x04",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="not a whole checkpoint"):
             Fake(tmp_path, *options, "--resume")
@@ -1784,8 +2014,12 @@ def test_monitor_sees_a_busy_child(busy_child):
     monitor = ResourceMonitor(interval=0.1)
     monitor.start()
     # of one core, which others may want too, now and then a whole interval long
-    wait_for(lambda: len(monitor.samples) >= 3 and min(monitor.latest()["cpu_percent"] or 0,
-                                                       monitor.summary()["cpu_percent"]) > 5)  # fmt: skip
+    wait_for(
+        lambda: (
+            len(monitor.samples) >= 3
+            and min(monitor.latest()["cpu_percent"] or 0, monitor.summary()["cpu_percent"]) > 5
+        )
+    )
     monitor.stop()
     assert monitor.latest()["ram_mb"] > own + 95
     assert monitor.latest()["gpu_percent"] is None
@@ -1793,7 +2027,9 @@ def test_monitor_sees_a_busy_child(busy_child):
     assert not monitor.is_alive()
 
 
-@pytest.mark.parametrize("earlier", [True, False], ids=["child before monitor", "monitor before child"])
+@pytest.mark.parametrize(
+    "earlier", [True, False], ids=["child before monitor", "monitor before child"]
+)
 def test_monitors_first_sample_of_a_child_is_not_a_false_zero(busy_child, earlier):
     """It has all that the child has computed, however little of a core it got, since the monitor was made."""
     child = busy_child() if earlier else None
@@ -1819,14 +2055,18 @@ def test_monitors_first_sample_of_itself_is_not_a_false_zero(monkeypatch):
     now += 0.5
     monitor.sample()
     used = time.process_time() - began
-    assert 100 * (0.3 - 0.03) / 0.5 < monitor.samples[1][0] < 100 * (used + 0.03) / 0.5  # ticks of 10 ms, of two kinds
+    assert (
+        100 * (0.3 - 0.03) / 0.5 < monitor.samples[1][0] < 100 * (used + 0.03) / 0.5
+    )  # ticks of 10 ms, of two kinds
     assert monitor.summary()["cpu_percent"] == monitor.samples[1][0]
 
 
 def test_monitor_outlives_children_and_needs_no_gpu():
     monitor = ResourceMonitor(gpu_uuid="GPU-none")
     child = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but nobody has waited for it
+    os.waitid(
+        os.P_PID, child.pid, os.WEXITED | os.WNOWAIT
+    )  # it has ended, but nobody has waited for it
     monitor.sample()
     child.wait()
     monitor.sample()
@@ -1842,9 +2082,13 @@ def test_monitor_leaves_out_what_a_gpu_does_not_tell(monkeypatch):
     def refuse(gpu):
         raise NVMLError
 
-    nvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str,
-                           nvmlDeviceGetUtilizationRates=refuse,
-                           nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=3 * common.MIB))  # fmt: skip
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=str,
+        nvmlDeviceGetUtilizationRates=refuse,
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=3 * common.MIB),
+    )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monitor = ResourceMonitor(gpu_uuid="GPU-1")
     monitor.sample()
@@ -1854,7 +2098,12 @@ def test_monitor_leaves_out_what_a_gpu_does_not_tell(monkeypatch):
 def test_summary_is_mean_use_and_peak_memory():
     monitor = ResourceMonitor()
     monitor.samples = [(900, 900, 1, 1), (100, 50, 10, 7), (200, 30, 30, 9)]
-    assert monitor.summary(1) == {"cpu_percent": 150, "ram_mb": 50, "gpu_percent": 20, "gpu_mem_mb": 9}
+    assert monitor.summary(1) == {
+        "cpu_percent": 150,
+        "ram_mb": 50,
+        "gpu_percent": 20,
+        "gpu_mem_mb": 9,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1946,7 +2195,13 @@ def test_number():
 
 def test_defaults_are_the_designs():
     args = make_parser("fake", "").parse_args([])
-    assert (args.model, args.epochs, args.batch_size, args.lr, args.momentum) == ("cnn", 10, 32, 0.01, 0.9)
+    assert (args.model, args.epochs, args.batch_size, args.lr, args.momentum) == (
+        "cnn",
+        10,
+        32,
+        0.01,
+        0.9,
+    )
     assert (args.weight_decay, args.optimizer, args.dataset, args.seed) == (0, "sgd", "auto", 42)
     assert (args.log, args.save_metrics) == ("results/fake.csv", "results/fake_metrics.npz")
     assert make_parser("fake", "").parse_args(["--optimizer", "adam"]).lr == 0.001
@@ -2003,7 +2258,9 @@ def test_aligned_zeros(shape, dtype):
 def test_importing_common_imports_nothing_heavy():
     heavy = "{'torch', 'torchvision', 'scipy', 'numba', 'mpi4py', 'cupy', 'psutil', 'threadpoolctl', 'tqdm'}"
     code = f"import common, sys; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -2011,7 +2268,9 @@ def test_import_torchvision(torch, torchvision):
     """Beside a CPU-only torch too; models work, and a second call changes nothing."""
     assert common.import_torchvision() is torchvision
     with torch.no_grad():
-        assert torchvision.models.resnet18(num_classes=10).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+        assert torchvision.models.resnet18(num_classes=10).eval()(
+            torch.zeros(1, 3, 32, 32)
+        ).shape == (1, 10)
 
 
 def test_import_torchvision_beside_operators_of_its_own(torch, tmp_path):
@@ -2025,6 +2284,8 @@ def test_import_torchvision_beside_operators_of_its_own(torch, tmp_path):
     )
     code = "import common; print(common.import_torchvision().__file__)"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "torchvision.py")

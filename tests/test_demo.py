@@ -32,7 +32,12 @@ ENDING = "\033[0m\033[?25h\033[?1049l"  # colours off, cursor on, the terminal's
 def env(cache, tmp_path):
     """An environment whose temporary folder is empty, so that what stays in it is seen."""
     (tmp_path / "temporary").mkdir()
-    return {**cache, "TMPDIR": tmp_path / "temporary", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+    return {
+        **cache,
+        "TMPDIR": tmp_path / "temporary",
+        "TERM": "xterm-256color",
+        "LC_ALL": "C.UTF-8",
+    }
 
 
 def left_over(tmp_path):
@@ -60,7 +65,9 @@ def rest(terminal):
 
 def table_rows(text):
     """{name: (seconds, images/s, speed-up, efficiency in %)} of the table at the end."""
-    rows = re.findall(r"^ *(serial|MPI|hybrid)  .*?([\d.]+) s +([\d,]+) +([\d.]+) +(\d+)%", text, re.M)
+    rows = re.findall(
+        r"^ *(serial|MPI|hybrid)  .*?([\d.]+) s +([\d,]+) +([\d.]+) +(\d+)%", text, re.M
+    )
     return {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in rows}
 
 
@@ -70,7 +77,9 @@ def test_piped_it_prints_plain_lines_and_measured_speed_ups(tmp_path, env):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
     assert out.startswith("SYNTHETIC DATA, not CIFAR-10, 256 images, 1 epoch, batch 64 in all\n")
     for script in demo.NAMES:
-        assert re.search(rf"^{script} .*100%  epoch 1/1 done, [\d.]+ s  [\d,]+ images/s  loss [\d.]+$", out, re.M)
+        assert re.search(
+            rf"^{script} .*100%  epoch 1/1 done, [\d.]+ s  [\d,]+ images/s  loss [\d.]+$", out, re.M
+        )
     rows = table_rows(out)
     assert list(rows) == ["serial", "MPI", "hybrid"]
     assert rows["serial"][2:] == [1.0, 100]
@@ -87,12 +96,18 @@ def test_piped_it_prints_plain_lines_and_measured_speed_ups(tmp_path, env):
 
 
 def test_on_a_terminal_of_80_by_24(tmp_path, env):
-    sent, lines = run_on_terminal(tmp_path, "demo.py", *TINY, columns=80, lines=24, env={**env, "NO_COLOR": 1})
+    sent, lines = run_on_terminal(
+        tmp_path, "demo.py", *TINY, columns=80, lines=24, env={**env, "NO_COLOR": 1}
+    )
     before, live = sent.split("\033[?1049h\033[?25l")
     live, after = live.split(ENDING)
     assert before == ""
     assert "\033" not in after
-    assert set(re.findall(r"\033\[[^A-Za-z]*[A-Za-z]", live)) <= {"\033[H", "\033[K", "\033[J"}  # no colours
+    assert set(re.findall(r"\033\[[^A-Za-z]*[A-Za-z]", live)) <= {
+        "\033[H",
+        "\033[K",
+        "\033[J",
+    }  # no colours
     frames = [re.sub(r"\033\[\w|\r", "", frame).split("\n") for frame in live.split("\033[H")[1:]]
     assert len(frames) > 3
     assert all(len(frame) <= 24 and max(map(len, frame)) <= 80 for frame in frames)
@@ -117,7 +132,9 @@ def test_terminal_that_is_too_small(tmp_path, env):
 def test_interrupted_on_a_terminal(tmp_path, env, how):
     """While serial runs, and while MPI's ranks do: nothing stays behind, neither on the terminal nor on the machine."""
     options = LONG if how == "Ctrl-C" else (*TINY[:-2], "--subset", 640)
-    process, terminal = start_on_terminal(tmp_path, "demo.py", *options, columns=80, lines=24, env=env)
+    process, terminal = start_on_terminal(
+        tmp_path, "demo.py", *options, columns=80, lines=24, env=env
+    )
     sent = read_until(terminal, "images/s")
     assert "\033[36m" in sent  # colours
     enough = 1 if how == "Ctrl-C" else 4  # mpirun, its proxy, two ranks
@@ -148,7 +165,9 @@ def test_children_that_do_not_obey_are_killed(tmp_path):
 
 
 def test_dumb_terminal_gets_plain_lines(tmp_path, env):
-    process, terminal = start_on_terminal(tmp_path, "demo.py", *LONG, "--ascii", env={**env, "TERM": "dumb"})
+    process, terminal = start_on_terminal(
+        tmp_path, "demo.py", *LONG, "--ascii", env={**env, "TERM": "dumb"}
+    )
     sent = read_until(terminal, "images/s")
     os.write(terminal, b"\x03")
     sent += rest(terminal)
@@ -170,10 +189,16 @@ def test_failing_script_is_named_and_ends_the_demo(tmp_path, env):
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (("--subset", 0), "--subset"), (("--ranks", 0), "--ranks"), (("--epochs", "many"), "--epochs"),
-    (("--dataset", "cifar10"), "no CIFAR-10"), (("--at-once", "--ranks", 1000, *TINY), "--at-once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--subset", 0), "--subset"),
+        (("--ranks", 0), "--ranks"),
+        (("--epochs", "many"), "--epochs"),
+        (("--dataset", "cifar10"), "no CIFAR-10"),
+        (("--at-once", "--ranks", 1000, *TINY), "--at-once"),
+    ],
+)
 def test_bad_input_is_one_line(run_script, tmp_path, options, message):
     done = run_script("demo.py", *options, status=2, env={"TMPDIR": tmp_path})
     assert_one_error_line(done.stderr)
@@ -228,7 +253,9 @@ def test_log_is_read_as_it_grows(tmp_path):
     training = demo.Training("serial_cnn.py", [], [], tmp_path, args)
     training.read()  # no log yet
     text = "type,epoch,start,loading,duration,value1,value2,loss,images_per_s\n"
-    text += log_line(2, 1, 0.5, 1, 2.5) + log_line(2, 1, 1.0, 2, 2.0) + log_line(0, 1, 1.0, 0.1, 2.25)
+    text += (
+        log_line(2, 1, 0.5, 1, 2.5) + log_line(2, 1, 1.0, 2, 2.0) + log_line(0, 1, 1.0, 0.1, 2.25)
+    )
     text += log_line(1, 1, 0.3, 0.1, 2.1) + log_line(2, 2, 0.75, 1, 1.5)
     for end in range(0, len(text) + 1, 7):
         training.log.write_text(text[:end])
@@ -244,8 +271,13 @@ def test_log_is_read_as_it_grows(tmp_path):
 
 def test_curve_is_drawn_where_the_values_are():
     assert demo.curve([3.0, 1.6, 0.1], 3, 3.0, unicode=False) == ["** ", " **", "  *"]
-    assert demo.curve([2.9, 0.1, None, None], 1, 3.0, unicode=True) == ["⢹ "]  # U+28B9: ⠁ and the whole right column
-    assert demo.curve([math.inf, 99.0, -1.0], 2, 3.0, unicode=False) == [" **", "  *"]  # cut off at the edges
+    assert demo.curve([2.9, 0.1, None, None], 1, 3.0, unicode=True) == [
+        "⢹ "
+    ]  # U+28B9: ⠁ and the whole right column
+    assert demo.curve([math.inf, 99.0, -1.0], 2, 3.0, unicode=False) == [
+        " **",
+        "  *",
+    ]  # cut off at the edges
 
 
 def test_column_means(tmp_path):
@@ -254,14 +286,25 @@ def test_column_means(tmp_path):
     assert demo.column_means(training, 4, 4.0) == [2.5, None, 1.5, 1.0]
 
 
-@pytest.mark.parametrize(("settings", "unicode"), [
-    ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, True), ({"LC_ALL": "C", "TERM": "xterm"}, False),
-    ({"LC_ALL": "C.UTF-8", "TERM": "linux"}, False), ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "unicode"),
+    [
+        ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, True),
+        ({"LC_ALL": "C", "TERM": "xterm"}, False),
+        ({"LC_ALL": "C.UTF-8", "TERM": "linux"}, False),
+        ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, False),
+    ],
+)
 def test_unicode_only_where_it_can_be_shown(tmp_path, settings, unicode):
     import subprocess
 
     code = "import sys, demo; print(demo.Style(sys.stdout).unicode)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=demo.HERE, env=script_environment(**settings),
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=demo.HERE,
+        env=script_environment(**settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout == f"{unicode}\n"

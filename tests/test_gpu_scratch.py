@@ -41,7 +41,10 @@ SCRIPT = "gpu_scratch.py"
 LOG, SIDECAR = "results/gpu_scratch.csv", "results/gpu_scratch.json"
 TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 NO_GPU = gpu_scratch.missing_for_gpu()
-ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=f"needs an NVIDIA GPU: {NO_GPU}"))
+ON_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(NO_GPU), reason=f"needs an NVIDIA GPU: {NO_GPU}"),
+)
 SIGNATURES = dict(re.findall(r"^KERNEL (\w+)\(([^)]*)\)", gpu_scratch.KERNELS, re.M))
 
 
@@ -109,7 +112,10 @@ template <class Body> static void run(bool waits, const unsigned *dims, Body bod
 
 def parameters(name):
     """[(type, name)] of a kernel."""
-    return [re.fullmatch(r"(?:const )?(.*?)(\w+)", " ".join(p.split())).groups() for p in SIGNATURES[name].split(",")]
+    return [
+        re.fullmatch(r"(?:const )?(.*?)(\w+)", " ".join(p.split())).groups()
+        for p in SIGNATURES[name].split(",")
+    ]
 
 
 @functools.cache
@@ -118,14 +124,31 @@ def compiled(dtype, folder):
     source = SHIM + gpu_scratch.kernel_source(dtype)
     bodies = re.split(r"^KERNEL (\w+)", gpu_scratch.KERNELS, flags=re.M)
     for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
-        waits = "true" if re.search(r"sum_block|merge_block|__syncthreads", body.partition("\n}")[0]) else "false"
+        waits = (
+            "true"
+            if re.search(r"sum_block|merge_block|__syncthreads", body.partition("\n}")[0])
+            else "false"
+        )
         names = ", ".join(parameter for _, parameter in parameters(name))
-        source += (f'extern "C" void run_{name}(const unsigned *dims, {SIGNATURES[name]})\n'
-                   f"{{ run({waits}, dims, [=] {{ {name}({names}); }}); }}\n")  # fmt: skip
+        source += (
+            f'extern "C" void run_{name}(const unsigned *dims, {SIGNATURES[name]})\n'
+            f"{{ run({waits}, dims, [=] {{ {name}({names}); }}); }}\n"
+        )
     file = folder / f"kernels_{dtype}.cpp"
     file.write_text(source)
-    command = ["g++", "-O2", "-std=c++14", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    done = subprocess.run([*command, file, "-o", file.with_suffix(".so")], capture_output=True, text=True, timeout=120)
+    command = [
+        "g++",
+        "-O2",
+        "-std=c++14",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+    ]
+    done = subprocess.run(
+        [*command, file, "-o", file.with_suffix(".so")], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(file.with_suffix(".so"))
 
@@ -153,7 +176,9 @@ class CxxKernels(gpu_scratch.Kernels):
         self.launched.add(name)
         wanted = {"real": self.dtype, "int": np.int32, "double": np.float64, "byte": np.uint8}
         values = []
-        for (kind, parameter), value in zip(parameters(name), map(self.argument, args), strict=True):
+        for (kind, parameter), value in zip(
+            parameters(name), map(self.argument, args), strict=True
+        ):
             pointer, kind = "*" in kind, wanted[kind.strip(" *")]
             if pointer and isinstance(value, np.uintp):
                 assert value == 0
@@ -162,7 +187,11 @@ class CxxKernels(gpu_scratch.Kernels):
             assert value.dtype == kind, f"{name}: {parameter} is {value.dtype}"
             assert isinstance(value, np.ndarray) == pointer, f"{name}: {parameter}"
             assert not pointer or value.flags.c_contiguous, f"{name}: {parameter}"
-            values.append(ctypes.c_void_p(value.ctypes.data) if pointer else np.ctypeslib.as_ctypes_type(kind)(value))
+            values.append(
+                ctypes.c_void_p(value.ctypes.data)
+                if pointer
+                else np.ctypeslib.as_ctypes_type(kind)(value)
+            )
         dims = (ctypes.c_uint * 4)(*(*grid, 1)[:2], *(*block, 1)[:2])
         getattr(self.library, f"run_{name}")(dims, *values)
 
@@ -171,7 +200,9 @@ class CxxKernels(gpu_scratch.Kernels):
         assert not np.shares_memory(out, a)
         assert not np.shares_memory(out, b)
         matrices = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
-        for A, B, C in zip(*matrices, strict=True):  # NumPy gives stacks of transposed matrices to BLAS one by one only
+        for A, B, C in zip(
+            *matrices, strict=True
+        ):  # NumPy gives stacks of transposed matrices to BLAS one by one only
             np.matmul(A.T if transpose_a else A, B.T if transpose_b else B, out=C)
 
     def put(self, array):
@@ -229,7 +260,9 @@ def against(gpu, ours, theirs, x, add=None):
         leaf.gpu = gpu
     for our_leaf, their_leaf in zip(
         (leaf for leaf in ours.leaves() if leaf.param_names),
-        (leaf for leaf in theirs.leaves() if leaf.param_names), strict=True):  # fmt: skip
+        (leaf for leaf in theirs.leaves() if leaf.param_names),
+        strict=True,
+    ):
         for i, name in enumerate(their_leaf.param_names):
             value = getattr(their_leaf, name)
             value += np.random.default_rng(i).standard_normal(value.shape).astype(value.dtype) / 10
@@ -251,33 +284,49 @@ def against(gpu, ours, theirs, x, add=None):
         masked = dout * passed if relu else dout
         assert_close(gpu, dx, theirs.backward(masked))
         for our_grad, their_grad in zip(ours.grads(), theirs.grads(), strict=True):
-            assert_close(gpu, our_grad, their_grad, least=math.sqrt(dout.size))  # sums of so many that cancel
+            assert_close(
+                gpu, our_grad, their_grad, least=math.sqrt(dout.size)
+            )  # sums of so many that cancel
         for our_state, their_state in zip(ours.state(), theirs.state(), strict=True):
             assert_close(gpu, our_state, their_state)
     return masked
 
 
-@pytest.mark.parametrize(("shape", "c_out", "k", "s", "p"), [
-    ((3, 7, 9, 5), 6, 3, 1, 1), ((2, 8, 8, 4), 33, 3, 2, 1), ((4, 9, 5, 3), 2, 1, 2, 0), ((2, 6, 7, 2), 3, 5, 3, 2),
-    ((130, 4, 4, 2), 3, 3, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "c_out", "k", "s", "p"),
+    [
+        ((3, 7, 9, 5), 6, 3, 1, 1),
+        ((2, 8, 8, 4), 33, 3, 2, 1),
+        ((4, 9, 5, 3), 2, 1, 2, 0),
+        ((2, 6, 7, 2), 3, 5, 3, 2),
+        ((130, 4, 4, 2), 3, 3, 1, 1),
+    ],
+)
 def test_im2col_is_conv2d(gpu, shape, c_out, k, s, p):
-    ours, theirs = (layer(shape[3], c_out, k, s, p, bias=False, rng=0, dtype=gpu.dtype)
-                    for layer in (gpu_scratch.Im2col, common.Conv2D))  # fmt: skip
+    ours, theirs = (
+        layer(shape[3], c_out, k, s, p, bias=False, rng=0, dtype=gpu.dtype)
+        for layer in (gpu_scratch.Im2col, common.Conv2D)
+    )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 3), (67, 4, 4, 5)])
 def test_im2col_relu_pool(gpu, shape):
-    ours, theirs = (layer(shape[3], 34, rng=0, dtype=gpu.dtype)
-                    for layer in (gpu_scratch.Im2colReLUPool, common.ConvReLUPool))  # fmt: skip
+    ours, theirs = (
+        layer(shape[3], 34, rng=0, dtype=gpu.dtype)
+        for layer in (gpu_scratch.Im2colReLUPool, common.ConvReLUPool)
+    )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
 
-@pytest.mark.parametrize(("shape", "c_out"), [((3, 8, 12, 5), 6), ((2, 4, 4, 33), 7), ((64, 8, 8, 3), 2)])
+@pytest.mark.parametrize(
+    ("shape", "c_out"), [((3, 8, 12, 5), 6), ((2, 4, 4, 33), 7), ((64, 8, 8, 3), 2)]
+)
 def test_winograd(gpu, shape, c_out):
-    ours, theirs = (layer(shape[3], c_out, bias=False, rng=0, dtype=gpu.dtype)
-                    for layer in (gpu_scratch.WinogradConv, common.WinogradConv2D))  # fmt: skip
+    ours, theirs = (
+        layer(shape[3], c_out, bias=False, rng=0, dtype=gpu.dtype)
+        for layer in (gpu_scratch.WinogradConv, common.WinogradConv2D)
+    )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
     extra = normal(gpu, 2, *shape)
     dout = normal(gpu, 3, *shape[:3], c_out)
@@ -289,15 +338,20 @@ def test_winograd(gpu, shape, c_out):
 
 @pytest.mark.parametrize(("shape", "c_out"), [((3, 8, 12, 5), 6), ((2, 4, 4, 33), 7)])
 def test_winograd_relu_pool(gpu, shape, c_out):
-    ours, theirs = (layer(shape[3], c_out, rng=0, dtype=gpu.dtype)
-                    for layer in (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool))  # fmt: skip
+    ours, theirs = (
+        layer(shape[3], c_out, rng=0, dtype=gpu.dtype)
+        for layer in (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool)
+    )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 5), (3, 8, 8, 40), (33, 8, 8, 3)])
 @pytest.mark.parametrize(("relu", "add"), [(False, False), (True, False), (True, True)])
 def test_norm(gpu, shape, relu, add):
-    ours, theirs = gpu_scratch.Norm(shape[3], relu, dtype=gpu.dtype), common.BatchNorm2D(shape[3], dtype=gpu.dtype)
+    ours, theirs = (
+        gpu_scratch.Norm(shape[3], relu, dtype=gpu.dtype),
+        common.BatchNorm2D(shape[3], dtype=gpu.dtype),
+    )
     x = 3 * normal(gpu, 1, *shape) + 20  # a mean far from zero, where E x² - (E x)² would fail
     added = normal(gpu, 2, *shape) if add else None
     masked = against(gpu, ours, theirs, x, added)
@@ -310,8 +364,10 @@ def test_norm(gpu, shape, relu, add):
 
 @pytest.mark.parametrize(("channels", "stride"), [((4, 4), 1), ((4, 6), 2), ((4, 6), 1)])
 def test_block(gpu, channels, stride):
-    ours, theirs = (layer(*channels, stride, rng=0, dtype=gpu.dtype)
-                    for layer in (gpu_scratch.Block, common.BasicBlock))  # fmt: skip
+    ours, theirs = (
+        layer(*channels, stride, rng=0, dtype=gpu.dtype)
+        for layer in (gpu_scratch.Block, common.BasicBlock)
+    )
     against(gpu, ours, theirs, normal(gpu, 1, 3, 8, 8, channels[0]))
 
 
@@ -331,24 +387,35 @@ def test_layers_of_random_shapes(gpu, seed):
     padding = int(rng.integers(k // 2, 3))
     x = normal(gpu, seed, n, 4 * rows, 4 * columns, c)
     for ours, theirs, *options in (
-        (gpu_scratch.Im2col, common.Conv2D, k, stride, padding), (gpu_scratch.WinogradConv, common.WinogradConv2D),
-    ):  # fmt: skip
-        ours, theirs = (layer(c, c_out, *options, bias=False, rng=seed, dtype=gpu.dtype) for layer in (ours, theirs))
+        (gpu_scratch.Im2col, common.Conv2D, k, stride, padding),
+        (gpu_scratch.WinogradConv, common.WinogradConv2D),
+    ):
+        ours, theirs = (
+            layer(c, c_out, *options, bias=False, rng=seed, dtype=gpu.dtype)
+            for layer in (ours, theirs)
+        )
         against(gpu, ours, theirs, x)
-    for ours, theirs in ((gpu_scratch.Im2colReLUPool, common.ConvReLUPool),
-                         (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool)):  # fmt: skip
+    for ours, theirs in (
+        (gpu_scratch.Im2colReLUPool, common.ConvReLUPool),
+        (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool),
+    ):
         ours, theirs = (layer(c, c_out, rng=seed, dtype=gpu.dtype) for layer in (ours, theirs))
         against(gpu, ours, theirs, x)
     against(gpu, gpu_scratch.Norm(c, dtype=gpu.dtype), common.BatchNorm2D(c, dtype=gpu.dtype), x)
     against(gpu, gpu_scratch.AvgPool(), common.GlobalAvgPool(), x)
     ours = gpu_scratch.DenseReLU(c, c_out, relu=bool(seed % 2), rng=seed, dtype=gpu.dtype)
-    against(gpu, ours, common.Dense(c, c_out, rng=seed, dtype=gpu.dtype), normal(gpu, seed, 16 * n, c))
+    against(
+        gpu, ours, common.Dense(c, c_out, rng=seed, dtype=gpu.dtype), normal(gpu, seed, 16 * n, c)
+    )
 
 
 def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
     """A training that diverges is stopped by its loss, which must show it."""
     x = np.full((1, 4, 4, 2), np.nan, gpu.dtype)
-    convs = (layer(2, 3, dtype=gpu.dtype) for layer in (gpu_scratch.Im2colReLUPool, gpu_scratch.WinogradConvReLUPool))
+    convs = (
+        layer(2, 3, dtype=gpu.dtype)
+        for layer in (gpu_scratch.Im2colReLUPool, gpu_scratch.WinogradConvReLUPool)
+    )
     for layer in (*convs, gpu_scratch.Norm(2, relu=True, dtype=gpu.dtype)):
         layer.gpu = gpu
         for name in (*layer.param_names, *layer.state_names):
@@ -374,7 +441,10 @@ def test_loss_gradient_and_counts(gpu, n):
 
 def test_images_are_loaded_augmented_and_normalised(gpu):
     images, labels, *_ = common.make_synthetic(60)
-    draws, index = common.draw_augmentation(60, 1, 1), np.random.default_rng(0).permutation(60)[:41].astype(np.int32)
+    draws, index = (
+        common.draw_augmentation(60, 1, 1),
+        np.random.default_rng(0).permutation(60)[:41].astype(np.int32),
+    )
     cpu = gpu_scratch.Cpu(gpu.dtype)
     for these in (None, draws):
         wanted, wanted_labels = cpu.load(images, labels, index, these)
@@ -384,8 +454,15 @@ def test_images_are_loaded_augmented_and_normalised(gpu):
         assert gpu.get(y).tolist() == wanted_labels.tolist()
 
 
-@pytest.mark.parametrize("options", [(), ("--momentum", "0", "--weight-decay", "0.01"), ("--optimizer", "adam"),
-                                     ("--optimizer", "adam", "--weight-decay", "0.01")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--momentum", "0", "--weight-decay", "0.01"),
+        ("--optimizer", "adam"),
+        ("--optimizer", "adam", "--weight-decay", "0.01"),
+    ],
+)
 def test_optimizers(gpu, options):
     args = gpu_scratch.parse_args(list(options))
 
@@ -393,7 +470,10 @@ def test_optimizers(gpu, options):
         return common.Model([common.Dense(301, 3, rng=0, dtype=gpu.dtype)], xp)
 
     ours, theirs = model(gpu.xp), model(np)
-    our_optimizer, their_optimizer = gpu.make_optimizer(ours, args), common.make_optimizer(theirs, args)
+    our_optimizer, their_optimizer = (
+        gpu.make_optimizer(ours, args),
+        common.make_optimizer(theirs, args),
+    )
     for step in range(4):
         theirs.grads[...] = normal(gpu, step, theirs.grads.size)
         ours.grads[...] = gpu.put(theirs.grads)
@@ -411,7 +491,9 @@ def both_devices(make_kernels, name, seed=0):
     return [(device, device.make_model(name, seed)) for device in devices]
 
 
-@pytest.mark.parametrize(("name", "steps", "batch", "n_test"), [("cnn", 8, 9, 3), ("resnet18", 1, 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "steps", "batch", "n_test"), [("cnn", 8, 9, 3), ("resnet18", 1, 2, 1)]
+)
 def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_test):
     """The same weights from the same seed, the same losses, counts and weights after training, the same evaluation."""
     data, results = common.make_synthetic(50, n_test=n_test), []
@@ -423,7 +505,9 @@ def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_t
         for step in range(steps):
             index = np.random.default_rng(step).permutation(50)[:batch].astype(np.int32)
             images, labels = device.load(x_train, y_train, device.put(index), draws)
-            sums.append(device.read(gpu_scratch.train_step(device, model, optimizer, images, labels)[0])())
+            sums.append(
+                device.read(gpu_scratch.train_step(device, model, optimizer, images, labels)[0])()
+            )
         evaluated = gpu_scratch.evaluate(device, model, x_test, y_test, 2)[:3]
         state = np.concatenate([[0.0], *(device.get(array) for array in model.state())])
         results.append((before, sums, evaluated, device.get(model.params), state))
@@ -462,12 +546,16 @@ def test_nvrtc_compiles_the_kernels(dtype):
         assert spilled == {"0"}
 
 
-def column_major(_, ta, tb, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c, count):
+def column_major(
+    _, ta, tb, m, n, k, alpha, a, lda, stride_a, b, ldb, stride_b, beta, c, ldc, stride_c, count
+):
     """BLAS's gemm as its documentation defines it: matrices are stored column by column."""
 
     def matrix(address, rows, columns, leading, stride, i):
         size = leading * (columns - 1) + rows
-        flat = np.ctypeslib.as_array(ctypes.cast(address + 8 * i * stride, ctypes.POINTER(ctypes.c_double)), (size,))
+        flat = np.ctypeslib.as_array(
+            ctypes.cast(address + 8 * i * stride, ctypes.POINTER(ctypes.c_double)), (size,)
+        )
         return np.lib.stride_tricks.as_strided(flat, (rows, columns), (8, 8 * leading))
 
     one, zero = (ctypes.cast(p, ctypes.POINTER(ctypes.c_double))[0] for p in (alpha, beta))
@@ -495,10 +583,15 @@ def test_matrix_products_are_asked_for_as_blas_understands_them(stack, ta, tb):
 
     gpu.products = single, column_major
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((*stack, *shape)) for shape in ((5, 3) if ta else (3, 5), (2, 5) if tb else (5, 2)))
+    a, b = (
+        rng.standard_normal((*stack, *shape))
+        for shape in ((5, 3) if ta else (3, 5), (2, 5) if tb else (5, 2))
+    )
     out = np.full((*stack, 3, 2), np.nan)
     gpu.gemm(*(array.view(Array) for array in (a, b, out)), ta, tb)
-    np.testing.assert_allclose(out, (a.swapaxes(-1, -2) if ta else a) @ (b.swapaxes(-1, -2) if tb else b))
+    np.testing.assert_allclose(
+        out, (a.swapaxes(-1, -2) if ta else a) @ (b.swapaxes(-1, -2) if tb else b)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -508,18 +601,54 @@ def test_matrix_products_are_asked_for_as_blas_understands_them(stack, ta, tb):
 
 @pytest.fixture
 def run(run_script, cache):
-    return lambda *args, env=None, **expected: run_script(SCRIPT, *args, env={**cache, **(env or {})}, **expected)
+    return lambda *args, env=None, **expected: run_script(
+        SCRIPT, *args, env={**cache, **(env or {})}, **expected
+    )
 
 
 STEPS = {  # 30 and 8 of them
-    "cnn": ("--dataset", "synthetic", "--subset", "150", "--batch-size", "10", "--epochs", "2", "--dtype", "float64"),
-    "resnet18": ("--dataset", "synthetic", "--subset", "8", "--batch-size", "1", "--epochs", "1", "--model",
-                 "resnet18", "--dtype", "float64"),
-}  # fmt: skip
+    "cnn": (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        "150",
+        "--batch-size",
+        "10",
+        "--epochs",
+        "2",
+        "--dtype",
+        "float64",
+    ),
+    "resnet18": (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        "8",
+        "--batch-size",
+        "1",
+        "--epochs",
+        "1",
+        "--model",
+        "resnet18",
+        "--dtype",
+        "float64",
+    ),
+}
 
 
 def test_memory_stays_flat_on_numpy(run, tmp_path):
-    run("--device", "cpu", "--dataset", "synthetic", "--subset", 300, "--batch-size", 60, "--epochs", 10)
+    run(
+        "--device",
+        "cpu",
+        "--dataset",
+        "synthetic",
+        "--subset",
+        300,
+        "--batch-size",
+        60,
+        "--epochs",
+        10,
+    )
     ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
     assert len(ram) == 10
     assert ram[9] - ram[0] < 20
@@ -538,7 +667,9 @@ def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
 
 
 @pytest.mark.parametrize("scripts", [(SCRIPT, "serial_cnn.py"), ("serial_cnn.py", SCRIPT)])
-def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(run_script, tmp_path, cache, serial, scripts):
+def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(
+    run_script, tmp_path, cache, serial, scripts
+):
     for script, options in zip(scripts, (("--epochs", 1), ("--resume",)), strict=True):
         device = ("--device", "cpu") if script == SCRIPT else ()
         run_script(script, *STEPS["cnn"], *device, "--checkpoint", "run.npz", *options, env=cache)
@@ -547,7 +678,9 @@ def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(run_script, tmp_pat
 
 def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(run, run_script, cache):
     run(*TINY, "--device", "cpu", "--augment", "on", "--checkpoint", "run.npz")
-    done = run_script("serial_cnn.py", *TINY, "--checkpoint", "run.npz", "--resume", env=cache, status=2)
+    done = run_script(
+        "serial_cnn.py", *TINY, "--checkpoint", "run.npz", "--resume", env=cache, status=2
+    )
     assert_one_error_line(done.stderr)
     assert "augment on" in done.stderr
 
@@ -556,7 +689,9 @@ def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):
     if not NO_GPU:
         pytest.skip("needs a machine without a GPU")
     done = run(*TINY, "--device", "auto", "--graph", "--tf32", "on")
-    assert re.fullmatch(r"Training on the CPU with NumPy: [^\n]+\n(warning: BLAS[^\n]+\n)?", done.stderr)
+    assert re.fullmatch(
+        r"Training on the CPU with NumPy: [^\n]+\n(warning: BLAS[^\n]+\n)?", done.stderr
+    )
     sidecar = json.loads((tmp_path / SIDECAR).read_text())
     assert (sidecar["device"], sidecar["tf32"], sidecar["graph"]) == ("cpu", "off", False)
 
@@ -571,10 +706,19 @@ def test_cuda_without_a_gpu_names_what_is_missing(run, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(("cupy", "message"), [
-    ("raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')", "CuPy is not installed"),
-    ("raise ImportError('libcudart is\\n missing')", "CuPy cannot be imported (libcudart is missing)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cupy", "message"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')",
+            "CuPy is not installed",
+        ),
+        (
+            "raise ImportError('libcudart is\\n missing')",
+            "CuPy cannot be imported (libcudart is missing)",
+        ),
+    ],
+)
 def test_a_missing_or_broken_cupy_is_one_line(run, tmp_path, cupy, message):
     """A stand-in for the package, since a machine has only one state of it."""
     (tmp_path / "packages").mkdir()
@@ -594,7 +738,9 @@ def test_no_driver_and_no_cupy_are_both_named(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", not_there)
-    assert gpu_scratch.missing_for_gpu().startswith("no NVIDIA driver is found, and CuPy is not installed")
+    assert gpu_scratch.missing_for_gpu().startswith(
+        "no NVIDIA driver is found, and CuPy is not installed"
+    )
 
 
 def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
@@ -604,7 +750,9 @@ def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
         octets[:] = range(number, number + 16)
         return 0
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetUuid=cuDeviceGetUuid))
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetUuid=cuDeviceGetUuid)
+    )
     assert gpu_scratch.gpu_uuid(0) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 
 
@@ -624,8 +772,22 @@ def test_augmentation_changes_the_images_and_is_reproducible(run, tmp_path):
     assert losses[0] != losses[1]
 
 
-LONG = ("--dataset", "synthetic", "--subset", "600", "--batch-size", "20", "--epochs", "2", "--device", "cpu",
-        "--augment", "on", "--checkpoint", "run.npz")  # fmt: skip
+LONG = (
+    "--dataset",
+    "synthetic",
+    "--subset",
+    "600",
+    "--batch-size",
+    "20",
+    "--epochs",
+    "2",
+    "--device",
+    "cpu",
+    "--augment",
+    "on",
+    "--checkpoint",
+    "run.npz",
+)
 
 
 def test_interrupted_and_resumed_it_is_the_same_run(run, tmp_path, cache):
@@ -652,11 +814,22 @@ class Lagging(gpu_scratch.Cpu):
 @pytest.mark.parametrize("when", ["signal", "time"])
 def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
     """Batches are counted one behind, but a checkpoint has the weights of just the batches that it counts."""
-    counted, files = [], {"--log": "log.csv", "--save-metrics": "metrics.npz", "--checkpoint": "run.npz"}
-    args = gpu_scratch.parse_args([
-        *(word for option, name in files.items() for word in (option, str(tmp_path / name))),
-        "--batch-size", "10", "--epochs", "1", "--quiet", "--checkpoint-every", "0" if when == "time" else "1000",
-    ])  # fmt: skip
+    counted, files = (
+        [],
+        {"--log": "log.csv", "--save-metrics": "metrics.npz", "--checkpoint": "run.npz"},
+    )
+    args = gpu_scratch.parse_args(
+        [
+            *(word for option, name in files.items() for word in (option, str(tmp_path / name))),
+            "--batch-size",
+            "10",
+            "--epochs",
+            "1",
+            "--quiet",
+            "--checkpoint-every",
+            "0" if when == "time" else "1000",
+        ]
+    )
     data, device = common.Dataset(*common.make_synthetic(50), "synthetic", ""), Lagging("float64")
     model = device.make_model("cnn", 0)
     optimizer = device.make_optimizer(model, args)
@@ -681,11 +854,17 @@ def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
     assert counted == [(3, 3)] if when == "signal" else counted[-1] == (5, 5)
 
 
-@pytest.mark.parametrize(("smi", "message"), [
-    ("echo '| Driver Version: 470.82.01    CUDA Version: 11.4     |'", "driver is for CUDA 11, CUDA 12 is needed"),
-    ("[ \"$1\" = -L ]", "nvidia-smi, which tells its CUDA version, does not run"),
-    ("echo '| Driver Version: 550.54.15    CUDA Version: 12.4     |'", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("smi", "message"),
+    [
+        (
+            "echo '| Driver Version: 470.82.01    CUDA Version: 11.4     |'",
+            "driver is for CUDA 11, CUDA 12 is needed",
+        ),
+        ('[ "$1" = -L ]', "nvidia-smi, which tells its CUDA version, does not run"),
+        ("echo '| Driver Version: 550.54.15    CUDA Version: 12.4     |'", None),
+    ],
+)
 def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, message):
     """Stand-ins for nvidia-smi and for Python, which notes what it is asked to do: nothing is installed."""
     python = '#!/bin/sh\n[ "$1$2" = -mvenv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python\necho "$@" >> asked\n'
@@ -694,8 +873,13 @@ def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, messa
         (tmp_path / name).chmod(0o755)
     for name in ("Makefile", "requirements.txt", "requirements-gpu.txt"):
         shutil.copy(REPO / name, tmp_path)
-    done = subprocess.run(["make", f"BASE_PYTHON={tmp_path}/python3", "setup"], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    done = subprocess.run(
+        ["make", f"BASE_PYTHON={tmp_path}/python3", "setup"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text()
     assert "-r requirements.txt" in asked
@@ -718,8 +902,24 @@ def on_gpu(test):
 @on_gpu
 @pytest.mark.parametrize("name", ["cnn", "resnet18"])
 def test_200_steps_on_a_gpu_are_those_on_numpy(run, tmp_path, name):
-    options = ("--model", name, "--dataset", "synthetic", "--subset", 800, "--batch-size", 4, "--epochs", 1, "--lr",
-               0.001, "--dtype", "float64", "--augment", "on")  # fmt: skip
+    options = (
+        "--model",
+        name,
+        "--dataset",
+        "synthetic",
+        "--subset",
+        800,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--lr",
+        0.001,
+        "--dtype",
+        "float64",
+        "--augment",
+        "on",
+    )
     for device in ("cpu", "cuda"):
         run(*options, "--device", device, "--checkpoint", f"{device}.npz", timeout=600)
     assert_same_weights(tmp_path / "cuda.npz", tmp_path / "cpu.npz", 1e-6)
@@ -730,8 +930,22 @@ def test_200_steps_on_a_gpu_are_those_on_numpy(run, tmp_path, name):
 @pytest.mark.parametrize("name", ["cnn", "resnet18"])
 def test_a_graph_changes_nothing(run, tmp_path, name, optimizer):
     """Bit for bit the same weights, an incomplete last batch included."""
-    options = ("--model", name, "--optimizer", optimizer, "--dataset", "synthetic", "--subset", 500, "--batch-size", 64,
-               "--epochs", 2, "--device", "cuda")  # fmt: skip
+    options = (
+        "--model",
+        name,
+        "--optimizer",
+        optimizer,
+        "--dataset",
+        "synthetic",
+        "--subset",
+        500,
+        "--batch-size",
+        64,
+        "--epochs",
+        2,
+        "--device",
+        "cuda",
+    )
     for graph in ((), ("--graph",)):
         run(*options, *graph, "--checkpoint", f"graph{len(graph)}.npz")
     ours, theirs = read_npz(tmp_path / "graph1.npz"), read_npz(tmp_path / "graph0.npz")
@@ -742,8 +956,20 @@ def test_a_graph_changes_nothing(run, tmp_path, name, optimizer):
 @on_gpu
 @pytest.mark.parametrize("graph", [(), ("--graph",)])
 def test_a_gpu_learns_in_float32_and_its_memory_stays_flat(run, tmp_path, graph):
-    run("--dataset", "synthetic", "--subset", 20000, "--batch-size", 64, "--epochs", 10, "--device", "cuda", *graph,
-        timeout=600)  # fmt: skip
+    run(
+        "--dataset",
+        "synthetic",
+        "--subset",
+        20000,
+        "--batch-size",
+        64,
+        "--epochs",
+        10,
+        "--device",
+        "cuda",
+        *graph,
+        timeout=600,
+    )
     rows, sidecar = read_log(tmp_path / LOG), json.loads((tmp_path / SIDECAR).read_text())
     memory = numbers(rows, "gpu_mem_mb", kind=0)
     assert max(memory[1:]) - memory[1] < 20

@@ -16,44 +16,104 @@ from helpers import REPO, assert_one_error_line
 
 import make_report
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg==")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
+)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 20"><path d="M0 0h9v9z"/></svg>'
 NASTY = r"""50 % of_it & <b>x</b> | \a{b} ~^ $1 #2 "q" `c` *d* -- [e](f) ö 漢 µ"""
 FORMATS = ("md", "tex", "html")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def fact(value, unit="", half=0.01):
     """A fact with an interval of ± half × value, n = 3; half None: measured once."""
     ends = (None, None) if half is None else (value - half * value, value + half * value)
-    return {"value": value, "low": ends[0], "high": ends[1], "n": 1 if half is None else 3, "unit": unit}
+    return {
+        "value": value,
+        "low": ends[0],
+        "high": ends[1],
+        "n": 1 if half is None else 3,
+        "unit": unit,
+    }
 
 
-UNITS = {"images_per_s": "images/s", "alone_images_per_s": "images/s", "seconds": "s", "step_ms": "ms", "ram_mb": "MiB",
-         "speedup": "×", "speedup_over_serial": "×", "speedup_over_all": "×", "speedup_over_split": "×"}  # fmt: skip
+UNITS = {
+    "images_per_s": "images/s",
+    "alone_images_per_s": "images/s",
+    "seconds": "s",
+    "step_ms": "ms",
+    "ram_mb": "MiB",
+    "speedup": "×",
+    "speedup_over_serial": "×",
+    "speedup_over_all": "×",
+    "speedup_over_split": "×",
+}
 RUNS = {  # the configurations of each suite, and what was measured
     "parallel.serial": {
-        "images_per_s": 1010, "seconds": 20.3, "test_accuracy": 61.1, "train_accuracy": 65.2, "step_ms": 16.4,
-        "forward_share": 35.5, "backward_share": 54.6, "update_share": 9.77},
+        "images_per_s": 1010,
+        "seconds": 20.3,
+        "test_accuracy": 61.1,
+        "train_accuracy": 65.2,
+        "step_ms": 16.4,
+        "forward_share": 35.5,
+        "backward_share": 54.6,
+        "update_share": 9.77,
+    },
     "parallel.mpi-2-strong": {
-        "images_per_s": 1490, "speedup": 1.48, "efficiency": 74.1, "serial_fraction": 35.1,
-        "communication_share": 21.3},
-    "parallel.mpi-2-weak": {"images_per_s": 1830, "speedup": 1.81, "efficiency": 90.6, "communication_share": 7.31},
+        "images_per_s": 1490,
+        "speedup": 1.48,
+        "efficiency": 74.1,
+        "serial_fraction": 35.1,
+        "communication_share": 21.3,
+    },
+    "parallel.mpi-2-weak": {
+        "images_per_s": 1830,
+        "speedup": 1.81,
+        "efficiency": 90.6,
+        "communication_share": 7.31,
+    },
     "parallel.mpi-4-strong": {
-        "images_per_s": 1580, "speedup": 1.56, "efficiency": 39.2, "serial_fraction": 52.1,
-        "communication_share": 33.7},
-    "parallel.hybrid-1x1-strong": {"images_per_s": 1290, "speedup": 1, "speedup_over_serial": 1.27, "efficiency": 100},
+        "images_per_s": 1580,
+        "speedup": 1.56,
+        "efficiency": 39.2,
+        "serial_fraction": 52.1,
+        "communication_share": 33.7,
+    },
+    "parallel.hybrid-1x1-strong": {
+        "images_per_s": 1290,
+        "speedup": 1,
+        "speedup_over_serial": 1.27,
+        "efficiency": 100,
+    },
     "parallel.hybrid-1x2-weak": {
-        "images_per_s": 2430, "speedup": 1.93, "speedup_over_serial": 2.41, "efficiency": 96.4},
+        "images_per_s": 2430,
+        "speedup": 1.93,
+        "speedup_over_serial": 2.41,
+        "efficiency": 96.4,
+    },
     "parallel.hybrid-1x2-strong": {
-        "images_per_s": 2210, "speedup": 1.71, "speedup_over_serial": 2.19, "efficiency": 85.6,
-        "serial_fraction": 16.9},
+        "images_per_s": 2210,
+        "speedup": 1.71,
+        "speedup_over_serial": 2.19,
+        "efficiency": 85.6,
+        "serial_fraction": 16.9,
+    },
     "parallel.hybrid-2x2-strong": {
-        "images_per_s": 2310, "speedup": 1.79, "speedup_over_serial": 2.29, "efficiency": 44.8,
-        "serial_fraction": 41.2},
+        "images_per_s": 2310,
+        "speedup": 1.79,
+        "speedup_over_serial": 2.29,
+        "efficiency": 44.8,
+        "serial_fraction": 41.2,
+    },
     "parallel.hybrid-2x1-strong": {
-        "images_per_s": 1120, "speedup": 0.87, "speedup_over_serial": 1.11, "efficiency": 43.4,
-        "serial_fraction": 129},
+        "images_per_s": 1120,
+        "speedup": 0.87,
+        "speedup_over_serial": 1.11,
+        "efficiency": 43.4,
+        "serial_fraction": 129,
+    },
     "hardware.cnn-scratch-1-core": {"images_per_s": 2010, "ram_mb": 271},
     "hardware.cnn-scratch-2-cores": {"images_per_s": 4020, "ram_mb": 273},
     "hardware.cnn-pytorch-1-core": {"images_per_s": 1500, "ram_mb": 531},
@@ -65,46 +125,112 @@ RUNS = {  # the configurations of each suite, and what was measured
     "loading.disk-2-workers-train": {"later_loading_share": 2.39, "first_loading_share": 6.57},
     "loading.memory-0-workers-load": {"alone_images_per_s": 116900},
     "split.all": {"images_per_s": 35.4, "speedup_over_all": 1},
-    "split.split": {"images_per_s": 20.1, "speedup_over_all": 0.568, "idle_forward": 68.2, "idle_backward": 32.1},
+    "split.split": {
+        "images_per_s": 20.1,
+        "speedup_over_all": 0.568,
+        "idle_forward": 68.2,
+        "idle_backward": 32.1,
+    },
     "split.pipelined": {
-        "images_per_s": 25.9, "speedup_over_all": 0.737, "speedup_over_split": 1.31, "idle_forward": 59.3,
-        "idle_backward": 11.2},
+        "images_per_s": 25.9,
+        "speedup_over_all": 0.737,
+        "speedup_over_split": 1.31,
+        "idle_forward": 59.3,
+        "idle_backward": 11.2,
+    },
     "split.replicas": {"images_per_s": 38.4, "speedup_over_all": 1.09},
-}  # fmt: skip
+}
 
 
 def make_analysis():
     """All that the text can name, in the form of analyze_results.py."""
-    facts = {f"{run}.{quantity}": fact(value, UNITS.get(quantity, "%"))
-             for run, values in RUNS.items() for quantity, value in values.items()}  # fmt: skip
+    facts = {
+        f"{run}.{quantity}": fact(value, UNITS.get(quantity, "%"))
+        for run, values in RUNS.items()
+        for quantity, value in values.items()
+    }
     facts["parallel.largest_loss_difference"] = {**fact(3.2e-6), "low": None, "high": None}
-    facts["parallel.largest_accuracy_difference"] = {**fact(0.14, "points"), "low": None, "high": None}
+    facts["parallel.largest_accuracy_difference"] = {
+        **fact(0.14, "points"),
+        "low": None,
+        "high": None,
+    }
     facts["hardware.largest_loss_difference"] = {**fact(0.0521), "low": None, "high": None}
-    facts["hardware.largest_accuracy_difference"] = {**fact(3.13, "points"), "low": None, "high": None}
+    facts["hardware.largest_accuracy_difference"] = {
+        **fact(3.13, "points"),
+        "low": None,
+        "high": None,
+    }
     for suite in ("loading", "split"):
         facts[f"{suite}.largest_loss_difference"] = {**fact(0), "low": None, "high": None}
-        facts[f"{suite}.largest_accuracy_difference"] = {**fact(0, "points"), "low": None, "high": None}
+        facts[f"{suite}.largest_accuracy_difference"] = {
+            **fact(0, "points"),
+            "low": None,
+            "high": None,
+        }
     facts["parallel.mpi.amdahl_serial_fraction"] = fact(41.8, "%")
     facts["parallel.hybrid.amdahl_serial_fraction"] = fact(17.6, "%")
-    columns = [("configuration", "configuration", "", None), ("ranks", "ranks", "", 0), ("speedup", "speed-up", "×", 2),
-               ("speedup_ci", "±", "×", 2)]  # fmt: skip
-    columns = [dict(zip(("key", "label", "unit", "digits"), column, strict=True)) for column in columns]
-    rows = [["mpi-10-weak", 10, 7.25, 0.125], ["serial", 1, 1.0, None], ["mpi-2-weak", 2, None, None],
-            ["mpi-4-weak (oversubscribed)", 4, -1.5, 0.25]]  # fmt: skip
-    table = {"title": "parallel: scaling", "caption": "Against one core.", "columns": columns, "rows": rows}
-    names = ("parallel_scaling", "hardware_results", "loading_loading", "split_modes", "files_results")
+    columns = [
+        ("configuration", "configuration", "", None),
+        ("ranks", "ranks", "", 0),
+        ("speedup", "speed-up", "×", 2),
+        ("speedup_ci", "±", "×", 2),
+    ]
+    columns = [
+        dict(zip(("key", "label", "unit", "digits"), column, strict=True)) for column in columns
+    ]
+    rows = [
+        ["mpi-10-weak", 10, 7.25, 0.125],
+        ["serial", 1, 1.0, None],
+        ["mpi-2-weak", 2, None, None],
+        ["mpi-4-weak (oversubscribed)", 4, -1.5, 0.25],
+    ]
+    table = {
+        "title": "parallel: scaling",
+        "caption": "Against one core.",
+        "columns": columns,
+        "rows": rows,
+    }
+    names = (
+        "parallel_scaling",
+        "hardware_results",
+        "loading_loading",
+        "split_modes",
+        "files_results",
+    )
     return {
-        "created": "2026-11-21T14:00:00+00:00", "results_dir": "results", "runs": 42,
-        "failed_runs": [{"run": "parallel/mpi-8-weak/2", "status": "timeout", "output": ["first", "the last line"]}],
-        "missing": ["GPU: no run used one"], "marks": ["synthetic data", "oversubscribed: mpi-8-weak, mpi-4-strong"],
-        "environments": [{"host": "here", "cpu": "A processor", "cores": 2, "gpu": None, "versions": {"numpy": "2.4.6"},
-                          "training": {"epochs": "7", "images": "4,800", "learning rate": "0.01"}, "memory_gib": 23.5,
-                          "commit": "0123456789abcdef0123456789abcdef01234567", "dataset": "synthetic"}],
+        "created": "2026-11-21T14:00:00+00:00",
+        "results_dir": "results",
+        "runs": 42,
+        "failed_runs": [
+            {
+                "run": "parallel/mpi-8-weak/2",
+                "status": "timeout",
+                "output": ["first", "the last line"],
+            }
+        ],
+        "missing": ["GPU: no run used one"],
+        "marks": ["synthetic data", "oversubscribed: mpi-8-weak, mpi-4-strong"],
+        "environments": [
+            {
+                "host": "here",
+                "cpu": "A processor",
+                "cores": 2,
+                "gpu": None,
+                "versions": {"numpy": "2.4.6"},
+                "training": {"epochs": "7", "images": "4,800", "learning rate": "0.01"},
+                "memory_gib": 23.5,
+                "commit": "0123456789abcdef0123456789abcdef01234567",
+                "dataset": "synthetic",
+            }
+        ],
         "tables": [{"name": name, **table} for name in names],
-        "figures": [{"name": name, "title": "A picture", "caption": "Of something.", "alt": "Lines"}
-                    for name in ("parallel_speedup", "parallel_step", "loading_epoch")],
+        "figures": [
+            {"name": name, "title": "A picture", "caption": "Of something.", "alt": "Lines"}
+            for name in ("parallel_speedup", "parallel_step", "loading_epoch")
+        ],
         "facts": facts,
-    }  # fmt: skip
+    }
 
 
 def change(analysis, name, value, **others):
@@ -125,7 +251,9 @@ def write(tmp_path):
     def run(analysis, *options):
         folder = tmp_path / str(next(numbers))
         save(folder, analysis)
-        make_report.main(["--analysis", str(folder), "--output-dir", str(folder / "report"), *options])
+        make_report.main(
+            ["--analysis", str(folder), "--output-dir", str(folder / "report"), *options]
+        )
         return {form: (folder / "report" / f"report.{form}").read_text() for form in FORMATS}
 
     return run
@@ -133,7 +261,9 @@ def write(tmp_path):
 
 def save(folder, analysis):
     (folder / "figures").mkdir(parents=True)
-    (folder / "analysis.json").write_text(analysis if isinstance(analysis, str) else json.dumps(analysis))
+    (folder / "analysis.json").write_text(
+        analysis if isinstance(analysis, str) else json.dumps(analysis)
+    )
     for figure in analysis["figures"] if isinstance(analysis, dict) else []:
         (folder / "figures" / f"{figure['name']}.png").write_bytes(PNG)
         (folder / "figures" / f"{figure['name']}.svg").write_text(SVG)
@@ -181,8 +311,17 @@ def read(reports, form):
         return Page(text).text
     if form == "md":
         return squeeze(re.sub(r"\\([^\w\s])", r"\1", re.sub(r"(?<!\\)[*`]", "", text)))
-    text = re.sub(r"\\(?:texttt|emph|textbf)\{([^{}]*)\}", r"\1", text.replace(r"\allowbreak{}", ""))
-    for tex, plain in ((r"$\times$", "×"), ("$-$", "−"), (r"$\pm$", "±"), (r"\%", "%"), (r"\_", "_"), ("~", " ")):
+    text = re.sub(
+        r"\\(?:texttt|emph|textbf)\{([^{}]*)\}", r"\1", text.replace(r"\allowbreak{}", "")
+    )
+    for tex, plain in (
+        (r"$\times$", "×"),
+        ("$-$", "−"),
+        (r"$\pm$", "±"),
+        (r"\%", "%"),
+        (r"\_", "_"),
+        ("~", " "),
+    ):
         text = text.replace(tex, plain)
     return squeeze(text)
 
@@ -201,9 +340,17 @@ def assert_nowhere(reports, *texts):
 
 def test_altered_numbers_change_in_all_formats(analysis, write):
     change(analysis, "parallel.serial.test_accuracy", 61.1, low=61.1, high=61.10000000000001)
-    before = ("61.1 % (n = 3, all alike)", "21 November 2026, 14:00 UTC",
-              "1.81 × (1.79 to 1.83, n = 3)", "7.25 ± 0.12", "A processor", "42 runs", "the last line", "3.2 × 10",
-              "trains for 7 epochs")  # fmt: skip
+    before = (
+        "61.1 % (n = 3, all alike)",
+        "21 November 2026, 14:00 UTC",
+        "1.81 × (1.79 to 1.83, n = 3)",
+        "7.25 ± 0.12",
+        "A processor",
+        "42 runs",
+        "the last line",
+        "3.2 × 10",
+        "trains for 7 epochs",
+    )
     assert_everywhere(write(analysis), *before)
     change(analysis, "parallel.serial.test_accuracy", 59.2)
     analysis["created"] = "2026-12-01T09:05:00+02:00"
@@ -214,22 +361,34 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         table["rows"] = table["rows"][1:]
     analysis["environments"][0]["cpu"], analysis["runs"] = "Another", 43
     analysis["failed_runs"][0]["output"] = ["another last one"]
-    after = ("59.2 % (58.6 to 59.8, n = 3)", "1 December 2026, 07:05 UTC", "1.48 × (1.47 to 1.49, n = 3)",
-             "1.37 × (1.36 to 1.38, n = 3)", "6.50 ± 0.38", "Another", "43 runs", "another last one",
-             "4.7 × 10", "trains for 8 epochs")  # fmt: skip
+    after = (
+        "59.2 % (58.6 to 59.8, n = 3)",
+        "1 December 2026, 07:05 UTC",
+        "1.48 × (1.47 to 1.49, n = 3)",
+        "1.37 × (1.36 to 1.38, n = 3)",
+        "6.50 ± 0.38",
+        "Another",
+        "43 runs",
+        "another last one",
+        "4.7 × 10",
+        "trains for 8 epochs",
+    )
     analysis["environments"][0]["training"]["epochs"] = "8"
     reports = write(analysis)
     assert_everywhere(reports, *after)
     assert_nowhere(reports, *before)
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
-    ("parallel.serial.seconds", "in all."),
-    ("parallel.mpi.amdahl_serial_fraction", "Amdahl's law fits"),
-    ("parallel.largest_accuracy_difference", "their accuracies by at most"),
-    ("split.pipelined.idle_forward", "idle for 59.3 %"),
-    ("hardware.cnn-pytorch-gpu.images_per_s", "The GPU is faster"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("parallel.serial.seconds", "in all."),
+        ("parallel.mpi.amdahl_serial_fraction", "Amdahl's law fits"),
+        ("parallel.largest_accuracy_difference", "their accuracies by at most"),
+        ("split.pipelined.idle_forward", "idle for 59.3 %"),
+        ("hardware.cnn-pytorch-gpu.images_per_s", "The GPU is faster"),
+    ],
+)
 def test_a_removed_fact_removes_its_sentence(name, sentence, analysis, write):
     assert_everywhere(write(analysis), sentence)
     del analysis["facts"][name]
@@ -239,17 +398,25 @@ def test_a_removed_fact_removes_its_sentence(name, sentence, analysis, write):
 def test_any_fact_may_be_missing(analysis, write):
     """Each alone, and all: the text is made, and names nothing that is not there."""
     for name in list(analysis["facts"]):
-        without = {**analysis, "facts": {key: value for key, value in analysis["facts"].items() if key != name}}
+        without = {
+            **analysis,
+            "facts": {key: value for key, value in analysis["facts"].items() if key != name},
+        }
         assert "Undefined" not in make_report.make_text(without)
     lists = ("tables", "figures", "environments", "marks", "missing", "failed_runs")
-    reports = write({**analysis, "created": None, "facts": {}, "runs": 0, **{name: [] for name in lists}})
+    reports = write(
+        {**analysis, "created": None, "facts": {}, "runs": 0, **{name: [] for name in lists}}
+    )
     assert set(re.findall(r"\d+", reports["md"])) == {"10"}  # CIFAR-10
     assert_everywhere(reports, "No section Performance")
 
 
 def test_a_false_condition_removes_its_sentence(analysis, write):
     faster = "hybrid-1x2-weak is faster than mpi-2-weak on as many cores, 2,430 images/s"
-    slower, name = "hybrid-1x2-weak is slower than mpi-2-weak", "parallel.hybrid-1x2-weak.images_per_s"
+    slower, name = (
+        "hybrid-1x2-weak is slower than mpi-2-weak",
+        "parallel.hybrid-1x2-weak.images_per_s",
+    )
     reports = write(analysis)
     assert_everywhere(reports, faster)
     assert_nowhere(reports, slower)
@@ -264,13 +431,21 @@ def test_a_false_condition_removes_its_sentence(analysis, write):
 
 
 def test_a_section_without_results_is_named(analysis, write):
-    heading = {"md": "\n## Data loading\n", "tex": r"\section{Data loading}", "html": ">Data loading</h2>"}
+    heading = {
+        "md": "\n## Data loading\n",
+        "tex": r"\section{Data loading}",
+        "html": ">Data loading</h2>",
+    }
     reports = write(analysis)
     for form in FORMATS:
         assert heading[form] in reports[form]
     for part in ("tables", "figures"):
-        analysis[part] = [entry for entry in analysis[part] if not entry["name"].startswith("loading")]
-    analysis["facts"] = {name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")}
+        analysis[part] = [
+            entry for entry in analysis[part] if not entry["name"].startswith("loading")
+        ]
+    analysis["facts"] = {
+        name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")
+    }
     reports = write(analysis)
     assert_everywhere(reports, "No section Data loading: there is no result for it.")
     for form in FORMATS:
@@ -279,14 +454,22 @@ def test_a_section_without_results_is_named(analysis, write):
 
 def test_logs_of_single_runs(analysis, write):
     """Nobody knows in what order they ran; and a section that is not there is named without its own sections."""
-    analysis.update(facts={"files.serial_cnn.images_per_s": fact(1010, "images/s", half=None)}, tables=[], figures=[])
+    analysis.update(
+        facts={"files.serial_cnn.images_per_s": fact(1010, "images/s", half=None)},
+        tables=[],
+        figures=[],
+    )
     reports = write(analysis)
-    assert_everywhere(reports, "Each run trains for 7 epochs on 4,800 images", "No section Performance")
+    assert_everywhere(
+        reports, "Each run trains for 7 epochs on 4,800 images", "No section Performance"
+    )
     assert_nowhere(reports, "interleaved", "No section MPI", "No section Scaling")
 
 
 def test_amdahl_is_fitted_to_more_than_one_number_of_cores(analysis, write):
-    assert_everywhere(write(analysis), "fits the strong scaling of MPI best with a serial fraction of 41.8 %")
+    assert_everywhere(
+        write(analysis), "fits the strong scaling of MPI best with a serial fraction of 41.8 %"
+    )
     del analysis["facts"]["parallel.mpi-4-strong.serial_fraction"]
     assert_nowhere(write(analysis), "fits the strong scaling of MPI", "could make MPI more than")
 
@@ -298,7 +481,10 @@ def test_a_wide_table_is_divided_evenly():
     assert [group[0] for group in numbers] == [0] * len(numbers)
     assert sorted(i for group in numbers for i in group[1:]) == list(range(1, 21))
     assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
-    assert len(make_report.paper_columns({"columns": columns[:10], "rows": [table["rows"][0][:10]]})) == 1
+    assert (
+        len(make_report.paper_columns({"columns": columns[:10], "rows": [table["rows"][0][:10]]}))
+        == 1
+    )
 
 
 def test_nothing_of_the_results_is_lost(analysis, write):
@@ -311,15 +497,20 @@ def test_nothing_of_the_results_is_lost(analysis, write):
     assert (tags.count("table"), tags.count("img")) == (tables, figures)
     assert reports["tex"].count(r"\includegraphics[") == figures
     assert len(re.findall(r"\\begin\{here\}\{table\}\s*\\caption", reports["tex"])) == tables
-    assert (len(re.findall(r"\*\*Table \d+\.", reports["md"])), reports["md"].count("](figures/")) == (tables, figures)
+    assert (
+        len(re.findall(r"\*\*Table \d+\.", reports["md"])),
+        reports["md"].count("](figures/"),
+    ) == (tables, figures)
 
 
 def test_marks_stand_out_at_the_top(analysis, write):
     reports = write(analysis)
     assert_everywhere(reports, "accuracies say nothing about CIFAR-10")
     assert reports["md"].index("> **synthetic data**") < reports["md"].index("## ")
-    for form, *marks in (("tex", r"\fbox", r"\textbf{synthetic data}", r"\section"),
-                         ("html", '<aside class="note"', "<strong>synthetic data</strong>", "<h2 id=")):  # fmt: skip
+    for form, *marks in (
+        ("tex", r"\fbox", r"\textbf{synthetic data}", r"\section"),
+        ("html", '<aside class="note"', "<strong>synthetic data</strong>", "<h2 id="),
+    ):
         places = [reports[form].index(mark) for mark in marks]
         assert places == sorted(places)
     assert_everywhere(reports, "slower than hybrid-1x2-weak: mpi-4-strong (oversubscribed).")
@@ -348,7 +539,9 @@ def test_escaping(analysis, write):
     reports = write(put_everywhere(analysis, NASTY))
     page = Page(reports["html"])
     assert page.text.count(squeeze(NASTY)) >= 15
-    assert [tag for tag, _ in page.elements].count("b") == [tag for tag, _ in plain.elements].count("b")
+    assert [tag for tag, _ in page.elements].count("b") == [tag for tag, _ in plain.elements].count(
+        "b"
+    )
     assert any(attributes.get("alt") == NASTY for _, attributes in page.elements)
     for table in re.findall(r"(?:^\|.*\n)+", reports["md"], re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
@@ -377,7 +570,9 @@ def test_latex_is_balanced(analysis, write):
         depth = list(itertools.accumulate((char == "{") - (char == "}") for char in bare))
         assert min(depth) == depth[-1] == 0
         opened = []
-        for what, name in re.findall(r"\\(begin|end)\{(\w+)\}", text[text.index(r"\begin{document}"):]):
+        for what, name in re.findall(
+            r"\\(begin|end)\{(\w+)\}", text[text.index(r"\begin{document}") :]
+        ):
             if what == "begin":
                 opened.append(name)
             else:
@@ -422,15 +617,24 @@ def break_analysis(how):
     return analysis
 
 
-@pytest.mark.parametrize(("how", "said"), [
-    ("truncated", "no complete JSON"), ("not a number", "NaN"), ("another form", "is list, not dict"),
-    ("figure", "a figure that is not there"), ("row", "table parallel_scaling has a row"),
-    ("fact", "facts: parallel.serial.seconds: value is str, not int or float"), ("key", "has no marks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "no complete JSON"),
+        ("not a number", "NaN"),
+        ("another form", "is list, not dict"),
+        ("figure", "a figure that is not there"),
+        ("row", "table parallel_scaling has a row"),
+        ("fact", "facts: parallel.serial.seconds: value is str, not int or float"),
+        ("key", "has no marks"),
+    ],
+)
 def test_bad_input(how, said, tmp_path, capsys):
     save(tmp_path / "results", break_analysis(how))
     with pytest.raises(make_report.InputError, match=re.escape(said)):
-        make_report.main(["--analysis", str(tmp_path / "results"), "--output-dir", str(tmp_path / "report")])
+        make_report.main(
+            ["--analysis", str(tmp_path / "results"), "--output-dir", str(tmp_path / "report")]
+        )
     assert not (tmp_path / "report").exists()
 
 
@@ -445,7 +649,10 @@ def sentences():
     """The text's sentences, each as the pieces that stand between Jinja2's tags."""
     source = re.sub(r"\{#.*?#\}", "", (REPO / "report/templates/text.j2").read_text(), flags=re.S)
     joined = re.sub(r"\n +", " ", source)
-    return [[piece for piece in re.split(r"\{%.*?%\}|\{\{.*?\}\}", line) if piece] for line in joined.split("\n")]
+    return [
+        [piece for piece in re.split(r"\{%.*?%\}|\{\{.*?\}\}", line) if piece]
+        for line in joined.split("\n")
+    ]
 
 
 def test_no_number_stands_in_the_text():
@@ -476,7 +683,9 @@ def test_every_sentence_can_appear(analysis):
     once["facts"]["parallel.serial.seconds"].update(low=None, high=None, n=1)
     once["failed_runs"] = []
     texts = [make_report.make_text(analysed) for analysed in (analysis, other, slow, once)]
-    kept = {name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")}
+    kept = {
+        name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")
+    }
     texts.append(make_report.make_text({**analysis, "facts": kept, "tables": [], "figures": []}))
     for pieces in sentences():
         longest = max(map(str.strip, pieces), key=len, default="")
@@ -488,17 +697,35 @@ class Browser:
 
     def __init__(self, folder):
         (their_input, self.input), (self.output, their_output) = os.pipe(), os.pipe()
-        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (their_input, their_output)]  # none of them is 3 or 4
-        command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                   f"--user-data-dir={folder}"]  # fmt: skip
+        theirs = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (their_input, their_output)
+        ]  # none of them is 3 or 4
+        command = [
+            BROWSER,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}",
+        ]
         self.process = subprocess.Popen(
-            command, preexec_fn=lambda: [os.dup2(fd, number) for fd, number in zip(theirs, (3, 4), strict=True)],
-            close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            command,
+            preexec_fn=lambda: [
+                os.dup2(fd, number) for fd, number in zip(theirs, (3, 4), strict=True)
+            ],
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for fd in (their_input, their_output, *theirs):
             os.close(fd)
         self.received, self.numbers, self.events, self.session = b"", itertools.count(1), [], {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.setLifecycleEventsEnabled", enabled=True)
@@ -524,10 +751,16 @@ class Browser:
     def show(self, path, width, scheme="light"):
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         loader = self.call("Page.navigate", url=path.as_uri())["loaderId"]
-        while not any((event["name"], event["loaderId"]) == ("load", loader)  # about:blank has its own, maybe late
-                      for event in self.told("Page.lifecycleEvent")):  # fmt: skip
+        while not any(
+            (event["name"], event["loaderId"])
+            == ("load", loader)  # about:blank has its own, maybe late
+            for event in self.told("Page.lifecycleEvent")
+        ):
             self.events.append(self.receive())
 
     def told(self, *methods):
@@ -541,8 +774,14 @@ class Browser:
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode={"Enter": 13, "Tab": 9}[key], **text)  # fmt: skip
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode={"Enter": 13, "Tab": 9}[key],
+                **text,
+            )
 
     def close(self):
         self.process.terminate()
@@ -586,9 +825,15 @@ def test_page_in_a_browser(analysis, write, browser, tmp_path):
         scroll = "document.scrollingElement.scrollWidth <= document.documentElement.clientWidth"
         assert browser.run(scroll), browser.run(
             "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth)"
-            ".map(e => e.outerHTML.slice(0, 200)).slice(0, 3)")
+            ".map(e => e.outerHTML.slice(0, 200)).slice(0, 3)"
+        )
         colours[scheme] = browser.run("getComputedStyle(document.body).backgroundColor")
     assert colours["light"] != colours["dark"]
-    assert browser.told("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded") == []
-    asked = {request["request"]["url"].partition(":")[0] for request in browser.told("Network.requestWillBeSent")}
+    assert (
+        browser.told("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded") == []
+    )
+    asked = {
+        request["request"]["url"].partition(":")[0]
+        for request in browser.told("Network.requestWillBeSent")
+    }
     assert asked <= {"file", "data"}

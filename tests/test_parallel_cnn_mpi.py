@@ -34,22 +34,47 @@ ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
-def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, ranks, dtype, tolerance):
+def test_any_number_of_ranks_gives_the_serial_weights(
+    tmp_path, serial, cache, ranks, dtype, tolerance
+):
     """1,001 images in global batches of 64, two epochs: 32 steps, the order of the sums the only difference.
 
     In float32 with --lr 0.0001: BLAS rounds otherwise for other numbers of rows, a pooling window may then send its
     gradient to another pixel, and weights move by the learning rate times that. With other seeds and other kernels of
     OpenBLAS that was up to 1.3e-4 of the largest weight at 0.001, and 6e-5 at 0.0003.
     """
-    common = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype, "--quiet",
-              "--lr", 0.01 if dtype == "float64" else 0.0001)  # fmt: skip
+    common = (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        1001,
+        "--epochs",
+        2,
+        "--dtype",
+        dtype,
+        "--quiet",
+        "--lr",
+        0.01 if dtype == "float64" else 0.0001,
+    )
     reference = serial(*common, "--batch-size", 64)
-    mpirun(tmp_path, ranks, SCRIPT, *common, "--global-batch-size", 64, "--checkpoint", "run.npz", env=cache)
+    mpirun(
+        tmp_path,
+        ranks,
+        SCRIPT,
+        *common,
+        "--global-batch-size",
+        64,
+        "--checkpoint",
+        "run.npz",
+        env=cache,
+    )
     assert read_npz(tmp_path / "run.npz")["optimizer_steps"] == 32
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
     ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
     assert [row["type"] for row in ours] == [row["type"] for row in theirs]
-    assert numbers(ours, "loss") == pytest.approx(numbers(theirs, "loss"), rel=1e-3 if dtype == "float32" else 1e-6)
+    assert numbers(ours, "loss") == pytest.approx(
+        numbers(theirs, "loss"), rel=1e-3 if dtype == "float32" else 1e-6
+    )
     for column in ("value1", "value2"):  # accuracies: a rounding may turn two of 1,001 answers
         error = 2 / 200 if dtype == "float32" else 1e-6
         assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=error)
@@ -61,23 +86,62 @@ def test_any_number_of_ranks_gives_the_serial_weights(tmp_path, serial, cache, r
 @pytest.mark.parametrize("reduce", ["shared", "messages"])
 def test_a_rank_without_images_takes_part(tmp_path, serial, cache, same, overlap, reduce):
     """Batches of 50, 50, 50, 50 and 3 images on four ranks: the last leaves a rank with none."""
-    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 2, "--dtype", "float64", "--quiet")
+    tiny = (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        203,
+        "--epochs",
+        2,
+        "--dtype",
+        "float64",
+        "--quiet",
+    )
     reference = serial(*tiny, *same, "--batch-size", 50)
-    mpirun(tmp_path, 4, SCRIPT, *tiny, *same, *overlap, "--reduce", reduce, "--global-batch-size", 50, "--checkpoint",
-           "run.npz", env=cache)  # fmt: skip
+    mpirun(
+        tmp_path,
+        4,
+        SCRIPT,
+        *tiny,
+        *same,
+        *overlap,
+        "--reduce",
+        reduce,
+        "--global-batch-size",
+        50,
+        "--checkpoint",
+        "run.npz",
+        env=cache,
+    )
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     assert json.loads((tmp_path / SIDECAR).read_text())["reduce"] == reduce
 
 
 def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache):
     """Batches of 4, 4 and 2 images on three ranks: weights and running statistics are the serial run's."""
-    tiny = ("--model", "resnet18", "--dataset", "synthetic", "--subset", 10, "--epochs", 1, "--dtype", "float64",
-            "--quiet")  # fmt: skip
+    tiny = (
+        "--model",
+        "resnet18",
+        "--dataset",
+        "synthetic",
+        "--subset",
+        10,
+        "--epochs",
+        1,
+        "--dtype",
+        "float64",
+        "--quiet",
+    )
     reference = serial(*tiny, "--batch-size", 4)
-    mpirun(tmp_path, 3, SCRIPT, *tiny, "--global-batch-size", 4, "--checkpoint", "run.npz", env=cache)
+    mpirun(
+        tmp_path, 3, SCRIPT, *tiny, "--global-batch-size", 4, "--checkpoint", "run.npz", env=cache
+    )
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     assert_same_resnet18_statistics(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    assert read_log(tmp_path / LOG)[-1]["value1"] == read_log(reference / "results/serial_cnn.csv")[-1]["value1"]
+    assert (
+        read_log(tmp_path / LOG)[-1]["value1"]
+        == read_log(reference / "results/serial_cnn.csv")[-1]["value1"]
+    )
 
 
 def test_batch_size_is_per_rank_and_the_global_one_is_fixed(tmp_path, cache):
@@ -95,7 +159,9 @@ def test_log_has_communication(tmp_path, cache):
     epoch = next(row for row in rows if row["type"] == "0")
     assert 0 < float(epoch["communication"]) < float(epoch["duration"])
     parts = sum(float(epoch[name]) for name in ("loading", "forward", "backward", "communication"))
-    assert parts <= float(epoch["duration"]) * 1.5  # communication is a mean over ranks, the others rank 0's
+    assert (
+        parts <= float(epoch["duration"]) * 1.5
+    )  # communication is a mean over ranks, the others rank 0's
     seconds = json.loads((tmp_path / SIDECAR).read_text())["totals"]["communication_seconds"]
     assert 0 < seconds["min"] <= seconds["mean"] <= seconds["max"]
     assert seconds["mean"] == pytest.approx(float(epoch["communication"]), abs=1e-5)
@@ -106,7 +172,10 @@ def test_only_rank_0_speaks_and_writes(tmp_path, cache):
     assert out.count("\n") == 1
     assert err == ""
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        "parallel_cnn_mpi.csv", "parallel_cnn_mpi.json", "parallel_cnn_mpi_metrics.npz"}  # fmt: skip
+        "parallel_cnn_mpi.csv",
+        "parallel_cnn_mpi.json",
+        "parallel_cnn_mpi_metrics.npz",
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,13 +207,30 @@ def test_loss_that_explodes_stops_all_ranks(tmp_path, cache):
 
 
 def run_until_second_epoch(folder, ranks, *options, env):
-    process = start_ranks(folder, ranks, pausing(folder, SCRIPT, epoch=2, batch=1), *LONG, *options, env=env)
+    process = start_ranks(
+        folder, ranks, pausing(folder, SCRIPT, epoch=2, batch=1), *LONG, *options, env=env
+    )
     wait_until(process, lambda: count_rows(folder / LOG) >= 11 + 2 + 1)
     return process
 
 
-LONG = ("--dataset", "synthetic", "--subset", 603, "--lr", 0.0001, "--global-batch-size", 60, "--epochs", 3, "--quiet",
-        "--checkpoint", "run.npz", "--checkpoint-every", 0)  # fmt: skip
+LONG = (
+    "--dataset",
+    "synthetic",
+    "--subset",
+    603,
+    "--lr",
+    0.0001,
+    "--global-batch-size",
+    60,
+    "--epochs",
+    3,
+    "--quiet",
+    "--checkpoint",
+    "run.npz",
+    "--checkpoint-every",
+    0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +245,13 @@ def assert_resumes(folder, whole, cache):
     """With two ranks bit for bit the weights of the unbroken run; with three, a float32 rounding apart."""
     checkpoint = (folder / "run.npz").read_bytes()
     mpirun(folder, 2, SCRIPT, *LONG, "--resume", env=cache)
-    assert read_npz(folder / "run.npz")["params"].tobytes() == read_npz(whole / "run.npz")["params"].tobytes()
-    batches = [(row["epoch"], row["value1"]) for row in read_log(folder / LOG) if row["type"] == "2"]
+    assert (
+        read_npz(folder / "run.npz")["params"].tobytes()
+        == read_npz(whole / "run.npz")["params"].tobytes()
+    )
+    batches = [
+        (row["epoch"], row["value1"]) for row in read_log(folder / LOG) if row["type"] == "2"
+    ]
     assert batches == [(str(epoch), str(batch)) for epoch in (1, 2, 3) for batch in range(1, 12)]
     (folder / "run.npz").write_bytes(checkpoint)
     mpirun(folder, 3, SCRIPT, *LONG, "--resume", env=cache)
@@ -184,7 +275,9 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, 
 def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
     """Only rank 0 opens the log; the others must not wait for it for ever."""
     mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--checkpoint", "run.npz", env=cache)
-    mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--seed", 7, env=cache)  # its log takes the place of the first
+    mpirun(
+        tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--seed", 7, env=cache
+    )  # its log takes the place of the first
     resume = ("--epochs", 2, "--checkpoint", "run.npz", "--resume")
     _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, *resume, status=2, timeout=60, env=cache)
     assert "is the log of another run" in err
@@ -265,8 +358,10 @@ def test_ranks_that_differ_are_found(tmp_path, cache, what):
 
     Weights can only differ where the ranks do not share them.
     """
-    number, options = {"weights": ("params[1234]", ("--reduce", "messages")),
-                       "running statistics": ("state()[3][0]", ("--model", "resnet18", "--subset", 150))}[what]
+    number, options = {
+        "weights": ("params[1234]", ("--reduce", "messages")),
+        "running statistics": ("state()[3][0]", ("--model", "resnet18", "--subset", 150)),
+    }[what]
     script = broken(tmp_path, f"args[0].{number} += 0.001")
     _, err = mpirun(tmp_path, 2, script, *ODD, *options, "--epochs", 1, status=1, env=cache)
     assert f"error: after epoch 1 the {what} of rank 1 are not those of rank 0" in err
@@ -278,7 +373,9 @@ def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
     env = script_environment(**cache, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=0)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "\nerror: mpirun started 4 ranks, but each is alone" in done.stderr  # after mpi4py's own warning
+    assert (
+        "\nerror: mpirun started 4 ranks, but each is alone" in done.stderr
+    )  # after mpi4py's own warning
 
 
 HOSTS = ("10.231.77.1", "10.231.77.2")
@@ -289,34 +386,52 @@ class TwoHosts:
 
     def __init__(self, folder):
         self.names = [f"cnn-{os.getpid()}-{i}" for i in range(2)]
-        cases = "".join(f"{host}) name={name};;" for host, name in zip(HOSTS, self.names, strict=True))
+        cases = "".join(
+            f"{host}) name={name};;" for host, name in zip(HOSTS, self.names, strict=True)
+        )
         self.shell = folder / "shell"  # called like ssh: [options] host command...
-        self.shell.write_text("#!/bin/sh\nwhile [ ${1#-} != $1 ]; do shift; done\n"
-                              f'case $1 in {cases} esac; shift\nexec ip netns exec $name sh -c "$*"\n')  # fmt: skip
+        self.shell.write_text(
+            "#!/bin/sh\nwhile [ ${1#-} != $1 ]; do shift; done\n"
+            f'case $1 in {cases} esac; shift\nexec ip netns exec $name sh -c "$*"\n'
+        )
         self.shell.chmod(0o755)
 
     def __enter__(self):
         first, second = self.names
         try:
             for command in (
-                f"netns add {first}", f"netns add {second}",
+                f"netns add {first}",
+                f"netns add {second}",
                 f"link add net0 netns {first} type veth peer name net0 netns {second}",
-                *(f"-n {name} addr add {host}/24 dev net0" for name, host in zip(self.names, HOSTS, strict=True)),
-                *(f"-n {name} link set {link} up" for name in self.names for link in ("lo", "net0")),
-            ):  # fmt: skip
+                *(
+                    f"-n {name} addr add {host}/24 dev net0"
+                    for name, host in zip(self.names, HOSTS, strict=True)
+                ),
+                *(
+                    f"-n {name} link set {link} up"
+                    for name in self.names
+                    for link in ("lo", "net0")
+                ),
+            ):
                 subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
             deadline = time.monotonic() + 10
-            while not all(self._is_up(name) for name in self.names):  # the kernel takes up to a second
+            while not all(
+                self._is_up(name) for name in self.names
+            ):  # the kernel takes up to a second
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         except (OSError, subprocess.CalledProcessError) as error:
             self.__exit__()
-            pytest.skip(f"needs two network namespaces (root and Debian's iproute2): {getattr(error, 'stderr', error)}")
+            pytest.skip(
+                f"needs two network namespaces (root and Debian's iproute2): {getattr(error, 'stderr', error)}"
+            )
         return self
 
     def _is_up(self, name):
         command = ["ip", "-n", name, "link", "show", "net0"]
-        return "state UP" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return (
+            "state UP" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
 
     def __exit__(self, *_):
         for name in self.names:
@@ -325,13 +440,25 @@ class TwoHosts:
 
     def options(self, ranks_per_host):
         """For start_ranks: mpirun on the first host, ranks on both; UCX_TLS: no messages through shared memory."""
-        launch = f"-launcher ssh -launcher-exec {shlex.quote(str(self.shell))} -hosts {','.join(HOSTS)} "
+        launch = (
+            f"-launcher ssh -launcher-exec {shlex.quote(str(self.shell))} -hosts {','.join(HOSTS)} "
+        )
         launch += f"-ppn {ranks_per_host} -genv UCX_TLS tcp,self"
-        return {"before": ("ip", "netns", "exec", self.names[0]), "launch": tuple(shlex.split(launch))}
+        return {
+            "before": ("ip", "netns", "exec", self.names[0]),
+            "launch": tuple(shlex.split(launch)),
+        }
 
     def received(self):
         """Bytes that have come to the first host."""
-        command = ["ip", "netns", "exec", self.names[0], "cat", "/sys/class/net/net0/statistics/rx_bytes"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            self.names[0],
+            "cat",
+            "/sys/class/net/net0/statistics/rx_bytes",
+        ]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -341,23 +468,63 @@ def two_hosts(tmp_path):
         yield hosts
 
 
-@pytest.mark.parametrize(("ranks", "per_host", "reduce"),
-                         [(4, 2, "shared"), (4, 2, "messages"), (3, 2, "messages"), (2, 1, "messages")])  # fmt: skip
-def test_two_hosts_give_the_serial_weights(tmp_path, two_hosts, serial, cache, ranks, per_host, reduce):
-    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 1, "--dtype", "float64", "--quiet")
+@pytest.mark.parametrize(
+    ("ranks", "per_host", "reduce"),
+    [(4, 2, "shared"), (4, 2, "messages"), (3, 2, "messages"), (2, 1, "messages")],
+)
+def test_two_hosts_give_the_serial_weights(
+    tmp_path, two_hosts, serial, cache, ranks, per_host, reduce
+):
+    tiny = (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        203,
+        "--epochs",
+        1,
+        "--dtype",
+        "float64",
+        "--quiet",
+    )
     reference = serial(*tiny, "--batch-size", 50)
-    choice = () if ranks == 3 else ("--reduce", reduce)  # left to itself with unequal hosts it sends messages
-    mpirun(tmp_path, ranks, SCRIPT, *tiny, *choice, "--global-batch-size", 50, "--checkpoint", "run.npz", env=cache,
-           timeout=60, **two_hosts.options(per_host))  # fmt: skip
+    choice = (
+        () if ranks == 3 else ("--reduce", reduce)
+    )  # left to itself with unequal hosts it sends messages
+    mpirun(
+        tmp_path,
+        ranks,
+        SCRIPT,
+        *tiny,
+        *choice,
+        "--global-batch-size",
+        50,
+        "--checkpoint",
+        "run.npz",
+        env=cache,
+        timeout=60,
+        **two_hosts.options(per_host),
+    )
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     sidecar = json.loads((tmp_path / SIDECAR).read_text())
     assert (sidecar["ranks"], sidecar["reduce"]) == (ranks, reduce)
-    assert two_hosts.received() > 5 * 4 * read_npz(tmp_path / "run.npz")["params"].size  # half of each sum at least
+    assert (
+        two_hosts.received() > 5 * 4 * read_npz(tmp_path / "run.npz")["params"].size
+    )  # half of each sum at least
 
 
 def test_hosts_with_unequal_ranks_cannot_share(tmp_path, two_hosts, cache):
-    _, err = mpirun(tmp_path, 3, SCRIPT, *ODD, "--reduce", "shared", status=2, timeout=60, env=cache,
-                    **two_hosts.options(2))  # fmt: skip
+    _, err = mpirun(
+        tmp_path,
+        3,
+        SCRIPT,
+        *ODD,
+        "--reduce",
+        "shared",
+        status=2,
+        timeout=60,
+        env=cache,
+        **two_hosts.options(2),
+    )
     assert err.startswith("error: --reduce shared: the machines have different numbers of ranks")
     assert err.count("\n") == 1
 

@@ -18,28 +18,78 @@ TINY = {
     "parallel_cnn_hybrid.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
-    "train_cifar.py": ["--epochs", "1", "--subset", "16", "--batch-size", "8", "--dataset", "synthetic"],
+    "train_cifar.py": [
+        "--epochs",
+        "1",
+        "--subset",
+        "16",
+        "--batch-size",
+        "8",
+        "--dataset",
+        "synthetic",
+    ],
     "s3_server.py": ["--dataset", "synthetic"],
-    "train_resnet50_split_cores.py": ["--subset", "8", "--batch-size", "4", "--micro-batches", "2", "--epochs", "1",
-                                      "--rounds", "3", "--dataset", "synthetic"],
+    "train_resnet50_split_cores.py": [
+        "--subset",
+        "8",
+        "--batch-size",
+        "4",
+        "--micro-batches",
+        "2",
+        "--epochs",
+        "1",
+        "--rounds",
+        "3",
+        "--dataset",
+        "synthetic",
+    ],
     "demo.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
     "analyze_results.py": [],
     "make_report.py": [],
-    "run_experiments.py": ["--epochs", "1", "--subset", "64", "--repeats", "1", "--dataset", "synthetic"],
-    "bench.py": ["--dataset", "synthetic", "--pairs", "7", "--quick", "--only", "serial_cnn.py, CNN, batch 32"],
+    "run_experiments.py": [
+        "--epochs",
+        "1",
+        "--subset",
+        "64",
+        "--repeats",
+        "1",
+        "--dataset",
+        "synthetic",
+    ],
+    "bench.py": [
+        "--dataset",
+        "synthetic",
+        "--pairs",
+        "7",
+        "--quick",
+        "--only",
+        "serial_cnn.py, CNN, batch 32",
+    ],
 }
 NEEDED = {  # what must be there before a script runs, and how it gets there
-    "analyze_results.py": {"results/index.json": "python run_experiments.py --only serial",
-                           "results/serial_cnn.csv": "python serial_cnn.py",
-                           "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py"},
-    "make_report.py": {"results/index.json": "python run_experiments.py --only serial",
-                       "results/analysis/analysis.json": "python analyze_results.py"},
-}  # fmt: skip
+    "analyze_results.py": {
+        "results/index.json": "python run_experiments.py --only serial",
+        "results/serial_cnn.csv": "python serial_cnn.py",
+        "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py",
+    },
+    "make_report.py": {
+        "results/index.json": "python run_experiments.py --only serial",
+        "results/analysis/analysis.json": "python analyze_results.py",
+    },
+}
 TINY_MAKE = {
     "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
-    "train-cifar-s3": ["EPOCHS=1", "SUBSET=16", "ARGS=--batch-size 8 --model cnn",
-                       "S3_DATA=--subset 40 --dataset synthetic"],
-    "split-cores": ["EPOCHS=1", "SUBSET=8", "ARGS=--dataset synthetic --batch-size 4 --micro-batches 2"],
+    "train-cifar-s3": [
+        "EPOCHS=1",
+        "SUBSET=16",
+        "ARGS=--batch-size 8 --model cnn",
+        "S3_DATA=--subset 40 --dataset synthetic",
+    ],
+    "split-cores": [
+        "EPOCHS=1",
+        "SUBSET=8",
+        "ARGS=--dataset synthetic --batch-size 4 --micro-batches 2",
+    ],
     "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "gpu": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
     "demo": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
@@ -50,11 +100,18 @@ TINY_MAKE = {
 
 def readme_lines():
     blocks = re.findall(r"```sh\n(.*?)```", (REPO / "README.md").read_text(), re.S)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return [
+        line.split("  #")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if line.strip()
+    ]
 
 
 def all_usage_lines():
-    lines = [(name, line) for name in SCRIPTS if name != "common.py" for line in usage_lines(REPO / name)]
+    lines = [
+        (name, line) for name in SCRIPTS if name != "common.py" for line in usage_lines(REPO / name)
+    ]
     return lines + [("README.md", line) for line in readme_lines()]
 
 
@@ -71,7 +128,9 @@ def run_line(where, line, cwd, scripts):
         script = next(word for word in words if word.endswith(".py"))
         if "--source disk" in line:
             folder = words[words.index("--data-dir") + 1]
-            run_usage_line(scripts, REPO / script, f"python {script} --export {folder}", *TINY[script])
+            run_usage_line(
+                scripts, REPO / script, f"python {script} --export {folder}", *TINY[script]
+            )
         for file, needed in NEEDED.get(script, {}).items():
             if not (scripts / file).exists():
                 name = next(word for word in needed.split() if word.endswith(".py"))
@@ -79,10 +138,20 @@ def run_line(where, line, cwd, scripts):
         device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
         return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
     assert words[0] == "make", f"{where}: {line}"
-    copy = shutil.copytree(REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results"))
+    copy = shutil.copytree(
+        REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results")
+    )
     for target in (*["experiments"] * (words[1] in ("analyze", "report")), words[1]):
-        command = ["make", f"PYTHON={sys.executable}", target, *words[2:], *TINY_MAKE.get(target, [])]
-        done = subprocess.run(command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300)
+        command = [
+            "make",
+            f"PYTHON={sys.executable}",
+            target,
+            *words[2:],
+            *TINY_MAKE.get(target, []),
+        ]
+        done = subprocess.run(
+            command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done
 
@@ -112,10 +181,15 @@ def test_every_file_and_option_in_the_readme_exists():
     named = {*re.findall(r"`([a-z_0-9]+\.py)`", readme), *run}
     assert named <= set(SCRIPTS)
     help_text = "".join(
-        subprocess.run([sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True).stdout
-        for name in SCRIPTS if name != "common.py"
-    )  # fmt: skip
-    ours = re.sub(r"```text\n.*?```|`pip [^`]*`", "", readme, flags=re.S)  # Slurm's options and pip's are not ours
+        subprocess.run(
+            [sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for name in SCRIPTS
+        if name != "common.py"
+    )
+    ours = re.sub(
+        r"```text\n.*?```|`pip [^`]*`", "", readme, flags=re.S
+    )  # Slurm's options and pip's are not ours
     options = set(re.findall(r"--[a-z][a-z-]+", ours)) - {"--help"}
     assert options <= set(re.findall(r"--[a-z][a-z-]+", help_text))
 
@@ -125,17 +199,35 @@ def test_scripts_do_not_import_each_other():
     modules = {name.removesuffix(".py") for name in SCRIPTS} - {"common"}
     for name in set(SCRIPTS) - {"bench.py"}:  # the others start them as processes
         tree = ast.parse((REPO / name).read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not imported & modules, name
 
 
 def test_common_imports_numpy_and_the_standard_library_only():
     code = "import sys, common; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
+    )
     loaded = set(done.stdout.split()) - {"common"}
-    heavy = {"torch", "torchvision", "psutil", "tqdm", "threadpoolctl", "numba", "mpi4py", "cupy", "scipy", "obstore",
-             "botocore"}  # fmt: skip
+    heavy = {
+        "torch",
+        "torchvision",
+        "psutil",
+        "tqdm",
+        "threadpoolctl",
+        "numba",
+        "mpi4py",
+        "cupy",
+        "scipy",
+        "obstore",
+        "botocore",
+    }
     assert "numpy" in loaded
     assert not loaded & heavy
 
@@ -144,7 +236,9 @@ def test_requirements_are_pinned():
     for name in ("requirements.txt", "requirements-gpu.txt"):
         for line in (REPO / name).read_text().splitlines():
             requirement = line.partition("#")[0].strip()
-            assert not requirement or re.match(r"[\w\[\]-]+==[\w.]+(; python_version .*)?$", requirement), line
+            assert not requirement or re.match(
+                r"[\w\[\]-]+==[\w.]+(; python_version .*)?$", requirement
+            ), line
 
 
 def test_bare_make_lists_every_target():
@@ -161,7 +255,9 @@ def test_an_old_python_is_named(tmp_path, variable):
     old.chmod(0o755)
     for name in ("Makefile", "requirements.txt", "requirements-gpu.txt"):
         shutil.copy(REPO / name, tmp_path)
-    done = subprocess.run(["make", f"{variable}={old}", "test"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", f"{variable}={old}", "test"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "error: Python 3.10 or newer is needed" in done.stderr
     assert "3.9.18" in done.stderr
@@ -184,7 +280,9 @@ def test_changed_requirements_refresh_the_environment(tmp_path):
     assert installs()
     assert not installs()
     (tmp_path / "requirements.txt").write_text("# changed\n")
-    later = (tmp_path / ".venv/.ready").stat().st_mtime_ns + 10**6  # a clock that ticks slowly may give both the same
+    later = (
+        tmp_path / ".venv/.ready"
+    ).stat().st_mtime_ns + 10**6  # a clock that ticks slowly may give both the same
     os.utime(tmp_path / "requirements.txt", ns=(later, later))
     assert installs()
 
@@ -202,10 +300,17 @@ def test_memory_that_does_not_suffice_is_told_in_one_line(tmp_path, kilobytes, c
     """Batches of 10,000 images in little address space; of two ranks one has little, and ends the job of both."""
     python = f"{sys.executable} {REPO}/"
     limited = f"sh -c '[ ${{PMI_RANK:-1}} = 1 ] && ulimit -v {kilobytes}; exec \"$@\"' sh {python}"
-    command = command.replace("mpirun", f"{Path(sys.executable).parent}/mpirun").replace("python ", limited)
+    command = command.replace("mpirun", f"{Path(sys.executable).parent}/mpirun").replace(
+        "python ", limited
+    )
     command += " --dataset synthetic --subset 20000 --batch-size 10000 --quiet"
-    threads = {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}  # their stacks are address space too
+    threads = {
+        "OMP_NUM_THREADS": 1,
+        "OPENBLAS_NUM_THREADS": 1,
+    }  # their stacks are address space too
     _, err = finish(start_command(tmp_path, shlex.split(command), threads), status=1, timeout=240)
     assert "Traceback" not in err
     lines = [line.removeprefix("[rank 1] ") for line in err.splitlines() if "error: " in line]
-    assert re.match("error: the memory does not suffice: give a smaller --batch-size .*allocate", lines[0])
+    assert re.match(
+        "error: the memory does not suffice: give a smaller --batch-size .*allocate", lines[0]
+    )

@@ -39,7 +39,11 @@ from helpers import (
 )
 
 SCRIPT = "serial_cnn.py"
-LOG, SIDECAR, METRICS = "results/serial_cnn.csv", "results/serial_cnn.json", "results/serial_cnn_metrics.npz"
+LOG, SIDECAR, METRICS = (
+    "results/serial_cnn.csv",
+    "results/serial_cnn.json",
+    "results/serial_cnn_metrics.npz",
+)
 TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 
 
@@ -47,20 +51,35 @@ TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 # What a run leaves behind
 # ----------------------------------------------------------------------------------------------------------------------
 
-NORMAL = ("--dataset", "synthetic", "--subset", 100, "--batch-size", 30, "--epochs", 2, "--checkpoint", "run.npz")
+NORMAL = (
+    "--dataset",
+    "synthetic",
+    "--subset",
+    100,
+    "--batch-size",
+    30,
+    "--epochs",
+    2,
+    "--checkpoint",
+    "run.npz",
+)
 
 
 @pytest.fixture
 def run(run_script, cache):
     """run(*args, status=0, env={...}): the script in tmp_path, with the cache."""
-    return lambda *args, env=None, **expected: run_script(SCRIPT, *args, env={**cache, **(env or {})}, **expected)
+    return lambda *args, env=None, **expected: run_script(
+        SCRIPT, *args, env={**cache, **(env or {})}, **expected
+    )
 
 
 @pytest.fixture(scope="module")
 def normal(tmp_path_factory, cache):
     """A run with two threads asked for in the environment: its folder, stdout, stderr and seconds."""
     folder, began = tmp_path_factory.mktemp("normal"), time.monotonic()
-    process = start(folder, SCRIPT, *NORMAL, env={"OMP_NUM_THREADS": 2, "OPENBLAS_NUM_THREADS": 2, **cache})
+    process = start(
+        folder, SCRIPT, *NORMAL, env={"OMP_NUM_THREADS": 2, "OPENBLAS_NUM_THREADS": 2, **cache}
+    )
     out, err = finish(process)
     return folder, out, err, time.monotonic() - began
 
@@ -94,14 +113,21 @@ def test_log_of_a_run(normal):
         for row, w in zip(rows, wanted, strict=True)
     ] == wanted
     for row in rows:
-        assert all(re.fullmatch(r"\d+\.\d{6}", row[name]) for name in ("start", "loading", "duration", "loss"))
+        assert all(
+            re.fullmatch(r"\d+\.\d{6}", row[name])
+            for name in ("start", "loading", "duration", "loss")
+        )
         assert 0 < float(row["loading"]) < float(row["duration"])
         assert row["communication"] == row["gpu_percent"] == row["gpu_mem_mb"] == ""
     first = rows[:4]
     assert numbers(first, "duration") == sorted(numbers(first, "duration"))
     assert numbers(first, "images_per_s") == pytest.approx(
-        [images / seconds for images, seconds in zip((30, 60, 90, 100), numbers(first, "duration"), strict=True)],
-        rel=1e-3)  # fmt: skip
+        [
+            images / seconds
+            for images, seconds in zip((30, 60, 90, 100), numbers(first, "duration"), strict=True)
+        ],
+        rel=1e-3,
+    )
     mean = np.average(numbers(first, "loss"), weights=(30, 30, 30, 10))
     assert numbers(rows, "loss", kind=0)[0] == pytest.approx(mean, abs=2e-6)
     assert 20 < numbers(rows, "ram_mb", kind=0)[1] < 1000
@@ -109,9 +135,14 @@ def test_log_of_a_run(normal):
 
 def test_metrics_agree_with_the_log(normal):
     metrics, rows = read_npz(normal[0] / METRICS), read_log(normal[0] / LOG)
-    columns = {"train_loss": (0, "loss"), "train_acc": (0, "value1"), "test_loss": (1, "loss"),
-               "test_acc": (1, "value1"), "epoch_time": (0, "duration"),
-               "images_per_s": (0, "images_per_s")}  # fmt: skip
+    columns = {
+        "train_loss": (0, "loss"),
+        "train_acc": (0, "value1"),
+        "test_loss": (1, "loss"),
+        "test_acc": (1, "value1"),
+        "epoch_time": (0, "duration"),
+        "images_per_s": (0, "images_per_s"),
+    }
     assert metrics.keys() == columns.keys()
     for name, (kind, column) in columns.items():
         assert metrics[name] == pytest.approx(numbers(rows, column, kind), abs=1e-6), name
@@ -119,13 +150,19 @@ def test_metrics_agree_with_the_log(normal):
 
 def test_sidecar_of_a_run(normal):
     sidecar = json.loads((normal[0] / SIDECAR).read_text())
-    assert (sidecar["script"], sidecar["dataset"], sidecar["status"]) == ("serial_cnn", "synthetic", "done")
+    assert (sidecar["script"], sidecar["dataset"], sidecar["status"]) == (
+        "serial_cnn",
+        "synthetic",
+        "done",
+    )
     assert (sidecar["seed"], sidecar["ranks"], sidecar["threads"]) == (42, 1, 1)
     assert (sidecar["train_images"], sidecar["test_images"]) == (100, 20)
     assert sidecar["arguments"]["batch_size"] == 30
     assert sidecar["start"] < sidecar["end"]
     totals, rows = sidecar["totals"], read_log(normal[0] / LOG)
-    assert totals["train_seconds"] == pytest.approx(sum(numbers(rows, "duration", kind=0)), abs=1e-5)
+    assert totals["train_seconds"] == pytest.approx(
+        sum(numbers(rows, "duration", kind=0)), abs=1e-5
+    )
     assert totals["images_per_s"] == pytest.approx(200 / totals["train_seconds"])
     assert totals["best_accuracy"] == pytest.approx(max(numbers(rows, "value1", kind=1)), abs=1e-6)
 
@@ -138,7 +175,11 @@ def test_one_blas_thread_whatever_the_environment_says(normal):
 
 def test_start_to_first_step(normal):
     folder, *_, seconds = normal
-    assert 0 < json.loads((folder / SIDECAR).read_text())["totals"]["first_step_after_seconds"] < seconds
+    assert (
+        0
+        < json.loads((folder / SIDECAR).read_text())["totals"]["first_step_after_seconds"]
+        < seconds
+    )
 
 
 def test_old_blas_kernels_are_named(run, tmp_path):
@@ -150,7 +191,9 @@ def test_old_blas_kernels_are_named(run, tmp_path):
     if "openblas" not in {library["library"] for library in blas}:
         pytest.skip("needs a NumPy with OpenBLAS")
     assert "Haswell" in {library["kernel"] for library in blas}
-    assert re.fullmatch(r"warning: BLAS uses its Haswell kernels.*unset OPENBLAS_CORETYPE\n", done.stderr)
+    assert re.fullmatch(
+        r"warning: BLAS uses its Haswell kernels.*unset OPENBLAS_CORETYPE\n", done.stderr
+    )
 
 
 def test_quiet_prints_one_line(run):
@@ -163,7 +206,9 @@ def test_quiet_prints_one_line(run):
 def test_closed_output_and_one_that_cannot_show_a_name(tmp_path, cache):
     closing = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh")
     finish(start_command(tmp_path, [*closing, sys.executable, REPO / SCRIPT, *TINY], cache))
-    out, _ = finish(start(tmp_path, SCRIPT, *TINY, "--log", "ü.csv", env={**cache, "PYTHONIOENCODING": "ascii"}))
+    out, _ = finish(
+        start(tmp_path, SCRIPT, *TINY, "--log", "ü.csv", env={**cache, "PYTHONIOENCODING": "ascii"})
+    )
     assert out.endswith("log: \\xfc.csv\n")
 
 
@@ -172,8 +217,16 @@ def test_bar_on_a_terminal(tmp_path, cache):
     long = ("--dataset", "synthetic", "--subset", 1000, "--epochs", 1)
     sent, lines = run_on_terminal(tmp_path, SCRIPT, *long, env=cache)
     assert re.search(r"\repoch 1/1: +\d+%\|.*<\d\d:\d\d.* images/s, loss \d\.\d{3}\]", sent)
-    assert [line[:10] for line in lines] == ["epoch 1/1 ", "", "serial_cnn", "epoch  tra", "-----  ---", "    1     ",
-                                             "serial_cnn", ""]  # fmt: skip
+    assert [line[:10] for line in lines] == [
+        "epoch 1/1 ",
+        "",
+        "serial_cnn",
+        "epoch  tra",
+        "-----  ---",
+        "    1     ",
+        "serial_cnn",
+        "",
+    ]
     assert not [line for line in lines if "|" in line]
 
 
@@ -195,7 +248,9 @@ def test_float64(normal, run, tmp_path):
 
 def test_adam(run, tmp_path):
     run(*TINY, "--optimizer", "adam", "--checkpoint", "run.npz")
-    assert {"params", "optimizer_m", "optimizer_v", "optimizer_steps"} < read_npz(tmp_path / "run.npz").keys()
+    assert {"params", "optimizer_m", "optimizer_v", "optimizer_steps"} < read_npz(
+        tmp_path / "run.npz"
+    ).keys()
     assert json.loads((tmp_path / SIDECAR).read_text())["arguments"]["lr"] == 0.001
 
 
@@ -218,10 +273,23 @@ def test_real_images(run, real_data, tmp_path):
     assert json.loads((tmp_path / SIDECAR).read_text())["dataset"] == "cifar10"
 
 
-@pytest.mark.parametrize(("model", "subset", "batch_size"), [("cnn", 300, 100), ("resnet18", 25, 5)])
+@pytest.mark.parametrize(
+    ("model", "subset", "batch_size"), [("cnn", 300, 100), ("resnet18", 25, 5)]
+)
 def test_memory_stays_flat(run, tmp_path, model, subset, batch_size):
     # with batches as large as evaluation's, all buffers are there in the first epoch
-    run("--model", model, "--dataset", "synthetic", "--subset", subset, "--batch-size", batch_size, "--epochs", 10)
+    run(
+        "--model",
+        model,
+        "--dataset",
+        "synthetic",
+        "--subset",
+        subset,
+        "--batch-size",
+        batch_size,
+        "--epochs",
+        10,
+    )
     ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
     assert ram[9] - ram[0] < 20
 
@@ -253,18 +321,28 @@ def refused(run, tmp_path):
 
 
 BAD_VALUES = {
-    "subset": ("0", "-3", "50001", "many"), "batch-size": ("0", "-1", "1.5", "x"), "epochs": ("0", "-1", "x"),
-    "lr": ("0", "-0.1", "nan", "inf", "x"), "momentum": ("1.5", "-1"), "weight-decay": ("-1", "nan"),
-    "seed": ("-1", "x"), "checkpoint-every": ("-1",), "optimizer": ("sdg",), "dtype": ("float16",), "model": ("vgg",),
+    "subset": ("0", "-3", "50001", "many"),
+    "batch-size": ("0", "-1", "1.5", "x"),
+    "epochs": ("0", "-1", "x"),
+    "lr": ("0", "-0.1", "nan", "inf", "x"),
+    "momentum": ("1.5", "-1"),
+    "weight-decay": ("-1", "nan"),
+    "seed": ("-1", "x"),
+    "checkpoint-every": ("-1",),
+    "optimizer": ("sdg",),
+    "dtype": ("float16",),
+    "model": ("vgg",),
     "dataset": ("mnist",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [(option, value) for option in BAD_VALUES for value in BAD_VALUES[option]]
 )
 def test_bad_values(refused, option, value):
-    refused("--dataset", "synthetic", f"--{option}={value}", about=f"--{option}.*{re.escape(value)}")
+    refused(
+        "--dataset", "synthetic", f"--{option}={value}", about=f"--{option}.*{re.escape(value)}"
+    )
 
 
 def test_unknown_option(refused):
@@ -306,9 +384,13 @@ def damaged(binary_layout, tmp_path):
     return damaged
 
 
-def test_undamaged_batch_files(run, damaged, tmp_path):  # what follows fails because of its damage alone
+def test_undamaged_batch_files(
+    run, damaged, tmp_path
+):  # what follows fails because of its damage alone
     damaged("data_batch_1.bin")
-    done = run("--dataset", "cifar10", "--data-dir", "data", "--subset", 10, "--epochs", 1, "--quiet")
+    done = run(
+        "--dataset", "cifar10", "--data-dir", "data", "--subset", 10, "--epochs", 1, "--quiet"
+    )
     assert "cifar10" in done.stdout
     shutil.rmtree(tmp_path / "data")  # 180 MB of .npy files, which pytest would keep
 
@@ -328,7 +410,13 @@ def test_mislabelled_batch_file(refused, damaged):
     with open(damaged("data_batch_1.bin"), "r+b") as file:
         file.seek(3073 * 7)
         file.write(b"\x0a")
-    refused("--dataset", "cifar10", "--data-dir", "data", about=r"data_batch_1.bin: label 10 in record 7")
+    refused(
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        "data",
+        about=r"data_batch_1.bin: label 10 in record 7",
+    )
 
 
 class Trap:
@@ -356,7 +444,9 @@ def test_pickle_with_a_wrong_checksum_is_not_opened(refused, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--log", "--save-metrics", "--checkpoint"])
-@pytest.mark.parametrize("place", ["folder", "file/x", "/proc/nothing/x", "x" * 300], ids=lambda place: place[:20])
+@pytest.mark.parametrize(
+    "place", ["folder", "file/x", "/proc/nothing/x", "x" * 300], ids=lambda place: place[:20]
+)
 def test_output_that_cannot_be_written(refused, tmp_path, option, place):
     if place.startswith("/proc") and not Path("/proc/self").exists():
         pytest.skip("needs /proc")
@@ -399,10 +489,16 @@ def test_sidecar_that_cannot_be_written(refused, tmp_path):
     refused(*TINY, "--log", "run.csv", about=r"run\.json")
 
 
-@pytest.mark.parametrize("options", [
-    ("--log", "same.json"), ("--log", "same", "--save-metrics", "same"), ("--log", "same", "--checkpoint", "same"),
-    ("--save-metrics", "same", "--checkpoint", "./same"),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--log", "same.json"),
+        ("--log", "same", "--save-metrics", "same"),
+        ("--log", "same", "--checkpoint", "same"),
+        ("--save-metrics", "same", "--checkpoint", "./same"),
+    ],
+    ids=" ".join,
+)
 def test_outputs_in_one_file(refused, options):
     refused(*TINY, *options, about="same")
 
@@ -447,7 +543,9 @@ DAMAGES = {
     "a wrong bit in the data": lambda whole: with_byte(whole, 10**6, whole[10**6] ^ 1),
     "an unknown compression": lambda whole: with_byte(whole, whole.index(b"PK\1\2") + 10, 99),
     "an encrypted array": lambda whole: with_byte(whole, whole.index(b"PK\1\2") + 8, 1),
-    "a long header": lambda whole: with_byte(whole, whole.index(b"\x93NUMPY", 2000) + 9, 255),  # NumPy: three lines
+    "a long header": lambda whole: with_byte(
+        whole, whole.index(b"\x93NUMPY", 2000) + 9, 255
+    ),  # NumPy: three lines
 }
 
 
@@ -473,11 +571,17 @@ def test_resume_from_another_model(normal, refused, tmp_path):
     refused(*NORMAL, "--resume", about="another model")
 
 
-@pytest.mark.parametrize(("option", "value", "about"), [
-    ("--seed", 7, "seed 42, this run has 7"), ("--batch-size", 10, "batch.size 30, this run has 10"),
-    ("--dtype", "float64", "dtype float32, this run has float64"), ("--lr", 0.5, "lr 0.01, this run has 0.5"),
-    ("--optimizer", "adam", "optimizer sgd, this run has adam"), ("--subset", 50, "subset 100, this run has 50"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value", "about"),
+    [
+        ("--seed", 7, "seed 42, this run has 7"),
+        ("--batch-size", 10, "batch.size 30, this run has 10"),
+        ("--dtype", "float64", "dtype float32, this run has float64"),
+        ("--lr", 0.5, "lr 0.01, this run has 0.5"),
+        ("--optimizer", "adam", "optimizer sgd, this run has adam"),
+        ("--subset", 50, "subset 100, this run has 50"),
+    ],
+)
 def test_resume_with_another_option(normal, refused, tmp_path, option, value, about):
     shutil.copy(normal[0] / "run.npz", tmp_path)
     refused(*NORMAL, "--resume", option, value, about=about)
@@ -488,14 +592,34 @@ def test_resume_with_another_option(normal, refused, tmp_path, option, value, ab
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    ("--lr", 1e10), ("--lr", 1e300), ("--lr", 30), ("--optimizer", "adam", "--lr", 1e30),
-    ("--dtype", "float64", "--lr", 1e300),
-], ids=lambda options: " ".join(map(str, options)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--lr", 1e10),
+        ("--lr", 1e300),
+        ("--lr", 30),
+        ("--optimizer", "adam", "--lr", 1e30),
+        ("--dtype", "float64", "--lr", 1e300),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
 def test_divergence(run, tmp_path, options):
-    done = run("--dataset", "synthetic", "--subset", 160, "--batch-size", 20, "--epochs", 3, *options, status=1)
+    done = run(
+        "--dataset",
+        "synthetic",
+        "--subset",
+        160,
+        "--batch-size",
+        20,
+        "--epochs",
+        3,
+        *options,
+        status=1,
+    )
     assert_one_error_line(done.stderr)  # and no RuntimeWarning
-    step, epoch, batch = map(int, re.search(r"at step (\d+) \(epoch (\d+), batch (\d+)\)", done.stderr).groups())
+    step, epoch, batch = map(
+        int, re.search(r"at step (\d+) \(epoch (\d+), batch (\d+)\)", done.stderr).groups()
+    )
     assert step == (epoch - 1) * 8 + batch
     rows = read_log(tmp_path / LOG)
     assert len([row for row in rows if row["type"] == "2"]) == step
@@ -517,7 +641,9 @@ def test_divergence_keeps_the_checkpoint(normal, run, tmp_path):
     assert [row["value1"] for row in read_log(tmp_path / LOG)] == ["1", "2"]
 
 
-def test_divergence_in_the_last_step(normal, run, tmp_path):  # only the validation meets its weights
+def test_divergence_in_the_last_step(
+    normal, run, tmp_path
+):  # only the validation meets its weights
     shutil.copy(normal[0] / "run.npz", tmp_path)
     before = (tmp_path / "run.npz").read_bytes()
     done = run(*NORMAL, "--batch-size", 100, "--epochs", 1, "--lr", 1e10, status=1)
@@ -537,7 +663,13 @@ def test_full_disk(normal, tmp_path, cache):
     shutil.copy(normal[0] / "run.npz", tmp_path)
     _, err = finish(start(tmp_path, SCRIPT, *NORMAL, env=cache, preexec_fn=limit), status=1)
     assert (tmp_path / "run.npz").read_bytes() == (normal[0] / "run.npz").read_bytes()
-    assert {str(path) for path in files_in(tmp_path)} == {"results", LOG, SIDECAR, METRICS, "run.npz"}
+    assert {str(path) for path in files_in(tmp_path)} == {
+        "results",
+        LOG,
+        SIDECAR,
+        METRICS,
+        "run.npz",
+    }
     assert json.loads((tmp_path / SIDECAR).read_text())["status"].startswith("failed")
     assert_one_error_line(err)
     assert "run.npz" in err
@@ -547,7 +679,18 @@ def test_full_disk(normal, tmp_path, cache):
 # Interruption and resuming
 # ----------------------------------------------------------------------------------------------------------------------
 
-LONG = ("--dataset", "synthetic", "--subset", 470, "--batch-size", 16, "--epochs", 3, "--checkpoint", "run.npz")
+LONG = (
+    "--dataset",
+    "synthetic",
+    "--subset",
+    470,
+    "--batch-size",
+    16,
+    "--epochs",
+    3,
+    "--checkpoint",
+    "run.npz",
+)
 BATCHES = 30  # in each epoch; the last has 6 images
 
 
@@ -584,13 +727,18 @@ def test_resume_when_all_is_done(run, tmp_path, reference):
     assert_same_run(tmp_path, reference("sgd"), "serial_cnn")
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("SIGINT", "sgd"), ("SIGTERM", "sgd"), ("SIGINT", "adam")])
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("SIGINT", "sgd"), ("SIGTERM", "sgd"), ("SIGINT", "adam")]
+)
 def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer):
     options = (*LONG, "--optimizer", optimizer)
     process = start_stopping(tmp_path, SCRIPT, *options, when=before_batch(2, 4), env=cache)
     send(process, getattr(signal, name))
     _, err = finish(process, status=130)
-    assert err == f"interrupted by {name} after batch 4 of epoch 2; continue with --checkpoint run.npz --resume\n"
+    assert (
+        err
+        == f"interrupted by {name} after batch 4 of epoch 2; continue with --checkpoint run.npz --resume\n"
+    )
     rows = read_log(tmp_path / LOG)
     assert len([row for row in rows if row["type"] == "2"]) == BATCHES + 4
     assert json.loads((tmp_path / SIDECAR).read_text())["status"] == "interrupted"
@@ -602,12 +750,28 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
 
 def test_resume_with_running_statistics(tmp_path, cache):
     """ResNet-18, killed in its second epoch: parameters, velocity and BatchNorm's statistics, to the last bit."""
-    options = ("--model", "resnet18", "--dataset", "synthetic", "--subset", 8, "--batch-size", 4, "--epochs", 2,
-               "--checkpoint", "run.npz", "--checkpoint-every", 0)  # fmt: skip
+    options = (
+        "--model",
+        "resnet18",
+        "--dataset",
+        "synthetic",
+        "--subset",
+        8,
+        "--batch-size",
+        4,
+        "--epochs",
+        2,
+        "--checkpoint",
+        "run.npz",
+        "--checkpoint-every",
+        0,
+    )
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
     finish(start(tmp_path / "whole", SCRIPT, *options, env=cache))
-    process = start_stopping(tmp_path / "parts", SCRIPT, *options, when=before_batch(2, 2), env=cache)
+    process = start_stopping(
+        tmp_path / "parts", SCRIPT, *options, when=before_batch(2, 2), env=cache
+    )
     process.kill()
     finish(process, status=-signal.SIGKILL)
     assert read_npz(tmp_path / "parts" / "run.npz")["state0"].any()
@@ -616,11 +780,24 @@ def test_resume_with_running_statistics(tmp_path, cache):
 
 
 def test_interruption_in_the_last_batch_of_an_epoch(tmp_path, cache):
-    options = ("--dataset", "synthetic", "--subset", 600, "--batch-size", 600, "--epochs", 2, "--checkpoint", "run.npz")
+    options = (
+        "--dataset",
+        "synthetic",
+        "--subset",
+        600,
+        "--batch-size",
+        600,
+        "--epochs",
+        2,
+        "--checkpoint",
+        "run.npz",
+    )
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
     finish(start(tmp_path / "whole", SCRIPT, *options, env=cache))
-    process = start_stopping(tmp_path / "parts", SCRIPT, *options, when=before_batch(2, 1), env=cache)
+    process = start_stopping(
+        tmp_path / "parts", SCRIPT, *options, when=before_batch(2, 1), env=cache
+    )
     send(process, signal.SIGINT)
     _, err = finish(process, status=130)
     assert err.startswith("interrupted by SIGINT after batch 1 of epoch 2;")
@@ -641,7 +818,9 @@ def test_interruption_without_a_checkpoint(tmp_path, cache):
 def test_second_signal_stops_at_once(tmp_path, cache):
     """Both come during the second batch, which is not counted."""
     options = ("--dataset", "synthetic", "--subset", 100, "--batch-size", 100)
-    process = start_stopping(tmp_path, SCRIPT, *options, when=before_batch(2, 1), times=2, env=cache)
+    process = start_stopping(
+        tmp_path, SCRIPT, *options, when=before_batch(2, 1), times=2, env=cache
+    )
     send(process, signal.SIGINT)
     wait_until_stopped(process)
     send(process, signal.SIGINT)
@@ -654,7 +833,10 @@ def test_second_signal_stops_at_once(tmp_path, cache):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interruption_while_data_are_prepared(tmp_path, name):
     """When the first of the cache's files is there and the second is not."""
-    env, second = {"CIFAR10_DIR": tmp_path, "XDG_CACHE_HOME": tmp_path}, "args[0].name == 'y_train.npy'"
+    env, second = (
+        {"CIFAR10_DIR": tmp_path, "XDG_CACHE_HOME": tmp_path},
+        "args[0].name == 'y_train.npy'",
+    )
     options = ("--dataset", "synthetic", "--subset", 100)
     process = start_stopping(tmp_path, SCRIPT, *options, at="np.save", when=second, env=env)
     assert any(path.name == "x_train.npy" for path in files_in(tmp_path))
@@ -679,7 +861,9 @@ def test_resume_after_kill_at_any_moment(tmp_path, cache, reference, optimizer):
         process.kill()
         process.communicate()
         assert process.returncode in (-signal.SIGKILL, 0), f"exit status {process.returncode}"
-        if process.returncode == 0:  # a fast disk, or a test that was kept waiting: it had come to its end
+        if (
+            process.returncode == 0
+        ):  # a fast disk, or a test that was kept waiting: it had come to its end
             break
     finish(start(tmp_path, SCRIPT, *options, "--resume", env=cache))
     assert_same_run(tmp_path, reference(optimizer), "serial_cnn")
@@ -689,8 +873,14 @@ def test_resume_after_kill_at_any_moment(tmp_path, cache, reference, optimizer):
 def test_kill_while_a_checkpoint_is_written(tmp_path, cache, reference):
     """The second one, when its parameters are written and its velocity is not."""
     options, part = (*LONG, "--checkpoint-every", 0), tmp_path / ".run.npz.part"
-    process = start_stopping(tmp_path, SCRIPT, *options, at="zipfile.ZipFile.open", env=cache,
-                             when="'optimizer_velocity.npy' in args and os.path.exists('run.npz')")  # fmt: skip
+    process = start_stopping(
+        tmp_path,
+        SCRIPT,
+        *options,
+        at="zipfile.ZipFile.open",
+        env=cache,
+        when="'optimizer_velocity.npy' in args and os.path.exists('run.npz')",
+    )
     process.kill()
     finish(process, status=-signal.SIGKILL)
     assert 0 < part.stat().st_size < (tmp_path / "run.npz").stat().st_size

@@ -38,14 +38,24 @@ def test_networks_have_the_published_size_and_ten_logits(name, parameters):
 
 def test_cnn_starts_from_the_same_distribution_as_from_scratch():
     torch.manual_seed(0)
-    ours = [leaf.W.std() for layer in make_cnn(0).layers for leaf in layer.leaves() if leaf.param_names]
-    theirs = [layer.weight.std().item() for layer in train_cifar.make_model("cnn") if hasattr(layer, "weight")]
+    ours = [
+        leaf.W.std() for layer in make_cnn(0).layers for leaf in layer.leaves() if leaf.param_names
+    ]
+    theirs = [
+        layer.weight.std().item()
+        for layer in train_cifar.make_model("cnn")
+        if hasattr(layer, "weight")
+    ]
     assert theirs == pytest.approx(ours, rel=0.1)
 
 
 def test_resnet50_begins_with_blocks_that_pass_their_input_on():
     """Each block adds nothing to its shortcut at first: Goyal et al., 2017, §5.1."""
-    scales = [p for name, p in train_cifar.make_model("resnet50").named_parameters() if name.endswith("bn3.weight")]
+    scales = [
+        p
+        for name, p in train_cifar.make_model("resnet50").named_parameters()
+        if name.endswith("bn3.weight")
+    ]
     assert len(scales) == 16
     assert not any(p.any() for p in scales)
 
@@ -88,7 +98,9 @@ def test_step_is_the_plain_pytorch_step():
     ours = train_cifar.make_model("resnet18").to(memory_format=torch.channels_last).double()
     plain = train_cifar.make_model("resnet18").double()
     plain.load_state_dict(ours.state_dict())
-    args = train_cifar.parse_args(["--lr", "0.01", "--weight-decay", "0.001", "--subset", "8", "--device", "cpu"])
+    args = train_cifar.parse_args(
+        ["--lr", "0.01", "--weight-decay", "0.001", "--subset", "8", "--device", "cpu"]
+    )
     optimizer = train_cifar.make_torch_optimizer(ours, args)
     reference = torch.optim.SGD(plain.parameters(), 0.01, 0.9, weight_decay=0.001)
     for _ in range(3):
@@ -97,7 +109,9 @@ def test_step_is_the_plain_pytorch_step():
         expected = F.cross_entropy(plain(x.double().contiguous()), y)
         expected.backward()
         reference.step()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # ours takes the loss in float32
+        assert loss.item() == pytest.approx(
+            expected.item(), rel=1e-6
+        )  # ours takes the loss in float32
         assert phases["forward"] > 0
         assert phases["backward"] > 0
         assert logits.shape == (8, 10)
@@ -114,7 +128,9 @@ def test_evaluation_leaves_the_model_as_it_was():
     images, labels, *_ = make_synthetic(20)
     model = train_cifar.make_model("resnet18")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss, top1, top5, loading = train_cifar.evaluate(model, train_cifar.Arrays(images, labels), SETUP, batch_size=8)
+    loss, top1, top5, loading = train_cifar.evaluate(
+        model, train_cifar.Arrays(images, labels), SETUP, batch_size=8
+    )
     assert model.training
     assert 0 <= top1 <= top5 <= 1
     assert loss > 0
@@ -154,7 +170,9 @@ def test_run_writes_log_sidecar_and_table(run_script, tmp_path):
     train = rows[3]
     assert float(train["images_per_s"]) == pytest.approx(48 / float(train["duration"]), rel=1e-4)
     assert 0 <= float(train["value1"]) <= float(train["value2"]) <= 1  # top-1 and top-5
-    assert float(train["loading"]) + float(train["forward"]) + float(train["backward"]) <= float(train["duration"])
+    assert float(train["loading"]) + float(train["forward"]) + float(train["backward"]) <= float(
+        train["duration"]
+    )
     sidecar = json.loads((tmp_path / "results/train_cifar.json").read_text())
     assert sidecar["status"] == "done"
     assert sidecar["device"] == "cpu"
@@ -164,7 +182,11 @@ def test_run_writes_log_sidecar_and_table(run_script, tmp_path):
 
 def test_cpu_default_is_small_and_says_so():
     """With neither --epochs nor --subset a CPU takes 5,000 images and 2 epochs, and the full command is printed."""
-    command = [sys.executable, "-c", "import train_cifar; print(vars(train_cifar.parse_args(['--device', 'cpu'])))"]
+    command = [
+        sys.executable,
+        "-c",
+        "import train_cifar; print(vars(train_cifar.parse_args(['--device', 'cpu'])))",
+    ]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
     assert "5,000 images and 2 epochs" in done.stdout
     assert "the same with --epochs 10" in done.stdout
@@ -174,10 +196,14 @@ def test_cpu_default_is_small_and_says_so():
     assert (args.epochs, args.subset) == (3, None)
 
 
-@pytest.mark.parametrize("options", [
-    ("--schedule", "one-cycle", "--nesterov", "--label-smoothing", 0.1, "--workers", 2),
-    ("--optimizer", "adam", "--amp", "bf16", "--workers", 0),
-], ids=["sgd", "adam-bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--schedule", "one-cycle", "--nesterov", "--label-smoothing", 0.1, "--workers", 2),
+        ("--optimizer", "adam", "--amp", "bf16", "--workers", 0),
+    ],
+    ids=["sgd", "adam-bf16"],
+)
 def test_interrupted_run_resumes_bit_for_bit(run_script, tmp_path, options):
     """SIGINT in the first epoch, then --resume: parameters, running statistics and optimizer of an unbroken run."""
     # one thread: two that wait for each other take minutes where other processes have the cores
@@ -223,10 +249,14 @@ def test_bad_input_is_one_line(run_script, tmp_path, options, message):
 
 
 def test_loss_that_explodes_stops_the_run(run_script, tmp_path):
-    done = run_script("train_cifar.py", *TINY, "--epochs", 5, "--lr", 1e12, "--amp", "off", status=1)
+    done = run_script(
+        "train_cifar.py", *TINY, "--epochs", 5, "--lr", 1e12, "--amp", "off", status=1
+    )
     assert done.stderr.startswith("error: the loss is ")
     assert "step" in done.stderr
-    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["status"].startswith("failed")
+    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["status"].startswith(
+        "failed"
+    )
 
 
 # -- augmentation and sources ------------------------------------------------------------------------------------------
@@ -235,22 +265,26 @@ def test_loss_that_explodes_stops_the_run(run_script, tmp_path):
 def plain_augment(image, draw):
     """One image, step by step: pad, crop, flip."""
     flip, dy, dx = draw // 81, draw // 9 % 9, draw % 9
-    crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[dy:dy + 32, dx:dx + 32]
+    crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[dy : dy + 32, dx : dx + 32]
     return crop[:, ::-1] if flip else crop
 
 
 def test_augmentation_is_crop_and_flip():
     """All 162 draws against the plain form, in NumPy and in the PyTorch form that a GPU runs."""
     images, draws = make_synthetic(162)[0], np.arange(162, dtype=np.uint8)
-    expected = np.stack([plain_augment(image, int(draw)) for image, draw in zip(images, draws, strict=True)])
+    expected = np.stack(
+        [plain_augment(image, int(draw)) for image, draw in zip(images, draws, strict=True)]
+    )
     np.testing.assert_array_equal(train_cifar.augment(images, draws), expected)
     ours = train_cifar.augment_tensor(torch.from_numpy(images), torch.from_numpy(draws))
     np.testing.assert_array_equal(ours.numpy(), expected)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
-    draws = [train_cifar.draw_augmentation(n, seed, epoch) for n, seed, epoch in
-             ((50_000, 1, 1), (1000, 1, 1), (1000, 1, 2), (1000, 2, 1))]  # fmt: skip
+    draws = [
+        train_cifar.draw_augmentation(n, seed, epoch)
+        for n, seed, epoch in ((50_000, 1, 1), (1000, 1, 1), (1000, 1, 2), (1000, 2, 1))
+    ]
     np.testing.assert_array_equal(draws[0][:1000], draws[1])  # not of the size of the set
     assert (draws[1] != draws[2]).mean() > 0.9
     assert (draws[1] != draws[3]).mean() > 0.9
@@ -264,7 +298,10 @@ def test_batches_for_a_gpu_are_those_for_a_cpu():
     images, labels, *_ = make_synthetic(50)
     index, draws = np.arange(40)[::-1].copy(), train_cifar.draw_augmentation(50, 1, 1)
     x, y = load(images, labels, index, draws)
-    for source in (train_cifar.Arrays(images, labels), train_cifar.OnDevice(train_cifar.Arrays(images, labels), CPU)):
+    for source in (
+        train_cifar.Arrays(images, labels),
+        train_cifar.OnDevice(train_cifar.Arrays(images, labels), CPU),
+    ):
         batch = train_cifar.make_batch(source, draws, torch.device("cuda"), index)
         assert batch[0].dtype in (np.uint8, torch.uint8)
         other_x, other_y = train_cifar.finish_batch(*batch, CPU)
@@ -299,7 +336,9 @@ def test_class_folders_alternate(tmp_path):
 
 
 def test_jpeg_and_grey_pictures(tmp_path):
-    pixels = np.repeat(np.arange(0, 256, 8, np.uint8)[:, None, None] * np.ones((1, 32, 1), np.uint8), 3, axis=2)
+    pixels = np.repeat(
+        np.arange(0, 256, 8, np.uint8)[:, None, None] * np.ones((1, 32, 1), np.uint8), 3, axis=2
+    )
     save(tmp_path / "0_3.jpg", pixels, quality=95)
     save(tmp_path / "1_4.png", pixels[..., 0])
     found, labels = train_cifar.Folder(tmp_path).read(np.arange(2))
@@ -325,13 +364,20 @@ def unequal(folder):
         save(folder / place / "0.png", np.zeros((32, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (empty, "no pictures there"), (unnamed, "cat.png"), (eleven, "over 9"),
-    (unequal, "train/ has the classes bird, cat, test/ cat"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (empty, "no pictures there"),
+        (unnamed, "cat.png"),
+        (eleven, "over 9"),
+        (unequal, "train/ has the classes bird, cat, test/ cat"),
+    ],
+)
 def test_bad_folder_is_one_line(run_script, tmp_path, make, words):
     make(tmp_path)
-    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, status=2)
+    done = run_script(
+        "train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, status=2
+    )
     assert_one_error_line(done.stderr)
     assert words in done.stderr
 
@@ -339,10 +385,22 @@ def test_bad_folder_is_one_line(run_script, tmp_path, make, words):
 def test_subset_larger_than_the_folder(run_script, tmp_path):
     for split in ("train", "test"):
         save(tmp_path / split / "0_1.png", make_synthetic(1)[0][0])
-    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--subset", 9, status=2)
+    done = run_script(
+        "train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--subset", 9, status=2
+    )
     assert_one_error_line(done.stderr)
     assert "there are 1 training images" in done.stderr
-    run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--model", "cnn", "--device", "cpu")
+    run_script(
+        "train_cifar.py",
+        "--source",
+        "disk",
+        "--data-dir",
+        tmp_path,
+        "--model",
+        "cnn",
+        "--device",
+        "cpu",
+    )
     assert json.loads((tmp_path / "results/train_cifar.json").read_text())["train_images"] == 1
 
 
@@ -365,15 +423,30 @@ def large(path):
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(truncated, "decoded"), (foreign, "decoded"), (missing, "cannot be read"), (large, "48x64 pixels")],
+    [
+        (truncated, "decoded"),
+        (foreign, "decoded"),
+        (missing, "cannot be read"),
+        (large, "48x64 pixels"),
+    ],
 )
 def test_picture_that_cannot_be_used_is_named(run_script, tmp_path, damage, words):
     for i in range(4):
         for split in ("train", "test"):
             save(tmp_path / split / f"{i}_{i}.png", make_synthetic(4)[0][i])
     damage(tmp_path / "train/2_2.png")
-    done = run_script("train_cifar.py", "--source", "disk", "--data-dir", tmp_path, "--epochs", 1, "--model", "cnn",
-                      status=1)  # fmt: skip
+    done = run_script(
+        "train_cifar.py",
+        "--source",
+        "disk",
+        "--data-dir",
+        tmp_path,
+        "--epochs",
+        1,
+        "--model",
+        "cnn",
+        status=1,
+    )
     assert_one_error_line(done.stderr)
     assert "train/2_2.png" in done.stderr
     assert words in done.stderr
@@ -389,10 +462,14 @@ def options(*words):
 def test_one_cycle_is_that_of_pytorch():
     args, steps = options("--schedule", "one-cycle", "--lr", 0.4), 200
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=steps + 1, cycle_momentum=False)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.4, total_steps=steps + 1, cycle_momentum=False
+    )
     for step in range(steps + 1):
         ours = train_cifar.learning_rate(args, step / steps)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=0.08, abs=1e-4)  # its phases end on whole steps
+        assert ours == pytest.approx(
+            theirs.get_last_lr()[0], rel=0.08, abs=1e-4
+        )  # its phases end on whole steps
         if step < steps:
             optimizer.step()
             theirs.step()
@@ -403,7 +480,9 @@ def test_cosine_and_warm_up():
     rates = [train_cifar.learning_rate(args, part) for part in (0, 0.1, 0.2, 0.6, 1)]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
     assert train_cifar.learning_rate(options("--lr", 0.4), 0.7) == 0.4
-    assert train_cifar.learning_rate(options("--lr", 0.4, "--warmup", 0.5), 0.25) == pytest.approx(0.2)
+    assert train_cifar.learning_rate(options("--lr", 0.4, "--warmup", 0.5), 0.25) == pytest.approx(
+        0.2
+    )
 
 
 def test_label_smoothing_nesterov_and_weight_reach_pytorch():
@@ -443,13 +522,31 @@ def test_accuracy_ends_the_run_and_tells_the_time(run_script, tmp_path):
     seconds = sum(float(row["duration"]) for row in rows if row["type"] == "0")
     assert sidecar["totals"]["seconds_to_accuracy"] == pytest.approx(seconds, rel=1e-3)
     run_script("train_cifar.py", *TINY, "--epochs", epochs, "--accuracy", 0.01)  # in the last one
-    assert "seconds_to_accuracy" in json.loads((tmp_path / "results/train_cifar.json").read_text())["totals"]
+    assert (
+        "seconds_to_accuracy"
+        in json.loads((tmp_path / "results/train_cifar.json").read_text())["totals"]
+    )
 
 
 def test_seeds_are_runs_of_their_own(run_script, tmp_path):
-    done = run_script("train_cifar.py", *TINY, "--epochs", 1, "--seeds", 3, "--seed", 5, "--checkpoint", "w.ckpt.npz")
-    summary = json.loads((tmp_path / "results/train_cifar_seeds.json").read_text())["final_accuracy"]
-    sidecars = [json.loads((tmp_path / f"results/train_cifar_seed{s}.json").read_text()) for s in (5, 6, 7)]
+    done = run_script(
+        "train_cifar.py",
+        *TINY,
+        "--epochs",
+        1,
+        "--seeds",
+        3,
+        "--seed",
+        5,
+        "--checkpoint",
+        "w.ckpt.npz",
+    )
+    summary = json.loads((tmp_path / "results/train_cifar_seeds.json").read_text())[
+        "final_accuracy"
+    ]
+    sidecars = [
+        json.loads((tmp_path / f"results/train_cifar_seed{s}.json").read_text()) for s in (5, 6, 7)
+    ]
     values = [sidecar["totals"]["final_accuracy"] for sidecar in sidecars]
     assert summary["values"] == values
     assert summary["mean"] == pytest.approx(np.mean(values))
@@ -461,8 +558,21 @@ def test_seeds_are_runs_of_their_own(run_script, tmp_path):
 
 
 def test_synthetic_batch_waits_for_nothing(run_script, tmp_path):
-    run_script("train_cifar.py", "--source", "synthetic-batch", "--model", "cnn", "--subset", 200, "--batch-size", 32,
-               "--epochs", 1, "--threads", 1)  # fmt: skip
+    run_script(
+        "train_cifar.py",
+        "--source",
+        "synthetic-batch",
+        "--model",
+        "cnn",
+        "--subset",
+        200,
+        "--batch-size",
+        32,
+        "--epochs",
+        1,
+        "--threads",
+        1,
+    )
     rows = list(csv.DictReader(open(tmp_path / "results/train_cifar.csv")))
     assert [row["type"] for row in rows] == ["2"] * 7 + ["0", "1"]
     assert rows[6]["value1"] == rows[6]["value2"] == "7"
@@ -494,8 +604,23 @@ def test_compile_trains_like_eager(run_script, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_gpu_learns_and_logs_its_use(run_script, tmp_path, amp):
-    run_script("train_cifar.py", "--dataset", "synthetic", "--subset", 5000, "--epochs", 3, "--model", "resnet18",
-               "--device", "cuda", "--amp", amp, "--lr", 0.02)  # fmt: skip
+    run_script(
+        "train_cifar.py",
+        "--dataset",
+        "synthetic",
+        "--subset",
+        5000,
+        "--epochs",
+        3,
+        "--model",
+        "resnet18",
+        "--device",
+        "cuda",
+        "--amp",
+        amp,
+        "--lr",
+        0.02,
+    )
     sidecar = json.loads((tmp_path / "results/train_cifar.json").read_text())
     assert sidecar["totals"]["best_accuracy"] > 0.3
     assert sidecar["totals"]["peak_gpu_allocated_mb"] > 0

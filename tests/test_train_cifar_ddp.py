@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from helpers import REPO, assert_gone, count_rows, pausing, read_log, read_npz, script_environment, wait_until
+from helpers import (
+    REPO,
+    assert_gone,
+    count_rows,
+    pausing,
+    read_log,
+    read_npz,
+    script_environment,
+    wait_until,
+)
 
 from train_cifar import World, global_batches, parse_args
 
@@ -18,11 +27,24 @@ TINY = ("--model", "cnn", "--dataset", "synthetic", "--amp", "off", "--lr", 0.00
 
 
 def start_processes(folder, n, *options, script=REPO / "train_cifar.py"):
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", n,
-               script, *TINY, *options]  # fmt: skip
+    command = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc-per-node",
+        n,
+        script,
+        *TINY,
+        *options,
+    ]
     env = script_environment(CIFAR10_DIR=folder, XDG_CACHE_HOME=folder)
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def torchrun(folder, n, *options, status=0):
@@ -84,7 +106,9 @@ def test_interrupted_processes_resume(tmp_path):
     broken.mkdir()
     common = ("--subset", 320, "--epochs", 2, "--batch-size", 16, "--checkpoint", "run.npz")
     torchrun(whole, 2, *common)
-    process = start_processes(broken, 2, *common, script=pausing(broken, "train_cifar.py", epoch=1, batch=3))
+    process = start_processes(
+        broken, 2, *common, script=pausing(broken, "train_cifar.py", epoch=1, batch=3)
+    )
     log = broken / "results/train_cifar.csv"
     wait_until(process, lambda: count_rows(log) >= 3)
     process.send_signal(signal.SIGTERM)
@@ -93,7 +117,10 @@ def test_interrupted_processes_resume(tmp_path):
     assert "interrupted by SIGTERM" in out + err
     assert count_rows(log) < 10
     torchrun(broken, 2, *common, "--resume")
-    assert read_npz(broken / "run.npz")["params"].tobytes() == read_npz(whole / "run.npz")["params"].tobytes()
+    assert (
+        read_npz(broken / "run.npz")["params"].tobytes()
+        == read_npz(whole / "run.npz")["params"].tobytes()
+    )
     assert len(read_log(log)) == len(read_log(whole / "results/train_cifar.csv"))
 
 
@@ -101,7 +128,9 @@ def test_a_process_that_dies_ends_all(tmp_path):
     process = start_processes(tmp_path, 2, "--subset", 2000, "--epochs", 50, "--batch-size", 16)
     wait_until(process, lambda: count_rows(tmp_path / "results/train_cifar.csv") >= 3)
     family = psutil.Process(process.pid).children(recursive=True)
-    ranks = {p.environ().get("RANK"): p for p in family if "train_cifar.py" in " ".join(p.cmdline())}
+    ranks = {
+        p.environ().get("RANK"): p for p in family if "train_cifar.py" in " ".join(p.cmdline())
+    }
     os.kill(ranks["1"].pid, signal.SIGKILL)
     process.communicate(timeout=180)
     assert process.returncode != 0
@@ -109,7 +138,9 @@ def test_a_process_that_dies_ends_all(tmp_path):
 
 
 def test_bad_input_is_said_once(tmp_path):
-    _, err = torchrun(tmp_path, 2, "--source", "disk", "--data-dir", "none", "--epochs", 1, status=1)
+    _, err = torchrun(
+        tmp_path, 2, "--source", "disk", "--data-dir", "none", "--epochs", 1, status=1
+    )
     assert err.count("error: ") >= 1
     assert err.count("no pictures there") == 1
     assert not (tmp_path / "results").exists()

@@ -35,7 +35,17 @@ from helpers import (
 import s3_server
 import train_cifar
 from common import InputError, make_synthetic
-from train_cifar import AHEAD, Arrays, Bucket, Entry, Folder, Loader, LoadingError, S3Pictures, S3Shards
+from train_cifar import (
+    AHEAD,
+    Arrays,
+    Bucket,
+    Entry,
+    Folder,
+    Loader,
+    LoadingError,
+    S3Pictures,
+    S3Shards,
+)
 
 N, SHARD = 300, 32  # images in the bucket, and in each of its shards
 CPU = torch.device("cpu")
@@ -48,7 +58,9 @@ HELD = []
 def free_port():
     """A port where nobody listens, and nobody but our own servers will: a bound socket keeps it until the tests end."""
     HELD.append(socket.socket())
-    HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, which may then listen there
+    HELD[-1].setsockopt(
+        socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+    )  # as servers do, which may then listen there
     HELD[-1].bind(("127.0.0.1", 0))
     return HELD[-1].getsockname()[1]
 
@@ -58,8 +70,10 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
-        self.env = {"AWS_SHARED_CREDENTIALS_FILE": str(folder / "s3/credentials"),
-                    "AWS_CONFIG_FILE": str(folder / "s3/config")}  # fmt: skip
+        self.env = {
+            "AWS_SHARED_CREDENTIALS_FILE": str(folder / "s3/credentials"),
+            "AWS_CONFIG_FILE": str(folder / "s3/config"),
+        }
 
     def __enter__(self):
         self.process = start(self.folder, "s3_server.py", "--dir", "s3", "--port", self.port)
@@ -77,8 +91,12 @@ def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("s3")) as server:
         code = f"import train_cifar as t; t.SHARD_IMAGES = {SHARD}; t.main()"
         options = ["--export", "s3://cifar10/data", "--dataset", "synthetic", "--subset", str(N)]
-        subprocess.run([sys.executable, "-c", code, *options], cwd=server.folder, check=True,
-                       env=script_environment(PYTHONPATH=REPO, **server.env))  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", code, *options],
+            cwd=server.folder,
+            check=True,
+            env=script_environment(PYTHONPATH=REPO, **server.env),
+        )
         yield server
 
 
@@ -107,7 +125,9 @@ class Proxy(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", own_port), Handler)
         self.target, self.fault, self.requests = port, fault, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def handle_error(self, *_):
         pass  # clients that hang up are part of the tests
@@ -140,8 +160,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "alter":
             data = data[:-1] + bytes([data[-1] ^ 1])
         if fault == "shorten":
-            data = data[:len(data) // 2]
-        self.answer(response.status, dict(response.getheaders()), data, truncate=fault == "truncate")
+            data = data[: len(data) // 2]
+        self.answer(
+            response.status, dict(response.getheaders()), data, truncate=fault == "truncate"
+        )
 
     def ask(self, body):
         """The server's answer. It may hang up on a new connection under load, which is no fault of a test's making."""
@@ -169,7 +191,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", length)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[:len(data) // 2] if truncate else data)
+            self.wfile.write(data[: len(data) // 2] if truncate else data)
         self.close_connection = self.close_connection or truncate
 
     def log_message(self, *_):
@@ -189,14 +211,16 @@ def pictures(proxy=None, patience=5.0, n=N):
 def shards(proxy=None, n=N, **options):
     bucket = Bucket("s3://cifar10/data", proxy and proxy.url, 5.0)
     manifest = bucket.manifest()
-    return S3Shards(bucket, manifest["train_shards"], train_cifar.labels_of(manifest["train"][:n]), **options)
+    return S3Shards(
+        bucket, manifest["train_shards"], train_cifar.labels_of(manifest["train"][:n]), **options
+    )
 
 
 def epoch(source, workers, seed=1, number=2, size=16):
     """All batches of an epoch as training gets them."""
     order = source.order(seed, number)
     draws = train_cifar.draw_augmentation(len(source.labels), seed, number)
-    batches = [order[start:start + size] for start in range(0, len(order), size)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     return list(Loader(workers).batches(source, batches, draws, CPU))
 
 
@@ -211,7 +235,9 @@ def assert_equal_batches(ours, theirs):
 def test_every_source_gives_the_same_batches(aws, tmp_path, workers):
     """From memory, disk and S3, picture by picture and downloaded: same samples, order, augmentation, any workers."""
     reference = epoch(images(), 0)
-    train_cifar.main(["--export", str(tmp_path), "--dataset", "synthetic", "--subset", str(N), "--quiet"])
+    train_cifar.main(
+        ["--export", str(tmp_path), "--dataset", "synthetic", "--subset", str(N), "--quiet"]
+    )
     downloaded, fetched = train_cifar.download(shards(), Loader(workers))
     assert fetched[3] == N
     for source in (images(), Folder(tmp_path / "train"), pictures(), downloaded):
@@ -230,10 +256,13 @@ def test_shards_hold_each_image_once(aws, n):
 
 
 def test_shards_are_shuffled_by_seed_and_epoch_alone(aws):
-    orders = [shards(readers=r).order(seed, e).tolist() for r, seed, e in [(0, 1, 1), (2, 1, 1), (0, 1, 2), (0, 2, 1)]]
+    orders = [
+        shards(readers=r).order(seed, e).tolist()
+        for r, seed, e in [(0, 1, 1), (2, 1, 1), (0, 1, 2), (0, 2, 1)]
+    ]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
-    mixed = np.array(orders[0][:2 * SHARD]) // SHARD  # the first two shards, mixed
+    mixed = np.array(orders[0][: 2 * SHARD]) // SHARD  # the first two shards, mixed
     assert len(set(mixed)) == 2
     assert len(set(mixed[:SHARD])) == 2
     assert_equal_batches(epoch(shards(), 0), epoch(shards(readers=3), 3))
@@ -245,7 +274,7 @@ def test_memory_holds_few_shards(aws):
         source = shards(proxy, readers=1)
         order = source.order(1, 1)
         for start in range(0, N, 10):
-            source.read(order[start:start + 10])
+            source.read(order[start : start + 10])
             assert len(source._kept) <= train_cifar.KEPT_SHARDS < N // SHARD
         gets = [path for _, path in proxy.requests if path.endswith(".bin")]
     assert sorted(gets) == [f"/cifar10/data/train-shards/{s:02}.bin" for s in range(-(-N // SHARD))]
@@ -293,7 +322,9 @@ def test_loader_asks_whether_to_go_on_waiting():
 
 def test_each_worker_has_a_client_of_its_own(aws, monkeypatch):
     made, connect = [], Bucket.connect
-    monkeypatch.setattr(Bucket, "connect", lambda b: made.append(threading.get_ident()) or connect(b))
+    monkeypatch.setattr(
+        Bucket, "connect", lambda b: made.append(threading.get_ident()) or connect(b)
+    )
     source = pictures()
     made.clear()
     barrier = threading.Barrier(2)  # so that both workers take part
@@ -303,7 +334,9 @@ def test_each_worker_has_a_client_of_its_own(aws, monkeypatch):
 
 def test_images_keep_their_labels_whatever_arrives_first(aws):
     """Delays that depend on the name shuffle the answers."""
-    with Proxy(aws.port, lambda _, path, __: ("wait", zlib.crc32(path.encode()) % 40 / 1000)) as proxy:
+    with Proxy(
+        aws.port, lambda _, path, __: ("wait", zlib.crc32(path.encode()) % 40 / 1000)
+    ) as proxy:
         source, expected = pictures(proxy), images()
         order = source.order(5, 1)[:128]
         found, labels = zip(*Loader(2).run(source.read, np.split(order, 4)), strict=True)
@@ -320,21 +353,32 @@ def test_images_keep_their_labels_whatever_arrives_first(aws):
 def test_a_fault_that_passes_is_survived(aws, fault):
     """The first two answers for one picture are wrong, or never come."""
     bad = "/cifar10/data/train/00003_"
-    with Proxy(aws.port, lambda _, path, before: fault if path.startswith(bad) and before < 2 else None) as proxy:
+    with Proxy(
+        aws.port, lambda _, path, before: fault if path.startswith(bad) and before < 2 else None
+    ) as proxy:
         source = pictures(proxy, patience=20.0, n=8)
         if fault == "hang":
             source.bucket.timeout = 1.0  # seconds of silence
         found, _ = source.read(np.arange(8))
         asked = sum(path.startswith(bad) for _, path in proxy.requests)
-    assert asked == 3 or (asked > 3 and fault == "hang")  # a slow machine may be silent for a second by itself
+    assert asked == 3 or (
+        asked > 3 and fault == "hang"
+    )  # a slow machine may be silent for a second by itself
     np.testing.assert_array_equal(found, images().images[:8])
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(500, "500 Internal Server Error"), (503, "503 Service Unavailable (SlowDown)"), (403, "403 Forbidden"),
-     ("close", ""), ("truncate", ""), ("shorten", "bytes arrived instead of"), ("alter", "its checksum is wrong")],
-)  # fmt: skip
+    [
+        (500, "500 Internal Server Error"),
+        (503, "503 Service Unavailable (SlowDown)"),
+        (403, "403 Forbidden"),
+        ("close", ""),
+        ("truncate", ""),
+        ("shorten", "bytes arrived instead of"),
+        ("alter", "its checksum is wrong"),
+    ],
+)
 def test_a_fault_that_stays_ends_with_the_object_and_the_endpoint(aws, monkeypatch, fault, reason):
     """The clock tells the pauses alone: so the number of attempts does not depend on the speed of the machine."""
     with Proxy(aws.port, lambda _, path, __: fault if "/train/00003_" in path else None) as proxy:
@@ -372,20 +416,30 @@ def test_pauses_grow_and_vary(aws, monkeypatch):
 
 
 def test_a_shard_that_is_altered_is_fetched_again(aws):
-    with Proxy(aws.port, lambda _, path, before: "alter" if path.endswith("00.bin") and not before else None) as proxy:
+    with Proxy(
+        aws.port,
+        lambda _, path, before: "alter" if path.endswith("00.bin") and not before else None,
+    ) as proxy:
         np.testing.assert_array_equal(shards(proxy).read(np.arange(10))[0], images().images[:10])
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(aws):
     """Garbage that arrives as it was stored."""
     bucket = Bucket("s3://cifar10/garbage")
-    entry = train_cifar.put_object(bucket.connect(), bucket.retry, {}, ("train/00000_1.png", b"no picture", 1))
-    with pytest.raises(LoadingError, match=r"s3://cifar10/garbage/train/00000_1\.png at http://\S+ cannot be decoded"):
+    entry = train_cifar.put_object(
+        bucket.connect(), bucket.retry, {}, ("train/00000_1.png", b"no picture", 1)
+    )
+    with pytest.raises(
+        LoadingError,
+        match=r"s3://cifar10/garbage/train/00000_1\.png at http://\S+ cannot be decoded",
+    ):
         S3Pictures(bucket, [entry]).read(np.array([0]))
 
 
 def test_a_damaged_manifest_is_not_used(aws):
-    with Proxy(aws.port, lambda _, path, __: "alter" if path.endswith("manifest.json") else None) as proxy:
+    with Proxy(
+        aws.port, lambda _, path, __: "alter" if path.endswith("manifest.json") else None
+    ) as proxy:
         with pytest.raises(LoadingError, match=r"manifest\.json at .* damaged"):
             Bucket("s3://cifar10/data", proxy.url).manifest()
 
@@ -393,13 +447,17 @@ def test_a_damaged_manifest_is_not_used(aws):
 def test_shard_with_other_contents_than_the_manifest_says(aws):
     bucket = Bucket("s3://cifar10/garbage")
     for data, images_in in ((bytes(train_cifar.RECORD), 2), (b"\x0b" * train_cifar.RECORD, 1)):
-        entry = train_cifar.put_object(bucket.connect(), bucket.retry, {}, ("s.bin", data, images_in))
+        entry = train_cifar.put_object(
+            bucket.connect(), bucket.retry, {}, ("s.bin", data, images_in)
+        )
         with pytest.raises(LoadingError, match="labels up to 9"):
             S3Shards(bucket, [entry], np.zeros(1, np.uint8)).read(np.array([0]))
 
 
 def test_entry_is_checked_against_the_manifest():
-    entry = Entry("x", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", 1)  # of "abc", FIPS 180-2
+    entry = Entry(
+        "x", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", 1
+    )  # of "abc", FIPS 180-2
     train_cifar.check(entry, b"abc")
     for data, words in ((b"ab", "2 bytes"), (b"abcd", "4 bytes"), (b"abd", "checksum")):
         with pytest.raises(train_cifar.Damaged, match=words):
@@ -410,7 +468,9 @@ def test_entry_is_checked_against_the_manifest():
 
 
 def bad_key(tmp_path):
-    (tmp_path / "wrong").write_text("[default]\naws_access_key_id = somebody\naws_secret_access_key = notsecret12345\n")
+    (tmp_path / "wrong").write_text(
+        "[default]\naws_access_key_id = somebody\naws_secret_access_key = notsecret12345\n"
+    )
     return {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / "wrong"}
 
 
@@ -418,18 +478,30 @@ def bad_key(tmp_path):
     ("source", "change", "words"),
     [
         ("s3://cifar10/data", bad_key, "403 Forbidden (InvalidAccessKeyId)"),
-        ("s3://cifar10/data", lambda _: {"AWS_SHARED_CREDENTIALS_FILE": "nowhere", "AWS_EC2_METADATA_DISABLED": "true"},
-         "no credentials"),
+        (
+            "s3://cifar10/data",
+            lambda _: {
+                "AWS_SHARED_CREDENTIALS_FILE": "nowhere",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            },
+            "no credentials",
+        ),
         ("s3://no-such-bucket/data", None, "404 Not Found (NoSuchBucket)"),
         ("s3://cifar10/no-such-prefix", None, "404 Not Found (NoSuchKey)"),
-        ("s3://cifar10/data", lambda _: {"AWS_PROFILE": "nobody"}, "The config profile (nobody) could not be found"),
+        (
+            "s3://cifar10/data",
+            lambda _: {"AWS_PROFILE": "nobody"},
+            "The config profile (nobody) could not be found",
+        ),
         ("s3://Cifar", None, "not of the form s3://bucket/prefix"),
         ("somewhere", None, "--source somewhere"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(server, run_script, tmp_path, source, change, words):
     env = {**server.env, **(change(tmp_path) if change else {})}
-    done = run_script("train_cifar.py", "--source", source, *TINY, "--retry-seconds", 5, env=env, status=2)
+    done = run_script(
+        "train_cifar.py", "--source", source, *TINY, "--retry-seconds", 5, env=env, status=2
+    )
     assert_one_error_line(done.stderr)
     assert words in done.stderr
     assert "notsecret12345" not in done.stderr
@@ -438,17 +510,42 @@ def test_bad_input_is_one_line(server, run_script, tmp_path, source, change, wor
 
 def test_a_server_that_never_answers(server, run_script, tmp_path):
     url = f"http://127.0.0.1:{free_port()}"
-    done = run_script("train_cifar.py", "--source", "s3://cifar10/data", "--endpoint-url", url, *TINY,
-                      "--retry-seconds", 1, env=server.env, status=1)  # fmt: skip
+    done = run_script(
+        "train_cifar.py",
+        "--source",
+        "s3://cifar10/data",
+        "--endpoint-url",
+        url,
+        *TINY,
+        "--retry-seconds",
+        1,
+        env=server.env,
+        status=1,
+    )
     assert_one_error_line(done.stderr)
     assert "Connection refused" in done.stderr
     assert f"s3://cifar10/data/manifest.json at {url}" in done.stderr
 
 
 def run_cnn(folder, *options, env=None):
-    command = [sys.executable, REPO / "train_cifar.py", *TINY, "--epochs", 2, "--checkpoint", "run.npz", *options]
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=script_environment(**(env or {})),
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    command = [
+        sys.executable,
+        REPO / "train_cifar.py",
+        *TINY,
+        "--epochs",
+        2,
+        "--checkpoint",
+        "run.npz",
+        *options,
+    ]
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        env=script_environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     return read_npz(folder / "run.npz")["params"]
 
@@ -458,9 +555,29 @@ def test_training_survives_an_outage_with_the_same_weights(server, tmp_path):
     (tmp_path / "memory").mkdir()
     expected = run_cnn(tmp_path / "memory", "--dataset", "synthetic")
     port = free_port()
-    options = ("--source", "s3://cifar10/data", "--s3-mode", "stream", "--endpoint-url", f"http://127.0.0.1:{port}")
-    process = start(tmp_path, "train_cifar.py", *TINY, "--epochs", 2, "--checkpoint", "run.npz", *options, "--workers",
-                    1, "--retry-seconds", 60, env=server.env)  # fmt: skip
+    options = (
+        "--source",
+        "s3://cifar10/data",
+        "--s3-mode",
+        "stream",
+        "--endpoint-url",
+        f"http://127.0.0.1:{port}",
+    )
+    process = start(
+        tmp_path,
+        "train_cifar.py",
+        *TINY,
+        "--epochs",
+        2,
+        "--checkpoint",
+        "run.npz",
+        *options,
+        "--workers",
+        1,
+        "--retry-seconds",
+        60,
+        env=server.env,
+    )
     time.sleep(3)  # it asks in vain
     served = threading.Event()
 
@@ -487,20 +604,46 @@ def test_an_outage_too_long_leaves_a_checkpoint_to_resume_from(server, tmp_path)
         return 503 if sum(path.endswith(".png") for _, path in proxy.requests) > 200 else None
 
     with Proxy(server.port, fault) as proxy:
-        process = start(tmp_path, "train_cifar.py", *TINY, "--epochs", 2, "--checkpoint", "run.npz", *options,
-                        "--endpoint-url", proxy.url, "--retry-seconds", 5, env=server.env)  # fmt: skip
+        process = start(
+            tmp_path,
+            "train_cifar.py",
+            *TINY,
+            "--epochs",
+            2,
+            "--checkpoint",
+            "run.npz",
+            *options,
+            "--endpoint-url",
+            proxy.url,
+            "--retry-seconds",
+            5,
+            env=server.env,
+        )
         _, stderr = finish(process, status=1)
     assert_one_error_line(stderr)
     assert "503 Service Unavailable" in stderr
     assert "--resume" in stderr
-    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["status"].startswith("failed")
+    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["status"].startswith(
+        "failed"
+    )
     assert run_cnn(tmp_path, *options, "--resume", env=server.env).tobytes() == expected.tobytes()
 
 
 def test_ctrl_c_while_the_server_is_silent(server, tmp_path):
-    with Proxy(server.port, lambda _, path, __: ("wait", 3) if path.endswith(".png") else None) as proxy:
-        source = ("--source", "s3://cifar10/data", "--s3-mode", "stream", "--endpoint-url", proxy.url)
-        process = start(tmp_path, "train_cifar.py", *TINY, *source, "--checkpoint", "run.npz", env=server.env)
+    with Proxy(
+        server.port, lambda _, path, __: ("wait", 3) if path.endswith(".png") else None
+    ) as proxy:
+        source = (
+            "--source",
+            "s3://cifar10/data",
+            "--s3-mode",
+            "stream",
+            "--endpoint-url",
+            proxy.url,
+        )
+        process = start(
+            tmp_path, "train_cifar.py", *TINY, *source, "--checkpoint", "run.npz", env=server.env
+        )
         wait_until(process, lambda: any(path.endswith(".png") for _, path in proxy.requests))
         process.send_signal(signal.SIGINT)
         _, stderr = finish(process, status=130)
@@ -510,14 +653,25 @@ def test_ctrl_c_while_the_server_is_silent(server, tmp_path):
 
 @pytest.mark.parametrize("mode", ["download", "stream", "shards"])
 def test_log_of_a_training_from_s3(server, run_script, tmp_path, mode):
-    run_script("train_cifar.py", *TINY, "--epochs", 1, "--source", "s3://cifar10/data", "--s3-mode", mode,
-               env=server.env)  # fmt: skip
+    run_script(
+        "train_cifar.py",
+        *TINY,
+        "--epochs",
+        1,
+        "--source",
+        "s3://cifar10/data",
+        "--s3-mode",
+        mode,
+        env=server.env,
+    )
     rows = read_log(tmp_path / "results/train_cifar.csv")
     fetched = rows[:2] if mode == "download" else []
-    assert [(row["type"], row["epoch"], row["value1"]) for row in fetched] == [("10", "0", "96"), ("11", "0", "19")][
-        :len(fetched)]  # fmt: skip
+    assert [(row["type"], row["epoch"], row["value1"]) for row in fetched] == [
+        ("10", "0", "96"),
+        ("11", "0", "19"),
+    ][: len(fetched)]
     assert all(0 < float(row["loading"]) <= float(row["duration"]) for row in fetched)
-    assert [row["type"] for row in rows[len(fetched):]] == ["2"] * 6 + ["0", "1"]
+    assert [row["type"] for row in rows[len(fetched) :]] == ["2"] * 6 + ["0", "1"]
     sidecar = (tmp_path / "results/train_cifar.json").read_text()
     assert json.loads(sidecar)["dataset"] == "synthetic"
     secret = (server.folder / "s3/credentials").read_text().split()[-1]
@@ -526,8 +680,21 @@ def test_log_of_a_training_from_s3(server, run_script, tmp_path, mode):
 
 
 def test_load_only_measures_without_training(server, run_script, tmp_path):
-    done = run_script("train_cifar.py", "--load-only", "--epochs", 2, "--batch-size", 32, "--subset", 96, "--source",
-                      "s3://cifar10/data", "--s3-mode", "stream", env=server.env)  # fmt: skip
+    done = run_script(
+        "train_cifar.py",
+        "--load-only",
+        "--epochs",
+        2,
+        "--batch-size",
+        32,
+        "--subset",
+        96,
+        "--source",
+        "s3://cifar10/data",
+        "--s3-mode",
+        "stream",
+        env=server.env,
+    )
     assert "192 images loaded" in done.stdout
     rows = read_log(tmp_path / "results/train_cifar.csv")
     assert "".join(row["type"] for row in rows) == "22202220"
@@ -536,18 +703,24 @@ def test_load_only_measures_without_training(server, run_script, tmp_path):
         assert 0 < float(row["loading"]) <= float(row["duration"])
         assert row["loss"] == ""
     assert {row["value1"] for row in rows if row["type"] == "0"} == {""}
-    assert float(rows[3]["images_per_s"]) == pytest.approx(96 / float(rows[3]["duration"]), rel=1e-4)
+    assert float(rows[3]["images_per_s"]) == pytest.approx(
+        96 / float(rows[3]["duration"]), rel=1e-4
+    )
 
 
 def test_cache_spares_the_server_and_is_verified(aws, tmp_path):
     with Proxy(aws.port) as proxy:
         expected = shards(proxy, cache_dir=tmp_path).read(np.arange(N))[0]
         asked = len(proxy.requests)
-        np.testing.assert_array_equal(shards(proxy, cache_dir=tmp_path).read(np.arange(N))[0], expected)
+        np.testing.assert_array_equal(
+            shards(proxy, cache_dir=tmp_path).read(np.arange(N))[0], expected
+        )
         assert len(proxy.requests) == asked + 1  # the manifest
         first = sorted(tmp_path.iterdir())[0]
         first.write_bytes(first.read_bytes()[:-1] + b"?")
-        np.testing.assert_array_equal(shards(proxy, cache_dir=tmp_path).read(np.arange(N))[0], expected)
+        np.testing.assert_array_equal(
+            shards(proxy, cache_dir=tmp_path).read(np.arange(N))[0], expected
+        )
         assert len(proxy.requests) == asked + 3
     assert len(list(tmp_path.iterdir())) == -(-N // SHARD)
 
@@ -562,7 +735,9 @@ def test_an_export_goes_on_where_it_broke_off(aws):
     def put(fault):
         with Proxy(aws.port, fault) as proxy:
             try:
-                train_cifar.main(["--export", "s3://cifar10/parts", "--endpoint-url", proxy.url, *options])
+                train_cifar.main(
+                    ["--export", "s3://cifar10/parts", "--endpoint-url", proxy.url, *options]
+                )
             finally:
                 paths = {path for method, path in proxy.requests if method == "PUT"}
         return paths
@@ -582,10 +757,14 @@ def test_an_export_goes_on_where_it_broke_off(aws):
     present = set(train_cifar.list_objects(bucket.connect()))
     assert len(present) >= 45
     victim = sorted(present)[5]
-    obstore.put(bucket.connect(), victim, b"?" * train_cifar.list_objects(bucket.connect())[victim][0])
+    obstore.put(
+        bucket.connect(), victim, b"?" * train_cifar.list_objects(bucket.connect())[victim][0]
+    )
     second = put(lambda *_: None)
-    assert second == {f"/cifar10/parts/{key}" for key in set(train_cifar.list_objects(bucket.connect())) - present
-                      | {victim}}  # fmt: skip
+    assert second == {
+        f"/cifar10/parts/{key}"
+        for key in set(train_cifar.list_objects(bucket.connect())) - present | {victim}
+    }
     assert put(lambda *_: None) == {"/cifar10/parts/manifest.json"}
     assert len(bucket.manifest()["train"]) == 100
 
@@ -665,10 +844,24 @@ def test_a_port_in_use_is_an_error(server, run_script):
 
 def test_make_s3_server_serves_until_ctrl_c(tmp_path):
     """The data first, then the address and the environment for clients; Ctrl-C ends make, script and server."""
-    copy = shutil.copytree(REPO, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__*__", "data", "results"))
-    command = ["make", f"PYTHON={sys.executable}", "s3-server", "S3_DATA=--subset 40 --dataset synthetic"]
-    process = subprocess.Popen(command, cwd=copy, env=script_environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # fmt: skip
+    copy = shutil.copytree(
+        REPO, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__*__", "data", "results")
+    )
+    command = [
+        "make",
+        f"PYTHON={sys.executable}",
+        "s3-server",
+        "S3_DATA=--subset 40 --dataset synthetic",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=script_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
         said = ""
         for line in process.stdout:
@@ -688,8 +881,19 @@ def test_make_s3_server_serves_until_ctrl_c(tmp_path):
 def test_make_s3_upload_puts_pictures_and_shards_where_it_is_told(server):
     def upload(*variables):
         return subprocess.run(
-            ["make", f"PYTHON={sys.executable}", "s3-upload", "S3_DATA=--subset 40 --dataset synthetic", *variables],
-            cwd=REPO, env=script_environment(**server.env), capture_output=True, text=True, timeout=60)  # fmt: skip
+            [
+                "make",
+                f"PYTHON={sys.executable}",
+                "s3-upload",
+                "S3_DATA=--subset 40 --dataset synthetic",
+                *variables,
+            ],
+            cwd=REPO,
+            env=script_environment(**server.env),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     assert upload("TO=s3://cifar10/made").returncode == 0
     made = server.folder / "s3/buckets/cifar10/made"

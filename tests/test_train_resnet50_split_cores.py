@@ -46,15 +46,23 @@ def tiny_model():
     """A network with BatchNorm that takes a fraction of ResNet-50's time."""
     torch.manual_seed(1)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
-        torch.nn.Conv2d(16, 32, 3, stride=2), torch.nn.BatchNorm2d(32), torch.nn.ReLU(),
-        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(32, 10),
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+        torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 32, 3, stride=2),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(32, 10),
+    ).to(memory_format=torch.channels_last)
 
 
 def batch(n=16):
     torch.manual_seed(2)
-    return torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(0, 10, (n,))
+    return torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(
+        0, 10, (n,)
+    )
 
 
 @pytest.fixture
@@ -91,9 +99,17 @@ def test_one_core_cannot_be_split():
 
 @pytest.mark.parametrize(
     ("cores", "proportion", "sizes"),
-    [(8, (1, 2), (2, 4)), (8, (2, 1), (4, 2)), (4, (1, 2), (1, 3)), (2, (1, 9), (1, 1)), (2, (9, 1), (1, 1)),
-     (64, (1, 2), (21, 41)), (16, (1, 100), (1, 13)), (3, (1, 1), (2, 1))],
-)  # fmt: skip
+    [
+        (8, (1, 2), (2, 4)),
+        (8, (2, 1), (4, 2)),
+        (4, (1, 2), (1, 3)),
+        (2, (1, 9), (1, 1)),
+        (2, (9, 1), (1, 1)),
+        (64, (1, 2), (21, 41)),
+        (16, (1, 100), (1, 13)),
+        (3, (1, 1), (2, 1)),
+    ],
+)
 def test_proportions(cores, proportion, sizes):
     split = split_cores.split_cores(range(cores), proportion)
     assert (len(split.forward), len(split.backward)) == sizes
@@ -102,9 +118,15 @@ def test_proportions(cores, proportion, sizes):
 
 @pytest.mark.parametrize(
     ("cores", "forward", "backward", "sizes"),
-    [(8, 1.0, 2.0, (2, 4)), (8, 1.0, 1.0, (3, 3)), (8, 2.0, 1.0, (4, 2)), (2, 1.0, 9.0, (1, 1)),
-     (16, 1.0, 2.3, (4, 10)), (64, 1.0, 1e9, (1, 61))],
-)  # fmt: skip
+    [
+        (8, 1.0, 2.0, (2, 4)),
+        (8, 1.0, 1.0, (3, 3)),
+        (8, 2.0, 1.0, (4, 2)),
+        (2, 1.0, 9.0, (1, 1)),
+        (16, 1.0, 2.3, (4, 10)),
+        (64, 1.0, 1e9, (1, 61)),
+    ],
+)
 def test_balance_gives_the_longer_phase_more_cores(cores, forward, backward, sizes):
     even = split_cores.split_cores(range(cores))
     split = split_cores.balance(even, forward, backward)
@@ -117,7 +139,8 @@ def test_balance_gives_the_longer_phase_more_cores(cores, forward, backward, siz
 
 
 @pytest.mark.parametrize(
-    ("text", "cores"), [("0", (0,)), ("0-2", (0, 1, 2)), ("4,0-1", (0, 1, 4)), ("3,3,2-3", (2, 3)), ("10-10", (10,))]
+    ("text", "cores"),
+    [("0", (0,)), ("0-2", (0, 1, 2)), ("4,0-1", (0, 1, 4)), ("3,3,2-3", (2, 3)), ("10-10", (10,))],
 )
 def test_core_lists(text, cores):
     assert split_cores.parse_cores(text) == cores
@@ -157,16 +180,22 @@ def test_every_thread_is_placed_and_put_back():
     after = split_cores.affinities()
     stop.set()
     assert torch.get_num_threads() == threads
-    remaining = before.keys() & after.keys()  # a pool's threads end later than the group of an earlier test
+    remaining = (
+        before.keys() & after.keys()
+    )  # a pool's threads end later than the group of an earlier test
     assert {bystander.native_id, threading.main_thread().native_id} <= remaining
-    assert {thread: after[thread] for thread in remaining} == {thread: before[thread] for thread in remaining}
+    assert {thread: after[thread] for thread in remaining} == {
+        thread: before[thread] for thread in remaining
+    }
 
 
 @needs_two_cores
 def test_groups_that_started_at_once_keep_their_own_thread_count(placement):
     """A thread's first call into OpenMP takes over the count that any thread has set: that must not happen late."""
-    counts = {name: group.submit(lambda: (multiply(0.1), torch.get_num_threads())[1]) for name, group in
-              placement.groups.items()}  # fmt: skip
+    counts = {
+        name: group.submit(lambda: (multiply(0.1), torch.get_num_threads())[1])
+        for name, group in placement.groups.items()
+    }
     expected = {name: len(group.cores) for name, group in placement.groups.items()}
     assert {name: job.result() for name, job in counts.items()} == expected
     placement.check()
@@ -176,7 +205,9 @@ def test_groups_that_started_at_once_keep_their_own_thread_count(placement):
 def test_affinity_is_read_back(placement):
     """Somebody moves a thread of a pool away: check() says so. What cannot be set is an error."""
     group = placement.groups["all"]
-    thread = next(thread for thread in group.threads if thread not in split_cores.python_thread_ids())
+    thread = next(
+        thread for thread in group.threads if thread not in split_cores.python_thread_ids()
+    )
     os.sched_setaffinity(thread, placement.split.backward)
     with pytest.raises(TrainingError, match="a thread is on cores"):
         placement.check()
@@ -210,7 +241,9 @@ def test_monitor_sees_the_groups_on_their_cores(placement):
 
 def test_shares_of_cpu_time():
     """Two seconds: forward computes 1 s on its core and 0.5 s elsewhere, a thread that nobody placed 0.5 s."""
-    seconds = Counter({("forward", 0): 1.0, ("forward", 1): 0.5, ("unknown", 1): 0.5, ("python", 0): 9.0})
+    seconds = Counter(
+        {("forward", 0): 1.0, ("forward", 1): 0.5, ("unknown", 1): 0.5, ("python", 0): 9.0}
+    )
     usage = split_cores.Usage(Split((0,), (1,)), 2.0, seconds)
     assert usage.shares() == {"forward": 0.5}
     assert (usage.idle([0]), usage.idle([1]), usage.idle([0, 1])) == (0.5, 0.5, 0.5)
@@ -282,7 +315,9 @@ def test_modes_equal_plain_accumulation(placement, mode, images, count):
         step = trainer.step(mode, x, labels)
         accumulate(plain, optimizers[1], x, labels, min(count, images))
         assert step.logits.shape == (images, 10)
-        assert step.loss == pytest.approx(F.cross_entropy(step.logits, labels, reduction="sum").item(), rel=1e-5)
+        assert step.loss == pytest.approx(
+            F.cross_entropy(step.logits, labels, reduction="sum").item(), rel=1e-5
+        )
         assert min(step.forward, step.backward, step.update) > 0
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
@@ -299,7 +334,9 @@ def test_resnet50_pipelined_gradient_equals_plain_accumulation(placement):
     model = split_cores.make_model().double()
     plain = copy.deepcopy(model)
     x, labels = batch(4)
-    trainer = split_cores.Trainer(placement, model, torch.optim.SGD(model.parameters(), 0.0), torch.float32, 2)
+    trainer = split_cores.Trainer(
+        placement, model, torch.optim.SGD(model.parameters(), 0.0), torch.float32, 2
+    )
     trainer.step("pipelined", x.double(), labels)
     accumulate(plain, torch.optim.SGD(plain.parameters(), 0.0), x.double(), labels, 2)
     ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, plain))
@@ -364,20 +401,29 @@ class Recorder(torch.nn.Module):
 
 
 @needs_two_cores
-@pytest.mark.parametrize(("mode", "since"), {"all": None, "split": None, "pipelined": 1, "replicas": 0}.items())
+@pytest.mark.parametrize(
+    ("mode", "since"), {"all": None, "split": None, "pipelined": 1, "replicas": 0}.items()
+)
 def test_phases_run_on_their_groups_and_overlap_where_they_should(placement, mode, since):
     """Two phases of `pipelined` can meet when the first forward pass is over, of `replicas` at once."""
     model = Recorder(Meeting(since))
-    trainer = split_cores.Trainer(placement, model, torch.optim.SGD(model.parameters(), 0.1), torch.float32, 4)
+    trainer = split_cores.Trainer(
+        placement, model, torch.optim.SGD(model.parameters(), 0.1), torch.float32, 4
+    )
     trainer.step(mode, *batch(8))
     if mode == "replicas":
         model.seen += trainer._replica.seen
-    groups = {group.submit(threading.get_native_id).result(): name for name, group in placement.groups.items()}
+    groups = {
+        group.submit(threading.get_native_id).result(): name
+        for name, group in placement.groups.items()
+    }
     lanes = {("forward", "forward"), ("backward", "backward")}
     assert {(phase, groups[thread]) for phase, thread in model.seen} == {
-        "all": {("forward", "all"), ("backward", "all")}, "split": lanes, "pipelined": lanes,
+        "all": {("forward", "all"), ("backward", "all")},
+        "split": lanes,
+        "pipelined": lanes,
         "replicas": {*lanes, ("forward", "backward"), ("backward", "forward")},
-    }[mode]  # fmt: skip
+    }[mode]
     assert model.meeting.happened.is_set() == (mode in ("pipelined", "replicas"))
     assert len(model.seen) == 8
 
@@ -387,7 +433,9 @@ def test_phases_run_on_their_groups_and_overlap_where_they_should(placement, mod
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_an_error_in_a_phase_ends_the_step_without_an_update(placement, mode, phase):
     model = Recorder(Meeting())
-    trainer = split_cores.Trainer(placement, model, torch.optim.SGD(model.parameters(), 0.1), torch.float32, 4)
+    trainer = split_cores.Trainer(
+        placement, model, torch.optim.SGD(model.parameters(), 0.1), torch.float32, 4
+    )
 
     def note(kind):
         if kind == phase:
@@ -421,18 +469,25 @@ def test_image_sizes_and_stems():
     images, labels, *_ = make_synthetic(4)
     for size in (32, 64, 96):
         for memory_format in split_cores.MEMORY_FORMATS:
-            args = split_cores.parse_args(["--image-size", str(size), "--memory-format", memory_format])
+            args = split_cores.parse_args(
+                ["--image-size", str(size), "--memory-format", memory_format]
+            )
             x, y = split_cores.load_batch(images, labels, np.arange(4), args)
             assert x.shape == (4, 3, size, size)
             assert x.is_contiguous(memory_format=split_cores.MEMORY_FORMATS[memory_format])
             assert y.tolist() == labels[:4].tolist()
-        assert split_cores.make_model(size)(x[:1]).shape == (1, 10)  # one image a micro-batch: BatchNorm can
+        assert split_cores.make_model(size)(x[:1]).shape == (
+            1,
+            10,
+        )  # one image a micro-batch: BatchNorm can
 
 
 @pytest.mark.parametrize(
     ("forward", "backward", "sizes"), [(1.0, 2.0, (4, 8)), (1.0, 1.0, (6, 6)), (5.0, 1.0, (10, 2))]
 )
-def test_split_auto_measures_until_the_phases_are_balanced(monkeypatch, capsys, forward, backward, sizes):
+def test_split_auto_measures_until_the_phases_are_balanced(
+    monkeypatch, capsys, forward, backward, sizes
+):
     """On 14 cores that this machine may not have: the measured steps are those of phases that scale perfectly."""
     measured = []
 
@@ -446,15 +501,22 @@ def test_split_auto_measures_until_the_phases_are_balanced(monkeypatch, capsys, 
             return split_cores.Step(0.0, None, *seconds, 0.0)
 
     monkeypatch.setattr(split_cores, "choose_split", lambda _: split_cores.split_cores(range(14)))
-    monkeypatch.setattr(split_cores, "Placement", lambda split: contextlib.nullcontext(SimpleNamespace(split=split)))
+    monkeypatch.setattr(
+        split_cores, "Placement", lambda split: contextlib.nullcontext(SimpleNamespace(split=split))
+    )
     monkeypatch.setattr(split_cores, "make_trainer", Trainer)
-    data = SimpleNamespace(x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=np.zeros(4, np.uint8))
+    data = SimpleNamespace(
+        x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=np.zeros(4, np.uint8)
+    )
     args = SimpleNamespace(split="auto", batch_size=4, image_size=32, memory_format="channels_last")
     split = split_cores.find_split(args, data)
     assert (len(split.forward), len(split.backward)) == sizes
     assert split.reserved == (12, 13)
     assert measured == [split_cores.split_cores(range(14)), split][: len(set(measured))]
-    assert "--split auto: forward 0-5, backward 6-11, reserved 12-13: forward" in capsys.readouterr().out
+    assert (
+        "--split auto: forward 0-5, backward 6-11, reserved 12-13: forward"
+        in capsys.readouterr().out
+    )
 
 
 # -- benchmark --------------------------------------------------------------------------------------------------------
@@ -465,17 +527,23 @@ def test_pipeline_bound():
     for forward, backward, count in ((1.0, 2.0, 4), (2.0, 1.0, 4), (1.0, 1.0, 1), (3.0, 5.0, 8)):
         f, b, free, done = forward / count, backward / count, 0.0, [0.0]
         for k in range(count):
-            free = max(free, done[max(k - 1, 0)]) + f  # a ticket comes back when the one before the last is done
+            free = (
+                max(free, done[max(k - 1, 0)]) + f
+            )  # a ticket comes back when the one before the last is done
             done.append(max(done[-1], free) + b)
-        assert split_cores.bound_seconds(forward, backward, 0.5, count) == pytest.approx(done[-1] + 0.5)
+        assert split_cores.bound_seconds(forward, backward, 0.5, count) == pytest.approx(
+            done[-1] + 0.5
+        )
 
 
 def turns(**seconds):
     """Three rounds in which every contestant takes `seconds` (default 1 s: 0.3 forward, 0.6 backward, 0.1 update)."""
     names = {mode: mode for mode in split_cores.MODES} | {
-        "one_piece": split_cores.ONE_PIECE, "usual": split_cores.USUAL,
-        "forward_alone": split_cores.FORWARD_ALONE, "backward_alone": split_cores.BACKWARD_ALONE,
-    }  # fmt: skip
+        "one_piece": split_cores.ONE_PIECE,
+        "usual": split_cores.USUAL,
+        "forward_alone": split_cores.FORWARD_ALONE,
+        "backward_alone": split_cores.BACKWARD_ALONE,
+    }
     times = {name: seconds.get(key, 1.0) for key, name in names.items()}
     return {name: 3 * [Turn(s, 0.3 * s, 0.6 * s, 0.1 * s, 0.7, 0.3)] for name, s in times.items()}
 
@@ -483,14 +551,29 @@ def turns(**seconds):
 @pytest.mark.parametrize(
     ("seconds", "said", "not_said"),
     [
-        ({}, ["although its phases wait", "the overlap gains nothing", "pipelined is 1.00 × as fast as all."],
-         ["micro-batches overlap."]),
-        ({"all": 0.5, "pipelined": 0.7},
-         ["0.50 × as fast as all because its phases wait", "70%", "micro-batches overlap.",
-          "backward takes 2.0 × as long", "reaches 111% of the bound"], ["the overlap gains nothing"]),
+        (
+            {},
+            [
+                "although its phases wait",
+                "the overlap gains nothing",
+                "pipelined is 1.00 × as fast as all.",
+            ],
+            ["micro-batches overlap."],
+        ),
+        (
+            {"all": 0.5, "pipelined": 0.7},
+            [
+                "0.50 × as fast as all because its phases wait",
+                "70%",
+                "micro-batches overlap.",
+                "backward takes 2.0 × as long",
+                "reaches 111% of the bound",
+            ],
+            ["the overlap gains nothing"],
+        ),
         ({"all": 0.5, "split": 1.2}, ["takes 1.20 ×", "slower than alone"], ["because its phases"]),
     ],
-)  # fmt: skip
+)
 def test_findings_follow_from_the_figures(seconds, said, not_said):
     text = "\n".join(split_cores.findings(turns(**seconds), 4))
     assert all(words in text for words in said), text
@@ -509,9 +592,16 @@ def test_benchmark_compares_all_modes(run_script, tmp_path):
     done = run_script(SCRIPT, *TINY, "--batch-size", 4, "--benchmark", "--rounds", 3, timeout=600)
     rows = {line.strip().split("  ")[0] for line in done.stdout.splitlines()}
     assert {*split_cores.MODES, split_cores.USUAL, split_cores.ONE_PIECE} <= rows
-    for words in ("ResNet-50, synthetic", "medians (min–max) of 3 rounds", "× the time of its phases", "of the bound"):
+    for words in (
+        "ResNet-50, synthetic",
+        "medians (min–max) of 3 rounds",
+        "× the time of its phases",
+        "of the bound",
+    ):
         assert words in done.stdout
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["split_cores_benchmark.json"]
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [
+        "split_cores_benchmark.json"
+    ]
     content = json.loads((tmp_path / "results/split_cores_benchmark.json").read_text())
     assert {len(turns) for turns in content["turns"].values()} == {3}
     assert all(turn["seconds"] >= turn["forward"] for turn in content["turns"]["all"])
@@ -520,24 +610,43 @@ def test_benchmark_compares_all_modes(run_script, tmp_path):
 
 
 def test_benchmark_that_cannot_write_starts_nothing(run_script, tmp_path):
-    done = run_script(SCRIPT, *TINY, "--batch-size", 4, "--benchmark", "--rounds", 3, "--output", tmp_path, status=2)
+    done = run_script(
+        SCRIPT,
+        *TINY,
+        "--batch-size",
+        4,
+        "--benchmark",
+        "--rounds",
+        3,
+        "--output",
+        tmp_path,
+        status=2,
+    )
     assert_one_error_line(done.stderr)
     assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("options", "done", "sizes"),
-    [((), ["training", "benchmark"], (128, 1, 3)), (("--benchmark",), ["benchmark"], (None, 10, 7)),
-     (("--epochs", "2"), ["training"], (None, 2, 7)), (("--subset", "500"), ["training"], (500, 10, 7))],
-)  # fmt: skip
+    [
+        ((), ["training", "benchmark"], (128, 1, 3)),
+        (("--benchmark",), ["benchmark"], (None, 10, 7)),
+        (("--epochs", "2"), ["training"], (None, 2, 7)),
+        (("--subset", "500"), ["training"], (500, 10, 7)),
+    ],
+)
 def test_no_options_mean_a_small_run_and_the_comparison(monkeypatch, options, done, sizes):
     calls = []
     monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(split_cores, "choose_split", lambda args: Split((0,), (1,)))
     monkeypatch.setattr(split_cores, "available_cores", lambda: [0, 1])
     monkeypatch.setattr(split_cores, "load_cifar10", lambda data_dir, dataset, subset, seed: subset)
-    monkeypatch.setattr(split_cores, "run_training", lambda args, data: calls.append(("training", args, data)))
-    monkeypatch.setattr(split_cores, "run_benchmark", lambda args, data: calls.append(("benchmark", args, data)))
+    monkeypatch.setattr(
+        split_cores, "run_training", lambda args, data: calls.append(("training", args, data))
+    )
+    monkeypatch.setattr(
+        split_cores, "run_benchmark", lambda args, data: calls.append(("benchmark", args, data))
+    )
     split_cores.main(list(options))
     assert [name for name, *_ in calls] == done
     assert all((data, args.epochs, args.rounds) == sizes for _, args, data in calls)
@@ -555,7 +664,11 @@ def test_ctrl_c_while_a_group_ends():
             frame = sys._current_frames()[main]
             seen.append((frame, frame.f_lasti))
             time.sleep(0.005)
-        return frame if len(set(seen)) == 1 and frame.f_code is threading.Condition.wait.__code__ else None
+        return (
+            frame
+            if len(set(seen)) == 1 and frame.f_code is threading.Condition.wait.__code__
+            else None
+        )
 
     def job():
         began = time.monotonic()
@@ -584,7 +697,10 @@ def test_run_writes_log_and_sidecar(run_script, tmp_path):
             assert 0 < float(row["forward"]) + float(row["backward"]) <= float(row["duration"])
     sidecar = json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())
     split = split_cores.split_cores(available_cores())
-    assert sidecar["cores_of_phases"] == {"forward": list(split.forward), "backward": list(split.backward)}
+    assert sidecar["cores_of_phases"] == {
+        "forward": list(split.forward),
+        "backward": list(split.backward),
+    }
     assert sidecar["status"] == "done"
     assert min(sidecar["totals"]["cpu_time_inside"].values()) >= 0.99
     idle = sidecar["totals"]["idle"]  # each group waits for the other
@@ -644,8 +760,11 @@ check()
 def test_train_from_python_restores_affinity_and_thread_count(tmp_path, end):
     done = run_python(tmp_path, FROM_PYTHON, end)
     assert done.returncode == 0, done.stderr
-    wanted = {"done": "['epoch_time', 'images_per_s', 'test_acc', 'test_loss', 'train_acc', 'train_loss'] 1",
-              "failed": "TrainingError", "interrupted": "Interrupted"}[end]  # fmt: skip
+    wanted = {
+        "done": "['epoch_time', 'images_per_s', 'test_acc', 'test_loss', 'train_acc', 'train_loss'] 1",
+        "failed": "TrainingError",
+        "interrupted": "Interrupted",
+    }[end]
     assert done.stdout.splitlines()[-1] == wanted
 
 
@@ -695,7 +814,9 @@ def test_bad_input_is_said(capsys, options, message):
     assert message in said
 
 
-@pytest.mark.parametrize("options", [("--forward-cores", "0", "--backward-cores", 0), ("--split", "x"), ("--resume",)])
+@pytest.mark.parametrize(
+    "options", [("--forward-cores", "0", "--backward-cores", 0), ("--split", "x"), ("--resume",)]
+)
 def test_bad_input_ends_the_script_with_one_line(run_script, tmp_path, options):
     done = run_script(SCRIPT, *TINY, *options, "--quiet", status=2)
     assert_one_error_line(done.stderr)
@@ -732,4 +853,6 @@ def test_loss_that_explodes_stops_the_run(run_script, tmp_path):
     done = run_script(SCRIPT, *TINY, "--epochs", 3, "--learning-rate", 1e30, "--quiet", status=1)
     assert done.stderr.startswith("error: the loss is ")
     assert done.stderr.count("\n") == 1
-    assert json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())["status"].startswith("failed")
+    assert json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())[
+        "status"
+    ].startswith("failed")

@@ -17,8 +17,14 @@ DOCS = REPO / "docs"
 
 
 def run(folder, *args):
-    return subprocess.run([sys.executable, folder / "update_readme.py", *map(str, args)], cwd=folder,
-                          env=script_environment(), capture_output=True, text=True, timeout=120)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, folder / "update_readme.py", *map(str, args)],
+        cwd=folder,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture
@@ -39,9 +45,15 @@ def test_readme_and_report_are_built_from_docs():
 
 
 def test_a_changed_measurement_changes_the_readme_and_the_report(tmp_path):
-    copy = shutil.copytree(REPO, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "data", "results", "tests"))
+    copy = shutil.copytree(
+        REPO, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "data", "results", "tests")
+    )
     change(copy / "docs/bench.json", r'"ours": [\d.]+', '"ours": 7654321')
-    change(copy / "docs/experiments/parallel/serial/1/run.json", r'"peak_ram_mb": [\d.]+', '"peak_ram_mb": 1234567')
+    change(
+        copy / "docs/experiments/parallel/serial/1/run.json",
+        r'"peak_ram_mb": [\d.]+',
+        '"peak_ram_mb": 1234567',
+    )
     done = run(copy, "--check")
     assert done.returncode == 1
     assert_one_error_line(done.stderr)
@@ -54,13 +66,22 @@ def test_a_changed_measurement_changes_the_readme_and_the_report(tmp_path):
     assert run(copy, "--check").returncode == 0
 
 
-@pytest.mark.parametrize(("path", "pattern", "new", "table", "shown"), [
-    ("bench.json", r'"ratio": [\d.]+', '"ratio": 77.1234', "speed", "77.12 ("),
-    ("bench.json", r'"of_sgemm": [\d.]+', '"of_sgemm": 0.7712', "speed", "77%"),
-    ("bench.json", r'"efficiency": [\d.]+', '"efficiency": 0.7712', "scaling", "77%"),
-    ("loading.json", r'"images_per_s": [\d.]+', '"images_per_s": 77123456', "loading", "77,123,456 ("),
-    ("split_cores.json", r'"split takes', '"split needs', "split", "- split needs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "pattern", "new", "table", "shown"),
+    [
+        ("bench.json", r'"ratio": [\d.]+', '"ratio": 77.1234', "speed", "77.12 ("),
+        ("bench.json", r'"of_sgemm": [\d.]+', '"of_sgemm": 0.7712', "speed", "77%"),
+        ("bench.json", r'"efficiency": [\d.]+', '"efficiency": 0.7712', "scaling", "77%"),
+        (
+            "loading.json",
+            r'"images_per_s": [\d.]+',
+            '"images_per_s": 77123456',
+            "loading",
+            "77,123,456 (",
+        ),
+        ("split_cores.json", r'"split takes', '"split needs', "split", "- split needs"),
+    ],
+)
 def test_each_table_shows_its_file(docs, path, pattern, new, table, shown):
     before = update_readme.TABLES[table](docs)
     change(docs / path, pattern, new)
@@ -74,14 +95,25 @@ def test_split_table_has_medians_and_ratios_round_by_round(docs):
     content = json.loads((docs / "split_cores.json").read_text())
     turn = content["turns"]["all"][0]
     for name, seconds in {"all": (2, 2, 2), "split": (1, 2, 4)}.items():
-        content["turns"][name] = [{**turn, "seconds": s, "forward": s / 4, "backward_idle": 0.25} for s in seconds]
+        content["turns"][name] = [
+            {**turn, "seconds": s, "forward": s / 4, "backward_idle": 0.25} for s in seconds
+        ]
     for name in content["turns"].keys() - {"all", "split"}:
         content["turns"][name] = content["turns"][name][:3]
     content["arguments"]["batch_size"] = 64
     (docs / "split_cores.json").write_text(json.dumps(content))
-    (row,) = (line for line in update_readme.split_table(docs).splitlines() if line.startswith("| `split`"))
+    (row,) = (
+        line
+        for line in update_readme.split_table(docs).splitlines()
+        if line.startswith("| `split`")
+    )
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
-    assert (cells[0], cells[1], cells[4], cells[5]) == ("32.0 (16.0–64.0)", "0.500", "25%", "1.00 (0.50–2.00)")
+    assert (cells[0], cells[1], cells[4], cells[5]) == (
+        "32.0 (16.0–64.0)",
+        "0.500",
+        "25%",
+        "1.00 (0.50–2.00)",
+    )
 
 
 def test_training_table_has_the_best_epoch(docs):
@@ -125,19 +157,31 @@ def test_collected_files_are_small_and_name_no_folder_of_the_machine(tmp_path, m
         cells = last.split(",")
         log.write_text(log.read_text() + ",".join([*cells[:5], "1", *cells[6:]]) + "\n")
         for file in ("index.json", f"{run_folder}/run.json"):
-            (source / name / file).write_text(json.dumps([sys.executable, f"{REPO}/serial_cnn.py", str(log)]))
+            (source / name / file).write_text(
+                json.dumps([sys.executable, f"{REPO}/serial_cnn.py", str(log)])
+            )
         (source / name / run_folder / "output.txt").touch()
         (source / name / "analysis").mkdir()
         (source / name / "analysis/index.json").touch()
     for name in update_readme.BENCHMARKS:
         shutil.copy(DOCS / name, source / name)
     update_readme.collect(source, tmp_path / "docs")
-    found = {str(p.relative_to(tmp_path / "docs")) for p in (tmp_path / "docs").glob("**/*") if p.is_file()}
-    wanted = {f"{name}/{file}" for name in update_readme.EXPERIMENTS
-              for file in ("index.json", f"{run_folder}/run.json", f"{run_folder}/run.csv")}  # fmt: skip
+    found = {
+        str(p.relative_to(tmp_path / "docs"))
+        for p in (tmp_path / "docs").glob("**/*")
+        if p.is_file()
+    }
+    wanted = {
+        f"{name}/{file}"
+        for name in update_readme.EXPERIMENTS
+        for file in ("index.json", f"{run_folder}/run.json", f"{run_folder}/run.csv")
+    }
     assert found == {*update_readme.BENCHMARKS, *wanted}
     assert json.loads((tmp_path / "docs/training/index.json").read_text()) == [
-        "python", "serial_cnn.py", f"training/{run_folder}/run.csv"]  # fmt: skip
+        "python",
+        "serial_cnn.py",
+        f"training/{run_folder}/run.csv",
+    ]
     kept = (tmp_path / "docs/training" / run_folder / "run.csv").read_text()
     assert kept == (DOCS / "experiments" / run_folder / "run.csv").read_text()
     (source / "loading.json").unlink()

@@ -27,12 +27,12 @@ train-cifar: $(READY)  ## train ResNet-50 on CIFAR-10 with PyTorch
 	$(PYTHON) train_cifar.py $(OPTIONS)
 
 train-cifar-s3: $(READY)  ## the same with the images in an S3 server on this machine, which it starts
-	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
-	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --source s3://cifar10 $(OPTIONS)
+	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
+	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --source s3://cifar10 $(OPTIONS)
 
 s3-server: $(READY)  ## serve CIFAR-10 over S3 on this machine until Ctrl-C
-	$(PYTHON) s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
-	$(PYTHON) s3_server.py
+	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
+	$(PYTHON) experiments/s3_server.py
 
 s3-upload: $(READY)  ## put CIFAR-10 into TO=s3://bucket/prefix, as pictures and as shards
 	$(PYTHON) train_cifar.py --export $(or $(TO),$(error say where to: make s3-upload TO=s3://bucket/prefix)) $(S3_DATA)
@@ -50,33 +50,33 @@ demo: $(READY)  ## watch serial, MPI and hybrid train in the terminal, then thei
 	$(PYTHON) demo.py $(OPTIONS)
 
 experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--suite all" runs all suites
-	$(PYTHON) run_experiments.py $(OPTIONS)
+	$(PYTHON) experiments/run_experiments.py $(OPTIONS)
 
 analyze: $(READY)  ## tables and plots of what make experiments has measured, into results/analysis
-	$(PYTHON) analyze_results.py $(ARGS)
+	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
 report: analyze  ## the technical report of that: report/report.html, .md, .tex, and .pdf where LaTeX is installed
-	$(PYTHON) make_report.py --pdf
+	$(PYTHON) experiments/make_report.py --pdf
 
 bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
-	$(PYTHON) bench.py $(ARGS)
+	$(PYTHON) experiments/bench.py $(ARGS)
 
 MEASURED = results/measured
-EXPERIMENTS = run_experiments.py --results-dir $(MEASURED)/experiments
-TRAINING = run_experiments.py --results-dir $(MEASURED)/training --repeats 1 --epochs 10 --subset 50000 --batch-size 32
+EXPERIMENTS = experiments/run_experiments.py --results-dir $(MEASURED)/experiments
+TRAINING = experiments/run_experiments.py --results-dir $(MEASURED)/training --repeats 1 --epochs 10 --subset 50000 --batch-size 32
 measure: $(READY)  ## measure all that the README shows anew, then make readme: an hour on an idle machine
-	$(PYTHON) bench.py --output $(MEASURED)/bench.json
-	$(PYTHON) bench.py --loading --output $(MEASURED)/loading.json
+	$(PYTHON) experiments/bench.py --output $(MEASURED)/bench.json
+	$(PYTHON) experiments/bench.py --loading --output $(MEASURED)/loading.json
 	$(PYTHON) train_resnet50_split_cores.py --benchmark --output $(MEASURED)/split_cores.json
 	$(PYTHON) $(EXPERIMENTS) --suite parallel --repeats 5
 	$(PYTHON) $(EXPERIMENTS) --suite hardware --only cnn --repeats 5
 	$(PYTHON) $(EXPERIMENTS) --suite loading
 	$(PYTHON) $(TRAINING) --only serial
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
-	$(PYTHON) update_readme.py --collect $(MEASURED)
+	$(PYTHON) experiments/update_readme.py --collect $(MEASURED)
 
 readme: $(READY)  ## build the tables of the README, and docs/report, from the measurements in docs/
-	$(PYTHON) update_readme.py
+	$(PYTHON) experiments/update_readme.py
 
 lint: $(READY)  ## check the style
 	$(PYTHON) -m ruff check .

@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import textwrap
 import unicodedata
@@ -31,6 +32,7 @@ import jinja2.ext
 import numpy as np
 from markupsafe import Markup
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     InputError,
     Parser,

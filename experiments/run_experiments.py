@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     InputError,
     Interrupted,

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     BATCH,
     FETCH_TRAIN,

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import BATCH, TRAIN, VALIDATE, InputError, Parser, TrainingError, atomic_write, run_main
 
 HERE = Path(__file__).resolve().parent

@@ -38,6 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpu_scratch
 import serial_cnn
 import train_cifar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     MEAN,
     SGD,

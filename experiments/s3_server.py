@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import InputError, Parser, TrainingError, number, run_main
 
 START_SECONDS = 20  # until the server answers

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+
+from common import InputError
 
 REPO = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -167,6 +170,24 @@ def files_in(folder):
     return {
         p.relative_to(folder): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
     }
+
+
+def refused(main, *argv):
+    """Call a script's main() in this process; returns the one line with which it refuses argv.
+
+    An InputError is what run_main() prints as `error: …` with exit status 2; argparse does the same itself.
+    """
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            main([str(word) for word in argv])
+    except InputError as error:
+        return f"error: {error}"
+    except SystemExit as error:
+        assert error.code == 2, f"exit status {error.code}"
+        assert_one_error_line(stderr.getvalue())
+        return stderr.getvalue().removesuffix("\n")
+    raise AssertionError(f"not refused: {argv}")
 
 
 def assert_one_error_line(stderr):

@@ -2584,8 +2584,7 @@ def abort_on_exception(comm):
         comm.Abort(1)
 
     def abort(*_):
-        if comm.rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
+        print("interrupted", file=sys.stderr, flush=True)
         comm.Abort(130)
 
     sys.excepthook = print_and_abort

@@ -1763,6 +1763,7 @@ class RunLog:
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
+        self.last_batch = None  # when the last batch ended, during an epoch's training
         self._phases = []  # those that timed() is in, the innermost last
         self._is_first_batch = True
 
@@ -1952,6 +1953,7 @@ class RunLog:
             self._progress.start(epoch, len(self.data.y_train), self.sums["images"])
         self._first_sample = len(self.monitor.samples)
         self._epoch_clock = time.perf_counter() - self.sums["duration"]
+        self.last_batch = time.monotonic()
 
     @contextlib.contextmanager
     def timed(self, phase: str):
@@ -1991,6 +1993,7 @@ class RunLog:
             self._is_first_batch = False
             self.totals.setdefault("first_step_after_seconds", process_age())
         self.batch += 1
+        self.last_batch = time.monotonic()
         sums = self.sums
         sums["images"] += images
         sums["top1"] += top1
@@ -2007,6 +2010,7 @@ class RunLog:
     def end_training(self):
         """Write the row of the epoch's training; what follows until end_epoch() is validation."""
         sums = self.sums
+        self.last_batch = None
         self.monitor.sample()
         columns = self.monitor.summary(self._first_sample)
         self.totals["train_seconds"] += sums["duration"]
@@ -2692,6 +2696,7 @@ def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model,
         with contextlib.ExitStack() as stack:
             collective(comm, lambda: stack.enter_context(log))  # rank 0 opens files, which may fail
             stack.enter_context(stop)
+            stack.enter_context(StallWatch(log, comm))
             yield
     except Interrupted as interrupted:
         if not checkpoint.path or stop.requested == "SIGINT":
@@ -2704,6 +2709,78 @@ def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model,
         comm.Abort(1)
 
 
+class StallWatch:
+    """Ends the job when a rank is blocked for ever, and prints the line on which each rank waits.
+
+    A rank blocked inside MPI runs no Python signal handler, and no other rank can help it. This
+    thread still runs, since mpi4py lets other threads run while it waits. Two cases end the job:
+
+    - --stall-timeout: so long no batch was finished, or the rank has been in one and the same call;
+    - a signal has come and the rank has stayed in one call for 5 s, so that it cannot stop itself.
+    """
+
+    AFTER_SIGNAL = 5.0  # seconds
+
+    def __init__(self, log: RunLog, comm):
+        self.log = log
+        self.rank = comm.rank
+        self.timeout = log.args.stall_timeout or math.inf
+        self._done = threading.Event()
+        self._main = threading.main_thread().ident
+
+    def __enter__(self):
+        # Python writes the number of each signal into this pipe at once, even when the main thread
+        # is blocked.
+        self._signals, self._wakeup = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._wakeup, False)
+        self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+        signal.set_wakeup_fd(self._previous)
+        os.close(self._signals)
+        os.close(self._wakeup)
+
+    def _watch(self):
+        call = None
+        since = time.monotonic()
+        has_signal = False
+        while not self._done.wait(0.25):
+            frame = sys._current_frames()[self._main]
+            now = time.monotonic()
+            if (frame, frame.f_lasti) != call:
+                call = (frame, frame.f_lasti)
+                since = now
+            with contextlib.suppress(BlockingIOError):
+                has_signal = bool(os.read(self._signals, 100)) or has_signal
+
+            last_batch = self.log.last_batch
+            stalled = now - since
+            if last_batch is not None:
+                stalled = max(stalled, now - last_batch)
+            if has_signal and now - since >= self.AFTER_SIGNAL:
+                self._end_job("interrupted, but this rank is blocked", frame, 130)
+            if stalled >= self.timeout:
+                self._end_job(f"no batch was finished for {stalled:.0f} s", frame, 1)
+
+    def _end_job(self, message, frame, status):
+        lines = [f"error: {message}; it waits here:"]
+        for line in traceback.format_stack(frame):
+            lines += line.rstrip().splitlines()
+        text = "".join(f"[rank {self.rank}] {line}\n" for line in lines)
+        print(text, end="", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            self.log.metadata.update(end=time.time(), status=f"failed: {message}")
+            self.log._write_metadata()
+        time.sleep(2)  # the other ranks print too: the first that exits ends the job
+        os._exit(status)
+
+
 def assert_replicas_identical(model: Model, comm, epoch: int):
     """Raise TrainingError unless all ranks hold the same weights and statistics, bit for bit."""
     for what, arrays in (("weights", [model.params]), ("running statistics", model.buffers())):
@@ -2711,11 +2788,16 @@ def assert_replicas_identical(model: Model, comm, epoch: int):
         for array in arrays:
             digest.update(array.data)
         digests = comm.allgather(digest.digest())
-        for rank, other in enumerate(digests):
-            if other != digests[0]:
-                raise TrainingError(
-                    f"after epoch {epoch} the {what} of rank {rank} are not those of rank 0"
-                )
+        different = [rank for rank in range(comm.size) if digests[rank] != digests[0]]
+        if different:
+            largest = 0.0
+            for array in arrays:
+                distance = np.abs(array - comm.bcast(array)).max()
+                largest = max(largest, float(comm.allgather(distance)[different[0]]))
+            raise TrainingError(
+                f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0: "
+                f"they differ by up to {largest:.3g}"
+            )
 
 
 def log_communication(log: RunLog, comm):
@@ -2918,6 +3000,9 @@ def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
         help="how gradients are summed; auto: in shared memory where the ranks of a machine can, "
         "else by messages that overlap the backward pass (default: %(default)s)",
     )
+    stall = "end the job when no batch is finished for so long; 0: never (default: %(default)s)"
+    seconds = number(float, 0, 10**6)
+    add("--stall-timeout", type=seconds, default=120, metavar="SECONDS", help=stall)
     add(
         "--no-overlap",
         dest="overlap",

@@ -85,11 +85,11 @@ class RingReducer(AllreduceReducer):
     """Rung 2: an allreduce of our own, to see what is inside.
 
     Patarasuk and Yuan, "Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations",
-    2009. The gradients are cut into one chunk for each of the p ranks. In p - 1 steps every rank sends a
-    chunk to its right neighbour and adds the one that comes from the left (reduce-scatter); then
-    each rank has one chunk of the total. In p - 1 further steps the totals go around (allgather).
-    Each rank sends 2 (p - 1) / p of the gradients, however many ranks there are; it costs 2 (p - 1)
-    latencies.
+    2009. The gradients are cut into one chunk for each of the p ranks. In p - 1 steps every rank
+    sends a chunk to its right neighbour and adds the one that comes from the left (reduce-scatter);
+    then each rank has one chunk of the total. In p - 1 further steps the totals go around
+    (allgather). Each rank sends 2 (p - 1) / p of the gradients, however many ranks there are; it
+    costs 2 (p - 1) latencies.
     """
 
     name = "ring"
@@ -164,7 +164,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
         log.start_epoch(epoch, batches)
         for batch in range(log.batch, batches):
             with log.timed("loading"):
-                # The same order on all ranks; each takes its shard of the batch, which may be empty.
+                # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
                 x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -379,6 +380,58 @@ def test_ranks_that_differ_are_found(tmp_path, cache, what):
     script = broken(tmp_path, f"args[0].{number} += 0.001")
     _, err = mpirun(tmp_path, 2, script, *ODD, *options, "--epochs", 1, status=1, env=cache)
     assert f"error: after epoch 1 the {what} of rank 1 are not those of rank 0" in err
+    assert re.search(r"they differ by up to 0\.00\d+\n", err)
+
+
+DEADLOCK = """
+import sys
+sys.path.insert(0, {repo!r})
+import parallel_cnn_mpi as script
+
+class RingReducer(script.RingReducer):
+    def wait(self):
+        comm = self.comm
+        open(f"waiting-{{comm.rank}}", "w").close()
+        comm.Send(self.total, (comm.rank + 1) % comm.size)  # every rank sends first
+        comm.Recv(self.total, (comm.rank - 1) % comm.size)
+
+script.RingReducer = RingReducer
+script.run_main(script.main, script.MPI.COMM_WORLD.rank)
+"""
+
+
+def deadlock(folder):
+    """A ring as beginners write it: it blocks for ever as soon as a message is not buffered."""
+    path = folder / "deadlock.py"
+    path.write_text(DEADLOCK.format(repo=str(REPO)))
+    return path, *ODD, "--epochs", 1, "--reduce", "ring"
+
+
+def assert_both_ranks_wait_in_send(err):
+    for rank in (0, 1):
+        assert f"[rank {rank}]     comm.Send(self.total, (comm.rank + 1) % comm.size)" in err
+
+
+def test_a_deadlock_says_where(tmp_path, cache):
+    script = deadlock(tmp_path)
+    _, err = mpirun(tmp_path, 2, *script, "--stall-timeout", 5, status=1, timeout=60, env=cache)
+    assert_both_ranks_wait_in_send(err)
+    assert "no batch was finished for 5 s" in err
+    sidecar = json.loads((tmp_path / "results/parallel_cnn_mpi.json").read_text())
+    assert sidecar["status"].startswith("failed: no batch was finished")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_ranks_that_are_blocked(tmp_path, cache, number):
+    process = start_ranks(tmp_path, 2, *deadlock(tmp_path), env=cache)
+    wait_until(process, lambda: len(list(tmp_path.glob("waiting-*"))) == 2)
+    ranks = ranks_of(process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert_both_ranks_wait_in_send(err)
+    assert_gone(ranks)
 
 
 def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):

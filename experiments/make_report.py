@@ -180,14 +180,14 @@ class MeasuredConfiguration:
     "disk-2-workers-train", with " [2]" behind it if it ran on a second machine.
     """
 
-    def __init__(self, name, metrics, marks):
+    def __init__(self, name, metrics, caveats):
         vars(self).update(metrics)
         self.name = name
         self.base, _, self.machine = name.partition(" ")
 
-        # The mark is "oversubscribed: mpi-8-weak, mpi-4-strong".
-        oversubscribed = [mark for mark in marks if mark.startswith("oversubscribed")]
-        self.oversubscribed = any(name in re.split(": |, ", mark) for mark in oversubscribed)
+        # One of the caveats is "oversubscribed: mpi-8-weak, mpi-4-strong".
+        lists = [caveat for caveat in caveats if caveat.startswith("oversubscribed")]
+        self.oversubscribed = any(name in re.split(": |, ", each) for each in lists)
 
         self.family = name
         self.scaling = ""
@@ -393,10 +393,9 @@ def trace_input_shapes(model):
         trace.append((layer, x.shape))
         return forward(x)
 
-    for layer in model.layers:
-        for leaf in layer.leaves():  # a residual block has several
-            if hasattr(leaf, "W"):
-                leaf.forward = functools.partial(record, leaf, leaf.forward)
+    for layer in model.leaves():
+        if hasattr(layer, "W"):
+            layer.forward = functools.partial(record, layer, layer.forward)
     model.train(False)
     model.forward(np.zeros((1, 32, 32, 3), np.float32))
     return trace
@@ -453,8 +452,8 @@ class Report:
         self.created = analysis["created"] and format_date(analysis["created"])
         self.runs = analysis["runs"]
         self.failed_runs = analysis["failed_runs"]
-        self.marks = analysis["marks"]
-        self.missing = analysis["missing"]
+        self.caveats = analysis["marks"]
+        self.not_analysed = analysis["missing"]
         self.machines = analysis["environments"]
 
         self.metrics = {}
@@ -523,7 +522,7 @@ class Report:
         for full_name, metric in self.metrics.items():
             if full_name.startswith(prefix):
                 metrics[full_name.removeprefix(prefix)] = metric
-        return MeasuredConfiguration(name, metrics, self.marks)
+        return MeasuredConfiguration(name, metrics, self.caveats)
 
     def configurations(self, suite, pattern="*"):
         """The measured configurations of a suite with such a name."""

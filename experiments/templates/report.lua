@@ -1,8 +1,10 @@
 -- A pandoc filter. In report.md a caption is a paragraph of its own, above a table and below a
 -- figure: "**Table 3. Title.** Text". Here it becomes the caption of that table or figure.
 
-local PAPER_WIDTH = 105  -- characters of the size in header.tex beside each other on a page
+-- In characters of the size that header.tex gives to tables:
+local PAPER_WIDTH = 132  -- what fits on a line of the page
 local TEXT_WIDTH = 60    -- a longer text in a cell is broken into lines
+local GAP = 2            -- between two columns
 
 local function is_caption(block, word)
   if not block or block.t ~= "Para" or block.content[1].t ~= "Strong" then
@@ -25,33 +27,46 @@ local function make_figure(content, caption, class)
   return pandoc.Figure(content, {pandoc.Plain(caption.content)}, pandoc.Attr("", {class}))
 end
 
--- LaTeX: a table that is wider than the page gets columns of fixed width, whose cells are broken at
--- spaces. A column of numbers is as wide as its longest word, one of text as its longest cell.
-local function fit_on_paper(tbl)
-  local rows = tbl.head.rows
-  for _, body in ipairs(tbl.bodies) do
-    rows = rows .. body.body
-  end
-
-  local widths, natural_width, total = {}, 0, 0
-  for i, colspec in ipairs(tbl.colspecs) do
-    local longest_cell, longest_word = 0, 0
-    for _, row in ipairs(rows) do
-      local text = pandoc.utils.stringify(row.cells[i].contents)
-      longest_cell = math.max(longest_cell, utf8.len(text))
-      for word in text:gmatch("%S+") do
-        longest_word = math.max(longest_word, utf8.len(word))
-      end
+-- The longest word and the longest text in a column of some rows, in characters.
+local function measure(rows, column)
+  local word_width, text_width = 0, 0
+  for _, row in ipairs(rows) do
+    local text = pandoc.utils.stringify(row.cells[column].contents)
+    text_width = math.max(text_width, utf8.len(text))
+    for word in text:gmatch("%S+") do
+      word_width = math.max(word_width, utf8.len(word))
     end
-    local is_number = colspec[1] == "AlignRight"
-    widths[i] = 2 + (is_number and longest_word or math.min(longest_cell, TEXT_WIDTH))
-    natural_width = natural_width + 2 + longest_cell
-    total = total + widths[i]
+  end
+  return word_width, text_width
+end
+
+-- LaTeX: a table that is wider than the page gets columns of fixed width, in which the texts of its
+-- head are broken at spaces. Where that is not enough, "1.84 ± 0.04" is broken too.
+local function fit_on_paper(tbl)
+  local rows = pandoc.List()
+  for _, body in ipairs(tbl.bodies) do
+    rows:extend(body.body)
   end
 
-  if natural_width > PAPER_WIDTH then
+  local natural, whole, broken = 0, {}, {}
+  local whole_sum, broken_sum = 0, 0
+  for i, colspec in ipairs(tbl.colspecs) do
+    local head_word, head_text = measure(tbl.head.rows, i)
+    local body_word, body_text = measure(rows, i)
+    natural = natural + GAP + math.max(head_text, body_text)
+    whole[i] = GAP + math.max(head_word, math.min(body_text, TEXT_WIDTH))
+    broken[i] = colspec[1] == "AlignRight" and GAP + math.max(head_word, body_word) or whole[i]
+    whole_sum = whole_sum + whole[i]
+    broken_sum = broken_sum + broken[i]
+  end
+
+  if natural > PAPER_WIDTH then
+    local widths, sum = whole, whole_sum
+    if whole_sum > PAPER_WIDTH then
+      widths, sum = broken, broken_sum
+    end
     for i, colspec in ipairs(tbl.colspecs) do
-      tbl.colspecs[i] = {colspec[1], widths[i] / total}
+      tbl.colspecs[i] = {colspec[1], widths[i] / sum}
     end
   end
   return tbl

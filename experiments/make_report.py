@@ -55,7 +55,8 @@ MARKDOWN = "gfm-emoji-autolink_bare_uris"
 # pdflatex with templates/header.tex has no other characters than these.
 NOT_IN_LATEX = re.compile(r"[^\x00-\xff–—‘’“”…−→≤≥≈⁻⁰⁴-⁹μ™]")
 
-PROPERTIES = {  # labels of the entries that describe a machine, where they are not the names
+# Labels of the entries that describe a machine, where they are not their names.
+LABELS = {
     "cpu": "CPU",
     "gpu": "GPU",
     "memory_gib": "memory, GiB",
@@ -65,7 +66,7 @@ PROPERTIES = {  # labels of the entries that describe a machine, where they are 
 
 
 # --------------------------------------------------------------------------------------------------
-# Values as Markdown
+# Results as Markdown
 # --------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +134,6 @@ def format_date(created):
     return f"{when.day} {when:%B %Y, %H:%M} UTC"
 
 
-# --------------------------------------------------------------------------------------------------
-# Results
-# --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Metric:
     """A mean over n repeats with its 95 % interval from low to high, which are None for n = 1.
@@ -185,7 +181,7 @@ class MeasuredConfiguration:
         self.name = name
         self.base, _, self.machine = name.partition(" ")
 
-        # One of the caveats is "oversubscribed: mpi-8-weak, mpi-4-strong".
+        # Such a caveat reads "oversubscribed: mpi-8-weak, mpi-4-strong".
         lists = [caveat for caveat in caveats if caveat.startswith("oversubscribed")]
         self.oversubscribed = any(name in re.split(": |, ", each) for each in lists)
 
@@ -248,6 +244,7 @@ def make_table(name, title, caption, columns, rows):
         labels.append(escape(column["label"] + unit))
         alignment.append("---:" if is_numeric([row[i] for row in rows]) else ":---")
 
+    # GitHub's form of a table: | a | b | with the alignments in the second line.
     lines = [labels, alignment]
     for row in rows:
         cells = []
@@ -273,22 +270,19 @@ def format_cell(value, digits):
         return "–"
     if isinstance(value, str):
         return escape(value)
-    if digits is None:
-        return format_significant(value)
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def make_environment_table(machines):
     """The machines with one column each."""
-    columns = [{"label": "property"}]
-    for number in range(1, len(machines) + 1):
-        columns.append({"label": f"machine [{number}]"})
+    labels = ["property"] + [f"machine [{number}]" for number in range(1, len(machines) + 1)]
+    columns = [{"label": label} for label in labels]
     names = dict.fromkeys(name for machine in machines for name in machine)
     rows = []
     for name in names:
         values = [describe_entry(machine.get(name)) for machine in machines]
         if any(values):
-            rows.append([PROPERTIES.get(name, name), *values])
+            rows.append([LABELS.get(name, name), *values])
     return make_table("environment", "environment", "As the runs have recorded it.", columns, rows)
 
 
@@ -309,9 +303,8 @@ def describe_entry(value):
 def best(configurations, quantity):
     """The configuration with the largest mean of a quantity."""
     measured = [each for each in configurations if hasattr(each, quantity)]
-    if not measured:
-        return jinja2.StrictUndefined(f"no configuration has {quantity}")
-    return max(measured, key=lambda each: getattr(each, quantity).value)
+    unknown = jinja2.StrictUndefined(f"no configuration has {quantity}")
+    return max(measured, key=lambda each: getattr(each, quantity).value, default=unknown)
 
 
 def interval(value):
@@ -340,11 +333,7 @@ def is_unclear(value, other):
 
 
 def amdahl_limit(fraction):
-    """The speed-up 1/s that no number of cores exceeds, from a serial fraction s in percent.
-
-    G. M. Amdahl, Validity of the single processor approach to achieving large scale computing
-    capabilities, AFIPS 1967.
-    """
+    """The speed-up 1/s that no number of cores exceeds; s: serial fraction in % (Amdahl 1967)."""
     low = 100 / fraction.high  # the larger the fraction, the smaller the speed-up
     high = 100 / fraction.low
     return Metric(100 / fraction.value, low, high, fraction.n, "×")
@@ -396,7 +385,7 @@ def trace_input_shapes(model):
     for layer in model.leaves():
         if hasattr(layer, "W"):
             layer.forward = functools.partial(record, layer, layer.forward)
-    model.train(False)
+    model.train(False)  # batch normalisation of one image would have no variance
     model.forward(np.zeros((1, 32, 32, 3), np.float32))
     return trace
 
@@ -414,6 +403,7 @@ def mark_sentences(source):
     without_comments = re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL)
     joined = re.sub(r"\n +", " ", without_comments)
 
+    # The call block catches the error of a missing number: the sentence then is empty.
     lines = []
     for line in joined.split("\n"):
         is_tag = re.fullmatch(r"\{% ((?!%\}).)* %\}", line)
@@ -481,10 +471,8 @@ class Report:
             show=self.show,
             configuration=self.configuration,
             configurations=self.configurations,
-            failures=self.failures,
         )
-        without_gaps = re.sub(r"\n{3,}", "\n\n", text.replace(RESULT, ""))
-        return without_gaps.strip() + "\n"
+        return re.sub(r"\n{3,}", "\n\n", text.replace(RESULT, "")).strip() + "\n"
 
     def sentence(self, caller):
         """The sentence caller(), or nothing if it names what was not measured."""
@@ -498,6 +486,7 @@ class Report:
         """The heading with the body caller(), or nothing if that shows nothing of the results."""
         already_empty = len(self.empty_sections)
         body = caller()
+        # Fixed words alone are no reason for a section.
         if RESULT in body:
             return f"\n{heading}\n\n{body}\n"
         del self.empty_sections[already_empty:]  # those in this section are not named too
@@ -530,14 +519,6 @@ class Report:
         names = dict.fromkeys(part[1] for part in parts if part[0] == suite and len(part) == 3)
         found = [self.configuration(suite, name) for name in names]
         return [each for each in found if fnmatch.fnmatchcase(each.base, pattern)]
-
-    def failures(self):
-        """{(status, last line of the output): names} of the runs that did not finish."""
-        failures = {}
-        for failed in self.failed_runs:
-            last_line = failed["output"][-1] if failed["output"] else ""
-            failures.setdefault((failed["status"], last_line), []).append(failed["run"])
-        return failures
 
 
 def read_analysis(folder):
@@ -574,6 +555,7 @@ def read_analysis(folder):
 
 def convert(markdown, form, *options, output=None):
     """report.md in another format of pandoc: the text, or with `output` a file there."""
+    # pandoc has places of their own for title and date.
     heading, body = markdown.split("\n\n", 1)
     title, _, date = heading.removeprefix("# ").partition("\n")
     arguments = [
@@ -590,15 +572,11 @@ def convert(markdown, form, *options, output=None):
 def make_html(markdown, figures, source):
     """One page that contains its figures, style and script."""
     for figure in figures:
-        address = make_data_uri(figure_path(source, figure, ".svg"))
+        svg = base64.b64encode(figure_path(source, figure, ".svg").read_bytes()).decode()
+        address = f"data:image/svg+xml;base64,{svg}"
         markdown = markdown.replace(f"](figures/{figure.name}.png)", f"]({address})")
     template = f"--template={TEMPLATES / 'report.html'}"
     return convert(markdown, "html", template, "--toc", "--toc-depth=3", "--section-divs")
-
-
-def make_data_uri(path):
-    """An address that contains the SVG file itself."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def make_latex(markdown, form="latex", *options, output=None):
@@ -645,7 +623,12 @@ def write_file(path, content):
 def parse_args(argv=None):
     parser = Parser("make_report", __doc__)
     add = parser.add_argument
-    add("--analysis", metavar="FOLDER", default="results/analysis", help="default: %(default)s")
+    add(
+        "--analysis",
+        metavar="FOLDER",
+        default="results/analysis",
+        help="output folder of analyze_results.py (default: %(default)s)",
+    )
     add("--output-dir", metavar="FOLDER", default="report", help="default: %(default)s")
     add("--pdf", action="store_true", help="make report.pdf too, if LaTeX is installed")
     return parser.parse_args(argv)

@@ -29,7 +29,8 @@ end
 
 -- The longest word and the longest text in a column of some rows, in characters.
 local function measure(rows, column)
-  local word_width, text_width = 0, 0
+  local word_width = 0
+  local text_width = 0
   for _, row in ipairs(rows) do
     local text = pandoc.utils.stringify(row.cells[column].contents)
     text_width = math.max(text_width, utf8.len(text))
@@ -48,22 +49,30 @@ local function fit_on_paper(tbl)
     rows:extend(body.body)
   end
 
-  local natural, whole, broken = 0, {}, {}
-  local whole_sum, broken_sum = 0, 0
+  local natural = 0  -- width of the table without any line break
+  local whole = {}   -- widths of the columns with line breaks in the head
+  local broken = {}  -- widths of the columns with line breaks in the head and between numbers
+  local whole_sum = 0
+  local broken_sum = 0
   for i, colspec in ipairs(tbl.colspecs) do
     local head_word, head_text = measure(tbl.head.rows, i)
     local body_word, body_text = measure(rows, i)
     natural = natural + GAP + math.max(head_text, body_text)
     whole[i] = GAP + math.max(head_word, math.min(body_text, TEXT_WIDTH))
-    broken[i] = colspec[1] == "AlignRight" and GAP + math.max(head_word, body_word) or whole[i]
+    broken[i] = whole[i]
+    if colspec[1] == "AlignRight" then
+      broken[i] = GAP + math.max(head_word, body_word)
+    end
     whole_sum = whole_sum + whole[i]
     broken_sum = broken_sum + broken[i]
   end
 
   if natural > PAPER_WIDTH then
-    local widths, sum = whole, whole_sum
+    local widths = whole
+    local sum = whole_sum
     if whole_sum > PAPER_WIDTH then
-      widths, sum = broken, broken_sum
+      widths = broken
+      sum = broken_sum
     end
     for i, colspec in ipairs(tbl.colspecs) do
       tbl.colspecs[i] = {colspec[1], widths[i] / sum}
@@ -85,7 +94,8 @@ function Blocks(blocks)
   local result = pandoc.List()
   local i = 1
   while i <= #blocks do
-    local block, next_block = blocks[i], blocks[i + 1]
+    local block = blocks[i]
+    local next_block = blocks[i + 1]
     if is_caption(block, "Table") and next_block and next_block.t == "Table" then
       result:insert(make_table(next_block, block))
       i = i + 2

@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: report bench measure readme lint test clean
+.PHONY: report bench measure readme lint test test-all clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -78,14 +78,19 @@ measure: $(READY)  ## measure all that the README shows anew, then make readme: 
 readme: $(READY)  ## build the tables of the README, and docs/report, from the measurements in docs/
 	$(PYTHON) experiments/update_readme.py
 
-lint: $(READY)  ## check the style
+lint: $(READY)  ## check style and format
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
-test: $(READY)  ## run all tests
+# pytest takes the last -m: make test ARGS='-m gpu' runs the tests that need a GPU.
+test: $(READY)  ## run the quick tests: all that a change can break, within 5 minutes
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs those that make test leaves out
 	$(PYTHON) -m pytest $(ARGS)
 
 clean:  ## remove .venv and caches; results/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ experiments/__pycache__ tests/__pycache__
 
 .PHONY: check-python
 check-python:

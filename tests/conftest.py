@@ -9,6 +9,19 @@ import pytest
 from helpers import REPO, script_environment
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failing test says which tier it is in, and so which command runs it."""
+    report = yield
+    if report.failed:
+        if item.get_closest_marker("slow"):
+            tier = "slow tier: make test-all runs this test, make test does not"
+        else:
+            tier = "quick tier: make test and make test-all run this test"
+        report.sections.append(("tier", tier))
+    return report
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text; runs in an empty folder.

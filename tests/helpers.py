@@ -25,13 +25,16 @@ COLUMNS = (
 ).split(",")
 
 
+# `make test ARGS=-x` would hand ARGS to every make that a test starts: as a variable and in MAKEFLAGS.
+MAKE_VARIABLES = "ARGS EPOCHS SUBSET S3_DATA TO PYTHON BASE_PYTHON".split()
+MAKE_INTERNALS = "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL".split()
+SETTINGS = "CIFAR10_DIR OPENBLAS_CORETYPE OPENBLAS_L2_SIZE".split()
+NOT_INHERITED = {*MAKE_VARIABLES, *MAKE_INTERNALS, *SETTINGS}
+
+
 def script_environment(**changes):
     """The environment for a script under test: no data, no download (a closed port refuses at once)."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-    }
+    env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     env.update(
         https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY=""
     )

@@ -1,17 +1,30 @@
 """What the scripts share: data, layers, models, optimizers, run log, checkpoints, command line.
 
-A copy of one script and this file is all that a copy of an experiment needs. At import this module takes in NumPy and
-the standard library only, and does nothing else; psutil, threadpoolctl, tqdm and torchvision are imported by the
-functions that need them.
+A copy of one script and this file is all that a copy of an experiment needs. Importing this file
+loads NumPy and the standard library only, and has no side effects.
 
-Arrays are NHWC: images (N, H, W, C), convolution weights (KH, KW, C_in, C_out), dense weights (in, out). `dx` means
-dL/dx. The loss is summed over a batch, and so are the gradients; `optimizer.step(count)` divides once by the number of
-images. So any number of ranks, with shards of any size, follows the serial run.
+Contents, in this order (search for the name):
+
+    Data             load_cifar10, make_synthetic, load_batch, augment
+    Layers           Layer, Conv2D, ConvReLUPool, WinogradConv2D, BatchNorm2D, Dense, check_gradient
+    Models           Model, make_cnn, make_resnet18, evaluate
+    Optimizers       SGD, Adam
+    Run log          RunLog, ResourceMonitor, Progress
+    Checkpoints      Checkpoint, TorchCheckpoint, StopSignal
+    Machine          available_cores, limit_blas_threads, environment
+    MPI              collective, OverlapReducer, SharedMemoryReducer
+    PyTorch          make_torch_resnet, make_torch_optimizer
+    Command line     make_parser, run_main
+
+Arrays are NHWC: images (N, H, W, C), convolution weights (KH, KW, C_in, C_out), dense weights
+(in, out). `dx` means dL/dx. The loss is summed over a batch, and so are the gradients;
+`optimizer.step(count)` divides once by the number of images. So any number of ranks, with shards
+of any size, follows the serial run.
 """
 
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 (said here because what follows would fail without a reason)
+if sys.version_info < (3, 10):  # noqa: UP036 (what follows would fail without saying why)
     print(
         f"error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr
     )
@@ -20,6 +33,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (said here because what follows wo
 import argparse
 import contextlib
 import csv
+import fcntl
 import functools
 import hashlib
 import json
@@ -27,6 +41,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -35,6 +50,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,97 +58,35 @@ import numpy as np
 
 
 class InputError(Exception):
-    """The user's input cannot be used: one line that says what and what to do; exit status 2."""
+    """The user's input cannot be used: one line that says what to do; exit status 2."""
 
 
 class TrainingError(Exception):
     """The run failed after it had started: one line that says where; exit status 1."""
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
+class Interrupted(Exception):  # noqa: N818 (not an error)
     """Ctrl-C or SIGTERM, raised between two batches; exit status 130."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-MEAN = (0.4914, 0.4822, 0.4465)  # of all pixels of the published training set, red, green, blue
+# Mean and standard deviation of all pixels of the published training set: red, green, blue.
+MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT = 8  # seconds until a download that has not started is given up
-RECORD_BYTES, FILE_RECORDS = (
-    1 + 3 * 32 * 32,
-    10_000,
-)  # a record of the binary layout: label, red, green, blue plane
-STREAM_ORDER, STREAM_SYNTHETIC, STREAM_AUGMENT = (
-    1,
-    2,
-    3,
-)  # keep one seed's streams apart: the weights' is [seed] alone
+FILE_RECORDS = 10_000  # images in a file of the binary layout
+RECORD_BYTES = 1 + 3 * 32 * 32  # one image there: label, red, green, blue plane
 PAD = 4  # pixels around an image that a random crop may reach
 
-
-class Dataset(NamedTuple):
-    x_train: np.ndarray  # (N, 32, 32, 3) uint8
-    y_train: np.ndarray  # (N,) uint8
-    x_test: np.ndarray
-    y_test: np.ndarray
-    name: str  # "cifar10" or "synthetic": stands in every log, table and plot
-    fingerprint: str  # SHA-256 of the bytes of all that was read or made, before --subset cuts it
-
-
-def load_cifar10(data_dir=None, dataset="auto", subset=None, seed=42):
-    """Return CIFAR-10, or the synthetic stand-in, as a `Dataset` of uint8 arrays.
-
-    data_dir: folder that holds `cifar-10-batches-bin/` or `cifar-10-batches-py/`, or is one of them; default
-        $CIFAR10_DIR, else ./data. What is found there is kept beside it as .npy files and memory-mapped from then on.
-    dataset: "auto" takes the files, else downloads them, else falls back to the synthetic set with a banner on stderr;
-        "cifar10" never falls back; "synthetic" is generated from `seed`.
-    subset: the first N training images and the first N // 5 (at least one) test images, the proportion of the set.
-    Raises InputError for files that are missing or damaged and for a subset that the set does not have.
-    """
-    if subset is not None and not 1 <= subset <= 50_000:
-        raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
-    data_dir = Path(data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
-    loaded = None if dataset == "synthetic" else _load_real(data_dir, may_fail=dataset == "auto")
-    name = "cifar10" if loaded else "synthetic"
-    if loaded is None:
-        stamp = {"synthetic": 2, "seed": seed, "subset": subset}
-        loaded = _through_cache(data_dir, stamp, lambda: make_synthetic(subset or 50_000, seed))
-    arrays, fingerprint = loaded
-    if subset is not None:
-        sizes = (subset, subset, max(subset // 5, 1), max(subset // 5, 1))
-        arrays = [a[:size] for a, size in zip(arrays, sizes, strict=True)]
-    return Dataset(*arrays, name, fingerprint)
-
-
-def _load_real(data_dir, may_fail):
-    """The arrays and fingerprint of the files in data_dir, downloaded if need be; None if that cannot be."""
-    found = _find_batches(data_dir)
-    if found is None:
-        problem = _download(data_dir)
-        found = _find_batches(data_dir)
-        if found is None and may_fail:
-            print(
-                _SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem),
-                file=sys.stderr,
-                flush=True,
-            )
-            return None
-        if found is None:
-            raise InputError(
-                f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
-                "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic"
-            )
-    folder, read = found
-    files = {
-        f.name: [f.stat().st_size, f.stat().st_mtime_ns]
-        for f in sorted(folder.iterdir())
-        if f.is_file()
-    }
-    return _through_cache(data_dir, files, lambda: read(folder))
-
+# Each use of a seed draws from a random stream of its own; the weights' stream is [seed] alone.
+STREAM_ORDER = 1
+STREAM_SYNTHETIC = 2
+STREAM_AUGMENT = 3
 
 _SYNTHETIC_BANNER = """\
 ********************************************************************************
@@ -143,27 +97,99 @@ _SYNTHETIC_BANNER = """\
    Give --data-dir or $CIFAR10_DIR a folder with cifar-10-batches-bin/ or cifar-10-batches-py/."""
 
 
+class Dataset(NamedTuple):
+    x_train: np.ndarray  # (N, 32, 32, 3) uint8
+    y_train: np.ndarray  # (N,) uint8
+    x_test: np.ndarray
+    y_test: np.ndarray
+    name: str  # "cifar10" or "synthetic"; every log, table and plot shows it
+    fingerprint: str  # SHA-256 of all images and labels, before --subset cuts them
+
+
+def load_cifar10(
+    data_dir: str | None = None, dataset: str = "auto", subset: int | None = None, seed: int = 42
+) -> Dataset:
+    """Return CIFAR-10, or the synthetic stand-in, as uint8 arrays.
+
+    data_dir: a folder that holds `cifar-10-batches-bin/` or `cifar-10-batches-py/`, or is one of
+        them; default $CIFAR10_DIR, else ./data. What is found there is kept beside it as .npy files
+        and memory-mapped from then on.
+    dataset: "auto" reads the files, else downloads them, else falls back to the synthetic set with a
+        banner on stderr; "cifar10" never falls back; "synthetic" is generated from `seed`.
+    subset: the first N training and N // 5 test images (at least one), the proportion of the set.
+
+    Raises InputError for missing or damaged files and for a subset that the set does not have.
+    """
+    if subset is not None and not 1 <= subset <= 50_000:
+        raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
+    folder = Path(data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+
+    loaded = None
+    name = "cifar10"
+    if dataset != "synthetic":
+        loaded = _load_real(folder, may_fail=dataset == "auto")
+    if loaded is None:
+        name = "synthetic"
+        source = {"synthetic": 2, "seed": seed, "subset": subset}
+        loaded = _through_cache(folder, source, lambda: make_synthetic(subset or 50_000, seed))
+
+    (x_train, y_train, x_test, y_test), fingerprint = loaded
+    if subset is not None:
+        test_subset = max(subset // 5, 1)
+        x_train, y_train = x_train[:subset], y_train[:subset]
+        x_test, y_test = x_test[:test_subset], y_test[:test_subset]
+    return Dataset(x_train, y_train, x_test, y_test, name, fingerprint)
+
+
+def _load_real(data_dir, may_fail):
+    """The arrays and fingerprint of the files in data_dir, downloaded if needed.
+
+    None if there are none and may_fail.
+    """
+    found = _find_batches(data_dir)
+    if found is None:
+        problem = _download(data_dir)
+        found = _find_batches(data_dir)
+    if found is None and may_fail:
+        banner = _SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem)
+        print(banner, file=sys.stderr, flush=True)
+        return None
+    if found is None:
+        raise InputError(
+            f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
+            "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic"
+        )
+
+    # A file that has changed has another size or time, and so another cache.
+    folder, read = found
+    source = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            source[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return _through_cache(data_dir, source, lambda: read(folder))
+
+
 def _find_batches(data_dir):
-    """The folder with CIFAR-10's files and the function that reads their layout; None if there is none."""
+    """The folder with CIFAR-10's files and the function that reads them; None if there is none."""
     for folder in (data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-batches-py", data_dir):
         for suffix, read in ((".bin", _read_binary), ("", _read_python)):
-            if any(
-                (folder / (name + suffix)).exists()
-                for name in ("data_batch_1", "data_batch_2", "test_batch")
-            ):
-                return folder, read
+            for name in ("data_batch_1", "data_batch_2", "test_batch"):
+                if (folder / (name + suffix)).exists():
+                    return folder, read
     return None
 
 
 def _read_binary(folder):
     """Read the six files of CIFAR-10's binary layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
-    parts = []
-    for path in [folder / f"data_batch_{i}.bin" for i in range(1, 6)] + [folder / "test_batch.bin"]:
-        wanted = RECORD_BYTES * FILE_RECORDS
-        if not path.is_file() or path.stat().st_size != wanted:
-            seen = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    images, labels = [], []
+    for path in [folder / name for name in names]:
+        expected = RECORD_BYTES * FILE_RECORDS
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            found = "missing" if size is None else f"{size} bytes"
             raise InputError(
-                f"{path}: {seen}, CIFAR-10 has {wanted} bytes there: fetch the file again"
+                f"{path}: {found}, CIFAR-10 has {expected} bytes there: fetch the file again"
             )
         records = np.fromfile(path, np.uint8).reshape(FILE_RECORDS, RECORD_BYTES)
         if records[:, 0].max() > 9:
@@ -172,213 +198,257 @@ def _read_binary(folder):
                 f"{path}: label {records[record, 0]} in record {record}, labels end at 9: "
                 "fetch the file again"
             )
-        parts.append((records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]))
-    x, y = zip(*parts, strict=True)
-    return np.concatenate(x[:5]), np.concatenate(y[:5]), x[5], y[5]
+        labels.append(records[:, 0])
+        planes = records[:, 1:].reshape(-1, 3, 32, 32)
+        images.append(planes.transpose(0, 2, 3, 1))  # NCHW → NHWC
+    return np.concatenate(images[:5]), np.concatenate(labels[:5]), images[5], labels[5]
 
 
 def _read_python(folder):
-    """Read the pickled layout through torchvision, which opens a file only after its MD5 checksum agrees."""
+    """Read the pickled layout through torchvision, which first verifies each file's MD5 checksum."""
     try:
         datasets = import_torchvision().datasets
     except ImportError as error:
         raise InputError(
-            f"{folder}: to read CIFAR-10's Python layout, install torchvision ({error}), or fetch the "
-            "binary layout"
+            f"{folder}: to read CIFAR-10's Python layout, install torchvision ({error}), or fetch "
+            "the binary layout"
         ) from None
-    if folder.name != datasets.CIFAR10.base_folder:
+    expected_name = datasets.CIFAR10.base_folder
+    if folder.name != expected_name:
         raise InputError(
-            f"{folder}: rename it to {datasets.CIFAR10.base_folder}, the name that torchvision looks for"
+            f"{folder}: rename it to {expected_name}, the name that torchvision expects"
         )
     try:
-        sets = [
-            datasets.CIFAR10(folder.parent, train=train, download=False) for train in (True, False)
-        ]
+        train = datasets.CIFAR10(folder.parent, train=True, download=False)
+        test = datasets.CIFAR10(folder.parent, train=False, download=False)
     except RuntimeError:
         raise InputError(
             f"{folder}: a file is missing or its checksum is wrong, so nothing in it was opened: "
             "delete the folder and fetch CIFAR-10 again"
         ) from None
-    arrays = [a for s in sets for a in (s.data, np.array(s.targets, np.uint8))]
-    if any(len(a) != n for a, n in zip(arrays, (50_000, 50_000, 10_000, 10_000), strict=True)):
+    y_train = np.array(train.targets, np.uint8)
+    y_test = np.array(test.targets, np.uint8)
+    sizes = (len(train.data), len(y_train), len(test.data), len(y_test))
+    if sizes != (50_000, 50_000, 10_000, 10_000):
         raise InputError(f"{folder}: not 50000 training and 10000 test images")
-    return arrays
+    return train.data, y_train, test.data, y_test
 
 
 def _download(data_dir):
-    """Download the Python layout into data_dir; return what went wrong, or None."""
+    """Download the Python layout into data_dir; return the problem in words, or None."""
     import http.client
     import urllib.request
 
-    failure = [f"no answer within {DOWNLOAD_TIMEOUT} s"]
+    # Ask for the headers first, in a thread of its own: a name look-up takes no timeout.
+    problem = [f"no answer within {DOWNLOAD_TIMEOUT} s"]
 
-    def probe():  # in a thread of its own, because a name look-up takes no timeout
+    def probe():
+        request = urllib.request.Request(CIFAR10_URL, method="HEAD")
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(CIFAR10_URL, method="HEAD"), timeout=DOWNLOAD_TIMEOUT
-            ).close()
-            failure[0] = None
+            urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT).close()
+            problem[0] = None
         except (OSError, http.client.HTTPException) as error:
-            failure[0] = str(getattr(error, "reason", error)).strip()
+            problem[0] = str(getattr(error, "reason", error)).strip()
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(DOWNLOAD_TIMEOUT)
-    if failure[0]:
-        return failure[0]
-    previous = socket.getdefaulttimeout()
+    if problem[0]:
+        return problem[0]
+
+    # torchvision downloads into a temporary folder: data_dir gets all of it or nothing.
+    previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
-            cifar10 = import_torchvision().datasets.CIFAR10(scratch, download=True)
-            (Path(scratch) / cifar10.base_folder).rename(data_dir / cifar10.base_folder)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary:
+            name = import_torchvision().datasets.CIFAR10(temporary, download=True).base_folder
+            (Path(temporary) / name).rename(data_dir / name)
+        return None
     except ImportError as error:
         return f"that needs torchvision: {error}"
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         return f"it broke off: {error}"
     finally:
-        socket.setdefaulttimeout(previous)
+        socket.setdefaulttimeout(previous_timeout)
 
 
-def _through_cache(data_dir, stamp, build):
-    """Memory maps of the arrays that build() makes, kept in data_dir (else the user's cache folder) under `stamp`.
+_ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
-    stamp: JSON-able description of the source; another stamp means another folder, so a changed source is read anew.
-    Returns ([x_train, y_train, x_test, y_test], fingerprint). A folder is complete or absent: it is renamed into place.
+
+def _through_cache(data_dir, source, build):
+    """Memory maps of the four arrays that build() makes, and their fingerprint.
+
+    They are kept in data_dir, else in the user's cache folder, under a name made of `source`, a
+    JSON-able description: where the source has changed, the cache is another one.
     """
-    key = "npy-" + hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parallel-cnn"
-    names = ("x_train", "y_train", "x_test", "y_test")
+    digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+    name = f"npy-{digest[:16]}"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folders = [data_dir / name, user_cache / "parallel-cnn" / name]
 
-    def open_maps(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            maps = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in names]
-            return [np.asarray(m) for m in maps], json.loads((folder / "meta.json").read_text())[
-                "fingerprint"
-            ]
+    for folder in folders:
+        cached = _open_cache(folder)
+        if cached is not None:
+            return cached
 
-    for root in (data_dir, user_cache):
-        if maps := open_maps(root / key):
-            return maps
-    arrays = [np.ascontiguousarray(a) for a in build()]
+    arrays = [np.ascontiguousarray(array) for array in build()]
     digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(a)
-    for root in (data_dir, user_cache):
-        with contextlib.suppress(OSError):
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch:
-                new = Path(scratch) / key
-                new.mkdir()
-                for name, a in zip(names, arrays, strict=True):
-                    np.save(new / f"{name}.npy", a)
-                (new / "meta.json").write_text(
-                    json.dumps({"fingerprint": digest.hexdigest(), "source": stamp})
-                )
-                try:
-                    new.rename(root / key)
-                except OSError:  # another process was faster, or what is there is damaged
-                    if not open_maps(root / key):
-                        shutil.rmtree(root / key, ignore_errors=True)
-                        new.rename(root / key)
-            if maps := open_maps(root / key):
-                return maps
-    return arrays, digest.hexdigest()
+    for array in arrays:
+        digest.update(array)
+    fingerprint = digest.hexdigest()
+
+    for folder in folders:
+        with contextlib.suppress(OSError):  # a folder that cannot be written: try the next
+            _write_cache(folder, arrays, {"fingerprint": fingerprint, "source": source})
+        cached = _open_cache(folder)
+        if cached is not None:
+            return cached
+    return arrays, fingerprint
 
 
-def make_synthetic(n_train, seed=42, n_test=None):
-    """Ten classes of moving textures, (N, 32, 32, 3) uint8, that a CNN learns well but not at once.
+def _open_cache(folder):
+    """The memory-mapped arrays in a cache folder and their fingerprint; None if it is not whole."""
+    try:
+        maps = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAY_NAMES]
+        fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [np.asarray(array) for array in maps], fingerprint
 
-    An image is one of its class's three smooth patterns, moved by up to seven pixels around the torus, faded into a
-    pattern that all classes share, in random contrast and under pixel noise. Images come in blocks that depend on
-    (seed, split, block) alone, so a smaller set is the beginning of a larger one.
-    Returns x_train, y_train, x_test, y_test; n_test defaults to n_train // 5, at least one.
+
+def _write_cache(folder, arrays, meta):
+    """Write a cache folder. It is complete or absent: it is made elsewhere and renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        for name, array in zip(_ARRAY_NAMES, arrays, strict=True):
+            np.save(new / f"{name}.npy", array)
+        (new / "meta.json").write_text(json.dumps(meta))
+        try:
+            new.rename(folder)
+        except OSError:  # another process was faster, or what is there is damaged
+            if _open_cache(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+
+
+def make_synthetic(n_train: int, seed: int = 42, n_test: int | None = None) -> tuple:
+    """Ten classes of moving textures that a CNN learns well but not at once.
+
+    An image is one of its class's three smooth patterns, shifted by up to seven pixels around the
+    torus, plus a pattern that all classes share, in random contrast and with pixel noise. Images are
+    drawn in blocks that depend on (seed, split, block) alone, so a smaller set is the beginning of a
+    larger one. n_test: default n_train // 5, at least one.
+
+    Returns x_train, y_train, x_test, y_test; images are (N, 32, 32, 3) uint8.
     """
-    block, grid = 1000, np.arange(32)
-    wave = np.exp(
-        2j * np.pi * np.outer(np.arange(1, 5), grid) / 32
-    )  # (4, 32): the four lowest frequencies
-
-    def patterns(rng, *shape):  # (*shape, 32, 32, 3), zero mean, unit deviation
-        c = rng.standard_normal((*shape, 4, 4, 3)) + 1j * rng.standard_normal((*shape, 4, 4, 3))
-        p = np.einsum("...fgc,fh,gw->...hwc", c, wave, wave).real
-        return (p / p.std(axis=(-3, -2), keepdims=True)).astype(np.float32)
-
+    if n_test is None:
+        n_test = max(n_train // 5, 1)
     rng = np.random.default_rng([seed, STREAM_SYNTHETIC])
-    own, shared = patterns(rng, 10, 3), patterns(rng, 16)
+    class_patterns = _smooth_patterns(rng, (10, 3))  # (10, 3, 32, 32, 3)
+    shared_patterns = _smooth_patterns(rng, (16,))  # (16, 32, 32, 3)
 
-    def images(split, number):
-        x, y = np.empty((number, 32, 32, 3), np.uint8), np.empty(number, np.uint8)
-        for start in range(0, number, block):
+    splits = []
+    for split, n in ((1, n_train), (2, n_test)):
+        images = np.empty((n, 32, 32, 3), np.uint8)
+        labels = np.empty(n, np.uint8)
+        for start in range(0, n, 1000):
             rng = np.random.default_rng([seed, STREAM_SYNTHETIC, split, start])
-            labels, which, other = (rng.integers(choices, size=block) for choices in (10, 3, 16))
-            dy, dx, ey, ex = (
-                (grid + rng.integers(reach, size=(block, 1))) % 32 for reach in (8, 8, 32, 32)
-            )
-            pixels = own[
-                labels[:, None, None], which[:, None, None], dy[:, :, None], dx[:, None, :]
-            ]
-            pixels *= rng.uniform(0.5, 1, (block, 1, 1, 1)).astype(np.float32)
-            pixels += shared[other[:, None, None], ey[:, :, None], ex[:, None, :]]
-            pixels += 0.75 * rng.standard_normal(pixels.shape, np.float32)
-            pixels = np.clip(
-                127 + rng.uniform(20, 40, (block, 1, 1, 1)).astype(np.float32) * pixels, 0, 255
-            )
-            x[start : start + block], y[start : start + block] = (
-                pixels[: number - start],
-                labels[: number - start],
-            )
-        return x, y
-
-    return (*images(1, n_train), *images(2, max(n_train // 5, 1) if n_test is None else n_test))
+            x, y = _synthetic_block(rng, 1000, class_patterns, shared_patterns)
+            images[start : start + 1000] = x[: n - start]
+            labels[start : start + 1000] = y[: n - start]
+        splits += [images, labels]
+    return tuple(splits)
 
 
-def epoch_order(n, seed, epoch):
-    """The order of n images in an epoch (from 1): a function of (seed, epoch) alone, whatever runs in parallel."""
+def _smooth_patterns(rng, shape):
+    """Random patterns (*shape, 32, 32, 3) of the four lowest frequencies, with unit deviation."""
+    coefficients = rng.standard_normal((*shape, 4, 4, 3)) + 1j * rng.standard_normal(
+        (*shape, 4, 4, 3)
+    )
+    waves = np.exp(2j * np.pi * np.outer(np.arange(1, 5), np.arange(32)) / 32)  # (4, 32)
+    patterns = np.einsum("...fgc,fh,gw->...hwc", coefficients, waves, waves).real
+    return (patterns / patterns.std(axis=(-3, -2), keepdims=True)).astype(np.float32)
+
+
+def _synthetic_block(rng, size, class_patterns, shared_patterns):
+    """`size` images (size, 32, 32, 3), as float32 from 0 to 255, and their labels."""
+    label = rng.integers(10, size=size)
+    pattern = rng.integers(3, size=size)
+    shared = rng.integers(16, size=size)
+
+    def shifted(reach):  # (size, 32): the rows, or columns, of the torus from a random one on
+        return (np.arange(32) + rng.integers(reach, size=(size, 1))) % 32
+
+    def scale(low, high):
+        return rng.uniform(low, high, (size, 1, 1, 1)).astype(np.float32)
+
+    rows, columns = shifted(8)[:, :, None], shifted(8)[:, None, :]
+    shared_rows, shared_columns = shifted(32)[:, :, None], shifted(32)[:, None, :]
+    pixels = class_patterns[label[:, None, None], pattern[:, None, None], rows, columns]
+    pixels *= scale(0.5, 1)
+    pixels += shared_patterns[shared[:, None, None], shared_rows, shared_columns]
+    pixels += 0.75 * rng.standard_normal(pixels.shape, np.float32)
+    return np.clip(127 + scale(20, 40) * pixels, 0, 255), label
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n images in an epoch (from 1): the same whatever runs in parallel."""
     return np.random.default_rng([seed, STREAM_ORDER, epoch]).permutation(n)
 
 
 @functools.lru_cache
 def _normalization(dtype):
-    """scale and shift (96,) of a row of pixels, since long rows make fast loops; pixel · scale - shift is wanted."""
-    return np.tile(1 / (255 * np.array(STD)), 32).astype(dtype), np.tile(
-        np.array(MEAN) / STD, 32
-    ).astype(dtype)
+    """scale and shift (96,) of one row of pixels; pixel · scale - shift is the normalised value."""
+    scale = np.tile(1 / (255 * np.array(STD)), 32)
+    shift = np.tile(np.array(MEAN) / STD, 32)
+    return scale.astype(dtype), shift.astype(dtype)
 
 
-def load_batch(images, labels, index, dtype=np.float32):
-    """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised channel by channel with MEAN and STD."""
-    xp, (scale, shift) = array_module(images), _normalization(np.dtype(dtype))
-    x = xp.multiply(images[index].reshape(-1, 32, 96), xp.asarray(scale), dtype=dtype)
-    x -= xp.asarray(shift)
+def load_batch(
+    images: np.ndarray, labels: np.ndarray, index, dtype=np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised per channel."""
+    scale, shift = _normalization(np.dtype(dtype))
+    rows = images[index].reshape(-1, 32, 96)  # long rows make fast loops: 32 pixels of 3 channels
+    x = np.multiply(rows, scale, dtype=dtype)
+    x -= shift
     return x.reshape(-1, 32, 32, 3), labels[index]
 
 
-def draw_augmentation(n, seed, epoch):
-    """(n,) uint8: 81 flip + 9 dy + dx for each image; a function of (seed, epoch, index), whoever loads the image."""
-    return np.random.default_rng([seed, STREAM_AUGMENT, epoch]).integers(
-        2 * 81, size=n, dtype=np.uint8
-    )
+def draw_augmentation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Random crop and flip of n images as (n,) uint8: 81 flip + 9 dy + dx.
+
+    A function of (seed, epoch, index) alone, whoever loads the image.
+    """
+    rng = np.random.default_rng([seed, STREAM_AUGMENT, epoch])
+    return rng.integers(2 * 81, size=n, dtype=np.uint8)
 
 
-def augment(images, draws):
-    """Crop images (N, 32, 32, 3) at (dy, dx) from themselves padded with PAD zeros, and flip some left to right."""
-    n, size = len(images), images.shape[1]
-    padded = np.zeros((n, size + 2 * PAD, size + 2 * PAD, 3), images.dtype)
+def augment(images: np.ndarray, aug_params: np.ndarray) -> np.ndarray:
+    """Crop images (N, H, W, C) at (dy, dx) from themselves padded with zeros, and flip some."""
+    n, h, w, c = images.shape
+    flip = aug_params // 81
+    dy = aug_params // 9 % 9
+    dx = aug_params % 9
+
+    padded = np.zeros((n, h + 2 * PAD, w + 2 * PAD, c), images.dtype)
     padded[:, PAD:-PAD, PAD:-PAD] = images
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))  # a view
-    out = windows.transpose(0, 1, 2, 4, 5, 3)[np.arange(n), draws // 9 % 9, draws % 9]
-    flipped = np.flatnonzero(draws // 81)
+    crops = np.lib.stride_tricks.sliding_window_view(padded, (h, w), axis=(1, 2))
+    crops = crops.transpose(0, 1, 2, 4, 5, 3)  # (N, 9, 9, H, W, C), a view: nothing is copied yet
+    out = crops[np.arange(n), dy, dx]
+    flipped = np.flatnonzero(flip)
     out[flipped] = out[flipped, :, ::-1]
     return out
 
 
 def import_torchvision():
-    """Import torchvision, also where torch is a CPU-only build and torchvision, from the package index, is not.
+    """Import torchvision, also beside a CPU-only build of torch.
 
-    That import stops at "operator torchvision::nms does not exist" (pytorch/vision #8985). Declaring the schemas of the
-    missing operators first is enough for models and data sets.
+    There the import stops at "operator torchvision::nms does not exist" (pytorch/vision #8985).
+    Declaring the schemas of the missing operators is enough for models and data sets.
     """
     try:
         import torchvision
@@ -387,658 +457,738 @@ def import_torchvision():
             raise
         import torch
 
-        # what it defines lasts as long as the object is kept
-        library = import_torchvision.library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # half imported
+        import_torchvision.library = library  # the definitions last as long as this object
+        for name in list(sys.modules):
+            if name.partition(".")[0] == "torchvision":
+                del sys.modules[name]  # half imported
         import torchvision
     return torchvision
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-CACHE_BYTES = (
-    2048 * 1024
-)  # working set of one piece of a convolution: a common size of a core's own cache
-
-
-def array_module(x):
-    """The module whose array x is: numpy or cupy."""
-    return sys.modules[type(x).__module__.partition(".")[0]]
+# A convolution works through the batch in chunks whose arrays fit into a core's own cache.
+CACHE_BYTES = 2048 * 1024
 
 
-def aligned_zeros(shape, dtype, xp=np):
-    """Zeros on a cache line's boundary, where vector loads and stores are fastest; NumPy promises 16 bytes only."""
-    if xp is not np:
-        return xp.zeros(shape, dtype)
+def aligned_zeros(shape: tuple, dtype) -> np.ndarray:
+    """Zeros that begin on a cache line, where vector instructions are fastest."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-class Layer:
-    """The protocol: `out = forward(x)`, `dx = backward(dout)`, `params()`, `grads()`.
+def batch_chunks(n: int, bytes_per_image: int) -> list[slice]:
+    """Slices that divide n images into chunks of about CACHE_BYTES, at least one image each."""
+    step = max(1, CACHE_BYTES // bytes_per_image)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
-    A leaf names its parameters in `param_names`; parameter `W` has its gradient in `dW`, which every backward()
-    overwrites with the sum over the batch. Arrays that are kept but not trained (running statistics) are named in
-    `state_names`. A composite, such as a residual block, overrides `leaves()` to yield its parts.
-    What forward() and backward() return belongs to the layer and is overwritten by its next call.
+
+def he_normal(shape: tuple, rng=None, dtype=np.float32) -> np.ndarray:
+    """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
+
+    rng: a NumPy Generator or a seed. Drawn in float64, so that float32 and float64 start alike.
+    """
+    fan_in = math.prod(shape[:-1])
+    weights = np.random.default_rng(rng).standard_normal(shape)
+    return (weights * math.sqrt(2 / fan_in)).astype(dtype)
+
+
+def sum_rows(rows: np.ndarray) -> np.ndarray:
+    """The sum (C,) of rows (n, C), as a product with ones, which BLAS does faster than np.sum."""
+    return np.ones(len(rows), rows.dtype) @ rows
+
+
+class Layer:
+    """The protocol of all layers: out = forward(x), dx = backward(dout), params(), grads().
+
+    A layer names its parameters in `param_names`; the gradient of `W` is `dW`, into which every
+    backward() writes (self.dW[...] = …) the sum over the batch. Arrays that are kept but not trained
+    (running statistics) are named in `buffer_names`. A layer made of layers, such as a residual
+    block, overrides leaves() to yield them.
+
+    What forward() and backward() return belongs to the layer: its next call overwrites it.
     """
 
-    param_names, state_names = (), ()
+    param_names: tuple = ()
+    buffer_names: tuple = ()
     training = True  # False during evaluation
-    needs_dx = True  # False in a model's first layer: nobody asks for the gradient of the images
+    requires_input_grad = True  # False in a model's first layer: nobody needs the images' gradient
 
-    def leaves(self):
+    def leaves(self) -> Iterator["Layer"]:
         yield self
 
-    def params(self):
+    def params(self) -> list[np.ndarray]:
         return [getattr(leaf, name) for leaf in self.leaves() for name in leaf.param_names]
 
-    def grads(self):
+    def grads(self) -> list[np.ndarray]:
         return [getattr(leaf, "d" + name) for leaf in self.leaves() for name in leaf.param_names]
 
-    def state(self):
-        return [getattr(leaf, name) for leaf in self.leaves() for name in leaf.state_names]
+    def buffers(self) -> list[np.ndarray]:
+        return [getattr(leaf, name) for leaf in self.leaves() for name in leaf.buffer_names]
 
-    def scratch(self, name, shape, like, dtype=None):
-        """An array, zero when new, that is kept between calls; the first axis may shrink without a new one."""
-        arrays, key, dtype = (
-            self.__dict__.setdefault("_scratch", {}),
-            (name, shape[1:]),
-            dtype or like.dtype,
-        )
+    def workspace(self, name: str, shape: tuple, dtype) -> np.ndarray:
+        """An array, zero when new, that this layer keeps between calls.
+
+        A step then allocates nothing. The first axis may shrink (a last, smaller batch) without a
+        new array.
+        """
+        arrays = self.__dict__.setdefault("_workspaces", {})
+        key = (name, shape[1:])
         kept = arrays.get(key)
         if kept is None or len(kept) < shape[0] or kept.dtype != dtype:
-            kept = arrays[key] = aligned_zeros(shape, dtype, array_module(like))
-        return kept if len(kept) == shape[0] else kept[: shape[0]]
+            kept = arrays[key] = aligned_zeros(shape, dtype)
+        return kept[: shape[0]]
 
 
 class Conv2D(Layer):
-    """2-D convolution (cross-correlation, as the field has it) with any kernel size, stride and padding.
+    """2-D convolution (cross-correlation, as is usual) by im2col in chunks that stay in the cache.
 
-    W: (kernel_size, kernel_size, in_channels, out_channels), He-normal; b: (out_channels,), zero, if `bias`.
-    Each image's receptive fields are copied to the rows of a matrix (im2col) and multiplied by W: Chellapilla et al.,
-    "High Performance Convolutional Neural Networks for Document Processing", 2006. A few images at a time, so that
-    the matrix, K² times as large as the image, never leaves the cache; backward() makes it again, which is cheaper
-    than to fetch a large one from memory.
+    W: (kernel_size, kernel_size, in_channels, out_channels), He-normal; b: (out_channels,), zero.
+
+    Each window of the input becomes a row of a matrix, and the convolution one product with W:
+    Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing",
+    2006. The matrix is K² times as large as the images, so it is made for a few images at a time and
+    never leaves the cache; backward() makes it again, which is cheaper than fetching it from memory.
     """
 
     param_names = ("W", "b")
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        stride=1,
-        padding=1,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 1,
         *,
-        bias=True,
+        bias: bool = True,
         rng=None,
         dtype=np.float32,
     ):
-        self.kernel_size, self.stride, self.padding, self.has_bias = (
-            kernel_size,
-            stride,
-            padding,
-            bias,
-        )
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.has_bias = bias
         if not bias:
             self.param_names = ("W",)
-        shape = (kernel_size, kernel_size, in_channels, out_channels)
-        self.W, self.b = he_normal(shape, rng, dtype), np.zeros(out_channels, dtype)
-        self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
+        self.W = he_normal((kernel_size, kernel_size, in_channels, out_channels), rng, dtype)
+        self.b = np.zeros(out_channels, dtype)
+        self.dW = np.zeros_like(self.W)
+        self.db = np.zeros_like(self.b)
 
-    def forward(self, x):
+    def forward(self, x: np.ndarray) -> np.ndarray:
         """x (N, H, W, C_in) → (N, OH, OW, C_out), OH = (H + 2 padding - kernel_size) // stride + 1."""
-        xp, self.x_shape, self.windows = array_module(x), x.shape, self._windows(x)
-        out = self.scratch("out", (*self.windows.shape[:3], self.b.size), x)
-        for piece in self._pieces():
-            y = out[piece].reshape(-1, self.b.size)
-            xp.matmul(self._im2col(piece), self.W.reshape(-1, self.b.size), out=y)
+        self.x_shape = x.shape
+        self.windows = self._windows(x)
+        out = self.workspace("out", (*self.windows.shape[:3], self.b.size), x.dtype)
+        for chunk in self._chunks():
+            col = self._im2col(chunk)
+            y = out[chunk].reshape(-1, self.b.size)
+            np.matmul(col, self.W.reshape(-1, self.b.size), out=y)
             if self.has_bias:
                 y += self.b
         return out
 
-    def backward(self, dout):
+    def backward(self, dout: np.ndarray) -> np.ndarray | None:
         """dout (N, OH, OW, C_out) → dx (N, H, W, C_in); sets dW and db."""
-        self._start_backward(dout)
-        for piece in self._pieces():
-            self._add_weight_gradient(
-                self._im2col(piece, backward=True), dout[piece].reshape(-1, self.b.size)
-            )
+        self._start_backward()
+        dx = None
+        if self.requires_input_grad:
+            dx = self.workspace("dx", self.x_shape, dout.dtype)
+        for chunk in self._chunks():
+            col = self._im2col(chunk, backward=True)
+            dy = dout[chunk].reshape(-1, self.b.size)
+            self._add_weight_gradient(col, dy)
             if self.has_bias:
-                self._add_bias_gradient(dout[piece])
-            if self.needs_dx:
-                self._input_gradient(dout[piece], piece)
-        return self._dx if self.needs_dx else None
+                self.db += sum_rows(dy)
+            if dx is not None:
+                self._input_gradient(dout[chunk], dx[chunk])
+        return dx
 
     def _windows(self, x):
-        """All receptive fields of x, (N, OH, OW, KH, KW, C_in): a view of the padded images, nothing is copied."""
-        x, k, s = self._pad(x), self.kernel_size, self.stride
-        n, h, w, c = x.shape
+        """All windows of x, (N, OH, OW, KH, KW, C_in): a view of the padded images, not a copy."""
+        padded = self._pad(x)
+        n, h, w, c = padded.shape
+        k = self.kernel_size
+        s = self.stride
+        if c != self.W.shape[2]:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.W.shape[2]} channels, its input has {c}: "
+                "change in_channels"
+            )
         if min(h, w) < k:
             raise ValueError(
-                f"an input of {h}x{w} pixels, padding included, is smaller than the kernel, {k}x{k}"
+                f"{type(self).__name__}: an input of {h}x{w} pixels, padding included, is smaller "
+                f"than the kernel, {k}x{k}"
             )
-        sn, sh, sw, sc = x.strides
+        stride_n, stride_h, stride_w, stride_c = padded.strides
         shape = (n, (h - k) // s + 1, (w - k) // s + 1, k, k, c)
-        return array_module(x).lib.stride_tricks.as_strided(
-            x, shape, (sn, s * sh, s * sw, sh, sw, sc)
-        )
+        strides = (stride_n, s * stride_h, s * stride_w, stride_h, stride_w, stride_c)
+        return np.lib.stride_tricks.as_strided(padded, shape, strides)
 
     def _pad(self, x):
-        (n, h, w, c), p = x.shape, self.padding
-        if not p:
+        p = self.padding
+        if p == 0:
             return x
-        padded = self.scratch(
-            "padded", (n, h + 2 * p, w + 2 * p, c), x
-        )  # zero when new, and its border stays so
+        n, h, w, c = x.shape
+        # The workspace is zero when new, and nothing but the images is ever written into it.
+        padded = self.workspace("padded", (n, h + 2 * p, w + 2 * p, c), x.dtype)
         padded[:, p : p + h, p : p + w] = x
         return padded
 
-    def _pieces(self):
+    def _chunks(self):
         """Slices of the batch whose im2col matrix and output fit into the cache."""
         *positions, kh, kw, c = self.windows.shape[1:]
-        return pieces(
-            len(self.windows),
-            math.prod(positions) * (kh * kw * c + self.b.size) * self.windows.itemsize,
-        )
+        values = math.prod(positions) * (kh * kw * c + self.b.size)
+        return batch_chunks(len(self.windows), values * self.windows.itemsize)
 
-    def _im2col(self, piece, backward=False):
-        """The piece's matrix (n·OH·OW, KH·KW·C_in). Where it is no larger than the output, backward() finds it kept."""
-        window = math.prod(self.windows.shape[-3:])
-        keep, windows = window <= self.b.size, self.windows[piece]
-        if keep:
-            col = self.scratch("kept col", self.windows.shape, windows)[piece]
+    def _im2col(self, chunk, backward=False):
+        """The chunk's windows as the rows of a matrix, (n·OH·OW, KH·KW·C_in)."""
+        windows = self.windows[chunk]
+        window_size = math.prod(windows.shape[-3:])
+        if window_size <= self.b.size:
+            # No larger than the output (a first layer): kept, so that backward() finds it.
+            col = self.workspace("kept col", self.windows.shape, windows.dtype)[chunk]
+            if not backward:
+                col[...] = windows
         else:
-            col = self.scratch("col", windows.shape, windows)
-        if not (keep and backward):
+            col = self.workspace("col", windows.shape, windows.dtype)
             col[...] = windows
-        return col.reshape(-1, window)
+        return col.reshape(-1, window_size)
 
-    def _start_backward(self, dout):
+    def _start_backward(self):
         self.dW.fill(0)
         self.db.fill(0)
-        if self.needs_dx:
-            self._dx = self.scratch("dx", self.x_shape, dout)
-            # (KH·KW, C_out, C_in): one plain matrix product per offset within the kernel
-            self._W_by_offset = self.W.reshape(-1, *self.W.shape[2:]).transpose(0, 2, 1).copy()
+        if self.requires_input_grad:
+            by_offset = self.W.reshape(-1, *self.W.shape[2:])  # (KH·KW, C_in, C_out)
+            self._W_by_offset = by_offset.transpose(0, 2, 1).copy()  # (KH·KW, C_out, C_in)
 
     def _add_weight_gradient(self, col, dy):
-        dW = array_module(col).matmul(
-            col.T, dy, out=self.scratch("dW", (col.shape[1], dy.shape[1]), col)
-        )
-        self.dW += dW.reshape(self.W.shape)
+        product = self.workspace("dW", (col.shape[1], dy.shape[1]), col.dtype)
+        np.matmul(col.T, dy, out=product)
+        self.dW += product.reshape(self.W.shape)
 
-    def _add_bias_gradient(self, dy):
-        dy = dy.reshape(-1, self.b.size)
-        self.db += (
-            array_module(dy).ones(len(dy), dy.dtype) @ dy
-        )  # the sum over all positions, by BLAS
+    def _input_gradient(self, dy, dx):
+        """Set dx (n, H, W, C_in) of a chunk: for each offset within the kernel one matrix product
+        with dy (n, OH, OW, C_out) and one addition shifted by the offset (col2im)."""
+        n, oh, ow, c_out = dy.shape
+        _, h, w, c_in = dx.shape
+        k = self.kernel_size
+        s = self.stride
+        p = self.padding
 
-    def _input_gradient(self, dy, piece):
-        """dx of one piece: a matrix product and a shifted addition (col2im) for each offset within the kernel."""
-        (n, oh, ow, c_out), (_, h, w, c), k, s, p = (
-            dy.shape,
-            self.x_shape,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-        )
-        offsets = self.scratch("offsets", (n, k * k * oh * ow * c), dy).reshape(k * k, -1, c)
-        array_module(dy).matmul(dy.reshape(1, -1, c_out), self._W_by_offset, out=offsets)
-        padded = self.scratch("dx padded", (n, h + 2 * p, w + 2 * p, c), dy)
+        shape = (n, k * k * oh * ow * c_in)
+        products = self.workspace("offsets", shape, dy.dtype).reshape(k * k, -1, c_in)
+        np.matmul(dy.reshape(1, -1, c_out), self._W_by_offset, out=products)
+
+        padded = self.workspace("dx padded", (n, h + 2 * p, w + 2 * p, c_in), dy.dtype)
         padded.fill(0)
-        for offset, part in enumerate(offsets):
+        for offset, product in enumerate(products):
             i, j = divmod(offset, k)
-            padded[:, i : i + s * oh : s, j : j + s * ow : s] += part.reshape(n, oh, ow, c)
-        self._dx[piece] = padded[:, p : p + h, p : p + w]
+            target = padded[:, i : i + s * oh : s, j : j + s * ow : s]
+            target += product.reshape(n, oh, ow, c_in)
+        dx[...] = padded[:, p : p + h, p : p + w]
 
 
 class ReLU(Layer):
+    """max(x, 0), element by element; NaN stays NaN."""
+
     def forward(self, x):
-        self.out = array_module(x).maximum(x, 0, out=self.scratch("out", x.shape, x))
-        return self.out
+        self.out = self.workspace("out", x.shape, x.dtype)
+        return np.maximum(x, 0, out=self.out)
 
     def backward(self, dout):
-        return array_module(dout).multiply(
-            dout, self.out > 0, out=self.scratch("dx", dout.shape, dout)
-        )
+        dx = self.workspace("dx", dout.shape, dout.dtype)
+        return np.multiply(dout, self.out > 0, out=dx)
 
 
 class MaxPool2D(Layer):
-    """Maximum over size×size windows, `stride` (default: size) apart; what does not fill a window is left out.
+    """Maximum over size×size windows, `stride` (default: size) apart.
 
-    The gradient goes to the first of equal maxima, row by row, as in PyTorch.
+    Rows and columns that do not fill a window are left out. The gradient goes to the first of equal
+    maxima, row by row, as in PyTorch.
     """
 
-    def __init__(self, size=2, stride=None):
-        self.size, self.stride = size, stride or size
+    def __init__(self, size: int = 2, stride: int | None = None):
+        self.size = size
+        self.stride = stride or size
 
     def _offsets(self, x):
-        """Views of x, (N, OH, OW, C) each: the input of all windows at one offset within the window."""
-        (_, h, w, _), k, s = x.shape, self.size, self.stride
-        oh, ow = (h - k) // s + 1, (w - k) // s + 1
-        return [
-            x[:, i : i + s * (oh - 1) + 1 : s, j : j + s * (ow - 1) + 1 : s]
-            for i in range(k)
-            for j in range(k)
-        ]
+        """Views of x, (N, OH, OW, C) each: the input of all windows at one offset in the window."""
+        _, h, w, _ = x.shape
+        s = self.stride
+        oh = (h - self.size) // s + 1
+        ow = (w - self.size) // s + 1
+        views = []
+        for i in range(self.size):
+            for j in range(self.size):
+                views.append(x[:, i : i + s * (oh - 1) + 1 : s, j : j + s * (ow - 1) + 1 : s])
+        return views
 
     def forward(self, x):
-        xp, self.x = array_module(x), x
+        self.x = x
         first, *others = self._offsets(x)
-        self.out = self.scratch("out", first.shape, x)
+        self.out = self.workspace("out", first.shape, x.dtype)
         self.out[...] = first
         for other in others:
-            xp.maximum(self.out, other, out=self.out)
+            np.maximum(self.out, other, out=self.out)
         return self.out
 
     def backward(self, dout):
-        dx = self.scratch("dx", self.x.shape, dout)
+        dx = self.workspace("dx", self.x.shape, dout.dtype)
         dx.fill(0)
-        open_ = array_module(dout).ones(
-            dout.shape, bool
-        )  # windows whose maximum has not been met yet
-        for x, dx_part in zip(self._offsets(self.x), self._offsets(dx), strict=True):
-            hit = open_ & (x == self.out)
-            dx_part += dout * hit
-            open_ &= ~hit
+        is_open = np.ones(dout.shape, bool)  # windows whose maximum has not been found yet
+        for x, dx_at_offset in zip(self._offsets(self.x), self._offsets(dx), strict=True):
+            is_max = is_open & (x == self.out)
+            dx_at_offset += dout * is_max
+            is_open &= ~is_max
         return dx
 
 
-class ConvReLUPool(Conv2D):
-    """Conv2D, ReLU and MaxPool2D(2) in one pass while a piece of the batch is in the cache: the same function.
+# Convolution, bias, ReLU and 2×2 pooling in one pass. The convolution delivers its output as four
+# planes, one for each position within the pooling windows:
+#
+#     y0 y1        y0 is the upper left value of every window, y3 the lower right. Each step then
+#     y2 y3        runs over long contiguous rows instead of picking pairs of neighbours.
+#
+# max(ReLU(y + b)) = ReLU(max(y) + b), so bias and ReLU work on a quarter of the values, and
+# backward() needs to know no more of y than which of the four was the maximum.
 
-    max(ReLU(y + b)) = ReLU(max(y) + b), so bias and ReLU work on a quarter of the values, and backward() needs no more
-    of y than which of four was the maximum. The convolution delivers the four positions of all pooling windows as four
-    arrays, `planes`, (n, OH/2, OW/2, C_out) each, so that every step runs over long rows.
+
+def relu_pool_forward(layer: Layer, planes, out: np.ndarray, argmax: np.ndarray):
+    """out = ReLU(max(y0, y1, y2, y3) + b), all of one shape that ends in C.
+
+    argmax: three booleans for each output, kept for the backward pass in training: y0 ≥ y1, y2 ≥ y3,
+    and max(y0, y1) ≥ max(y2, y3).
+    """
+    y0, y1, y2, y3 = planes
+    upper = layer.workspace("upper", y0.shape, y0.dtype)
+    lower = layer.workspace("lower", y0.shape, y0.dtype)
+    np.maximum(y0, y1, out=upper)
+    np.maximum(y2, y3, out=lower)
+    if layer.training:
+        np.greater_equal(y0, y1, out=argmax[0])
+        np.greater_equal(y2, y3, out=argmax[1])
+        np.greater_equal(upper, lower, out=argmax[2])
+    np.maximum(upper, lower, out=upper)
+    upper += layer.b
+    np.maximum(upper, 0, out=out)
+
+
+def relu_pool_backward(layer: Layer, dout, out, argmax, planes):
+    """Write the gradient of y0 … y3 into `planes` and add the bias gradient to layer.db."""
+    y0, y1, y2, y3 = planes
+    lower = layer.workspace("upper", out.shape, dout.dtype)
+    upper = layer.workspace("lower", out.shape, dout.dtype)
+    np.multiply(dout, out > 0, out=lower)  # the gradient before ReLU, for now of all windows
+    layer.db += sum_rows(lower.reshape(-1, layer.b.size))
+    np.multiply(lower, argmax[2], out=upper)  # where the maximum is in the upper row
+    lower -= upper  # where it is in the lower row
+    np.multiply(upper, argmax[0], out=y0)
+    np.subtract(upper, y0, out=y1)
+    np.multiply(lower, argmax[1], out=y2)
+    np.subtract(lower, y2, out=y3)
+
+
+class ConvReLUPool(Conv2D):
+    """Conv2D, ReLU and MaxPool2D(2) fused: the same function, one pass over each chunk.
+
+    What leaves the cache is the pooled output, a quarter of the convolution's.
     """
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, OH // 2, OW // 2, C_out)"""
-        xp, self.x_shape = array_module(x), x.shape
-        self.out = self._start_forward(x)
-        for piece in self._pieces():
-            y0, y1, y2, y3 = self._convolve(piece)
-            upper, lower = (self.scratch(name, y0.shape, x) for name in ("upper", "lower"))
-            xp.maximum(y0, y1, out=upper)
-            xp.maximum(y2, y3, out=lower)
-            if self.training:  # which of four was the first maximum
-                y0_won, y2_won, upper_won = self._won(piece, y0.shape)
-                xp.greater_equal(y0, y1, out=y0_won)
-                xp.greater_equal(y2, y3, out=y2_won)
-                xp.greater_equal(upper, lower, out=upper_won)
-            xp.maximum(upper, lower, out=upper)
-            upper += self.b
-            xp.maximum(upper, 0, out=self._like_planes(self.out[piece]))
+        self.x_shape = x.shape
+        self.windows = self._windows(x)
+        n, _, _, oh, ow = self.windows.shape[:5]
+        channels = self.b.size
+        self.out = self.workspace("out", (n, oh, ow, channels), x.dtype)
+        for chunk in self._chunks():
+            y = self.workspace("y", (len(self.out[chunk]), 4, oh, ow, channels), x.dtype)
+            col = self._im2col(chunk)
+            np.matmul(col, self.W.reshape(-1, channels), out=y.reshape(-1, channels))
+            planes = y.swapaxes(0, 1)  # (4, n, OH/2, OW/2, C_out)
+            relu_pool_forward(self, planes, self.out[chunk], self._argmax(chunk))
         return self.out
 
     def backward(self, dout):
         """dout (N, OH // 2, OW // 2, C_out) → dx (N, H, W, C_in); sets dW and db."""
-        xp = array_module(dout)
-        self._start_backward(dout)
-        for piece in self._pieces():
-            out, d = self._like_planes(self.out[piece]), self._like_planes(dout[piece])
-            d = xp.multiply(d, out > 0, out=self.scratch("upper", d.shape, dout))
-            self._add_bias_gradient(d)
-            y0_won, y2_won, upper_won = self._won(piece, d.shape)
-            y0, y1, y2, y3 = self._planes(len(dout[piece]), dout)
-            upper = xp.multiply(d, upper_won, out=self.scratch("lower", d.shape, dout))
-            d -= upper
-            xp.multiply(upper, y0_won, out=y0)
-            xp.subtract(upper, y0, out=y1)
-            xp.multiply(d, y2_won, out=y2)
-            xp.subtract(d, y2, out=y3)
-            self._convolve_backward(piece)
-        self._finish_backward()
-        return self._dx if self.needs_dx else None
+        self._start_backward()
+        dx = None
+        if self.requires_input_grad:
+            dx = self.workspace("dx", self.x_shape, dout.dtype)
+        _, oh, ow, channels = dout.shape
+        for chunk in self._chunks():
+            dy = self.workspace("y", (len(dout[chunk]), 4, oh, ow, channels), dout.dtype)
+            planes = dy.swapaxes(0, 1)
+            relu_pool_backward(self, dout[chunk], self.out[chunk], self._argmax(chunk), planes)
+            col = self._im2col(chunk, backward=True)
+            self._add_weight_gradient(col, dy.reshape(-1, channels))
+            if dx is not None:
+                self._input_gradient(self._planes_to_image(dy), dx[chunk])
+        return dx
 
-    def _won(self, piece, shape):
-        """Booleans kept for backward(): plane 0 ≥ plane 1, plane 2 ≥ plane 3, their larger ≥ the other two's."""
-        kept = self.scratch(
-            "won", (len(self.out), 3 * math.prod(self.out.shape[1:])), self.out, dtype=bool
-        )
-        return kept[piece].reshape(3, *shape)
-
-    # What another way to convolve has to replace: im2col here, Winograd's below.
-
-    def _start_forward(self, x):
-        windows = self._windows(x)
+    def _windows(self, x):
+        """All windows, (N, 2, 2, OH/2, OW/2, KH, KW, C_in): the position in the pool comes first."""
+        windows = super()._windows(x)
         n, oh, ow, *window = windows.shape
-        oh, ow = oh // 2, ow // 2
-        windows = windows[:, : 2 * oh, : 2 * ow].reshape(n, oh, 2, ow, 2, *window)
-        self.windows = windows.transpose(
-            0, 2, 4, 1, 3, 5, 6, 7
-        )  # (N, 2, 2, OH/2, OW/2, KH, KW, C_in), still a view
-        return self.scratch("out", (n, oh, ow, self.b.size), x)
+        windows = windows[:, : oh // 2 * 2, : ow // 2 * 2]
+        windows = windows.reshape(n, oh // 2, 2, ow // 2, 2, *window)
+        return windows.transpose(0, 2, 4, 1, 3, 5, 6, 7)  # still a view
 
-    def _like_planes(self, image):
-        """A view of `image` (n, OH/2, OW/2, C_out) in the shape that the planes have."""
+    def _argmax(self, chunk):
+        """relu_pool_forward's booleans (3, n, OH/2, OW/2, C_out) for a chunk of the batch."""
+        n, *shape = self.out.shape
+        kept = self.workspace("argmax", (n, 3 * math.prod(shape)), bool)[chunk]
+        return kept.reshape(3, len(kept), *shape)
+
+    def _planes_to_image(self, dy):
+        """(n, 4, OH/2, OW/2, C) → (n, OH, OW, C). Odd sizes leave the last row or column zero."""
+        n, _, half_h, half_w, channels = dy.shape
+        margin = 2 * self.padding - self.kernel_size
+        oh = (self.x_shape[1] + margin) // self.stride + 1
+        ow = (self.x_shape[2] + margin) // self.stride + 1
+        image = self.workspace("dy", (n, oh, ow, channels), dy.dtype)  # zero when new
+        pools = image[:, : 2 * half_h, : 2 * half_w].reshape(n, half_h, 2, half_w, 2, channels)
+        planes = dy.reshape(n, 2, 2, half_h, half_w, channels)
+        pools[...] = planes.transpose(0, 3, 1, 4, 2, 5)
         return image
 
-    def _planes(self, n, like):
-        self._y = self.scratch("y", (n, 4, *self.out.shape[1:]), like)
-        return self._y.swapaxes(0, 1)
 
-    def _convolve(self, piece):
-        planes = self._planes(len(self.out[piece]), self.out)
-        y = self._y.reshape(-1, self.b.size)
-        array_module(y).matmul(self._im2col(piece), self.W.reshape(-1, self.b.size), out=y)
-        return planes
+def winograd_matrices(points: tuple, r: int):
+    """Aᵀ (m, n), G (n, r) and Bᵀ (n, n) of Winograd's F(m, r), n = m + r - 1.
 
-    def _convolve_backward(self, piece):
-        """From dy in the planes add to dW and set the piece's part of dx."""
-        dy = self._y
-        self._add_weight_gradient(self._im2col(piece, backward=True), dy.reshape(-1, self.b.size))
-        if self.needs_dx:
-            n, _, oh, ow, channels = dy.shape
-            h, w = (
-                (size + 2 * self.padding - self.kernel_size) // self.stride + 1
-                for size in self.x_shape[1:3]
-            )
-            image = self.scratch(
-                "dy", (n, h, w, channels), dy
-            )  # zero when new; odd sizes leave the last row zero
-            windows = image[:, : 2 * oh, : 2 * ow].reshape(n, oh, 2, ow, 2, channels)
-            windows[...] = dy.reshape(n, 2, 2, oh, ow, channels).transpose(0, 3, 1, 4, 2, 5)
-            self._input_gradient(image, piece)
-
-    def _finish_backward(self):
-        pass
-
-
-def winograd_matrices(points, r):
-    """Aᵀ (m, n), G (n, r) and Bᵀ (n, n) of Winograd's F(m, r), n = m + r - 1, from n - 1 points and infinity.
-
-    y = Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation of n inputs d with r weights g: Toom and Cook's multiplication of
-    polynomials, which evaluates both at the points, transposed.
+    y = Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation of n inputs d with r weights g: Toom and Cook's
+    multiplication of polynomials, which evaluates both at n - 1 points and infinity, transposed.
     """
     m = len(points) + 2 - r
-    others = [[q for q in points if q != p] for p in points]
     powers = np.vander(points, max(m, r), increasing=True)  # (n - 1, ·)
-    AT = np.vstack([powers[:, :m], np.eye(m)[-1]]).T
-    G = np.vstack(
-        [
-            powers[:, :r]
-            / [[math.prod(p - q for q in o)] for p, o in zip(points, others, strict=True)],
-            np.eye(r)[-1],
-        ]
-    )
-    BT = np.vstack([*(np.append(np.poly(o)[::-1], 0) for o in others), np.poly(points)[::-1]])
+    infinity_m = np.eye(m)[-1]
+    infinity_r = np.eye(r)[-1]
+    AT = np.vstack([powers[:, :m], infinity_m]).T
+
+    G_rows = []
+    BT_rows = []
+    for i, p in enumerate(points):
+        others = [q for q in points if q != p]
+        G_rows.append(powers[i, :r] / math.prod(p - q for q in others))
+        BT_rows.append(np.append(np.poly(others)[::-1], 0))  # np.poly: coefficients from the roots
+    G = np.vstack([*G_rows, infinity_r])
+    BT = np.vstack([*BT_rows, np.poly(points)[::-1]])
     return AT, G, BT
 
 
-class Winograd:
-    """What the layers below share: Winograd's minimal filtering F(4×4, 3×3), kernel 3, stride 1, padding 1.
+# F(4, 3). The usual points 0, ±1, ±2 would have twice the rounding error (Barabasz et al., "Error
+# Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2018).
+WINOGRAD_POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
+WINOGRAD_AT, WINOGRAD_G, WINOGRAD_BT = winograd_matrices(WINOGRAD_POINTS, 3)
 
-    H and W must be multiples of 4. A 4×4 tile of the output takes 36 multiplications per pair of channels, not 144:
-    y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A with the 6×6 tile d of the input; summed over channels, ⊙ is 36 matrix products.
-    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016. On flattened tiles the transforms are
-    matrix products too: vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d). backward() is all of this transposed. In float32 the error is
-    6e-7 of the output's deviation, root mean square, where im2col has 2e-7; the usual points 0, ±1, ±2 would have
-    1.1e-6 (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural
-    Networks", 2018).
+
+@functools.lru_cache
+def _winograd_kron(dtype):
+    """A2 (16, 36), G2 (36, 9), B2 (36, 36): the transforms of flattened tiles, as matrices.
+
+    vec(Bᵀ d B) = (Bᵀ ⊗ Bᵀ) vec(d), so that BLAS transforms many tiles at once.
+    """
+    matrices = (WINOGRAD_AT, WINOGRAD_G, WINOGRAD_BT)
+    return tuple(np.kron(matrix, matrix).astype(dtype) for matrix in matrices)
+
+
+class WinogradConv2D(Conv2D):
+    """Conv2D by Winograd's minimal filtering F(4×4, 3×3): a quarter of the multiplications.
+
+    Kernel 3, stride 1, padding 1; H and W must be multiples of 4. Lavin and Gray, "Fast Algorithms
+    for Convolutional Neural Networks", 2016. For each 4×4 tile of the output:
+
+        d (6, 6)   the input tile, overlapping its neighbours by two rows and columns
+        V = Bᵀ d B     (6, 6)                    U = G w Gᵀ (6, 6), the transformed kernel
+        M = U ⊙ V      (6, 6): 36 multiplications instead of 16 · 9 = 144
+        y = Aᵀ M A     (4, 4) the output tile
+
+    With channels, ⊙ becomes 36 matrix products, one for each place in the tile, over all tiles.
+    backward() is all of this transposed. In float32 the error is 6e-7 of the output's deviation,
+    root mean square, where im2col has 2e-7.
     """
 
-    POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
-    AT, G, BT = winograd_matrices(POINTS, 3)
-    COLUMNS = 512  # of one product in a transform: OpenBLAS does not pack, and is faster, below 10⁶ multiplications
+    COLUMNS = 512  # in one product of a transform: OpenBLAS is faster below 10⁶ multiplications
 
-    def _start_tiles(self, x):
-        """Before the forward pass: the transformed kernel U (36, C_in, C_out), the tiles of x, room for V."""
+    def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
+        super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
+
+    def forward(self, x):
+        self._start_forward(x)
+        out = self.workspace("out", (*x.shape[:3], self.b.size), x.dtype)
+        for chunk in self._chunks():
+            y = self._output_tiles(len(out[chunk]), x.dtype)
+            self._filter(chunk, y)
+            image_to_tiles(out[chunk], 4)[...] = y
+            if self.has_bias:
+                out[chunk] += self.b
+        return out
+
+    def backward(self, dout):
+        self._start_backward()
+        dx = self.workspace("dx", self.x_shape, dout.dtype) if self.requires_input_grad else None
+        for chunk in self._chunks():
+            dy = self._output_tiles(len(dout[chunk]), dout.dtype)
+            dy[...] = image_to_tiles(dout[chunk], 4)
+            if self.has_bias:
+                self.db += sum_rows(dout[chunk].reshape(-1, self.b.size))
+            self._filter_backward(chunk, dy, None if dx is None else dx[chunk])
+        self._finish_backward()
+        return dx
+
+    def _start_forward(self, x):
+        """U (36, C_in, C_out), a view of all input tiles, and V, which backward() needs again."""
         n, h, w, c = x.shape
         if h % 4 or w % 4:
             name = type(self).__name__
             raise ValueError(
                 f"{name} takes images of 4n x 4m pixels, not {h}x{w}: use ConvReLUPool or Conv2D"
             )
-        xp, self.x_shape = array_module(x), x.shape
-        self.B2, self.G2, self.A2 = (
-            xp.asarray(np.kron(m, m), x.dtype) for m in (self.BT, self.G, self.AT)
-        )
-        self.U = (self.G2 @ self.W.reshape(9, -1)).reshape(36, *self.W.shape[2:])
-        self.tiles = self._tiles(self._pad(x))
-        self.V = self.scratch(
-            "V", (n, 36 * (h // 4) * (w // 4) * c), x
-        )  # a piece's part: (36, tiles, C_in)
+        self.x_shape = x.shape
+        _, G2, _ = _winograd_kron(x.dtype)
+        self.U = (G2 @ self.W.reshape(9, -1)).reshape(36, *self.W.shape[2:])
 
-    def _tiles(self, padded):
-        """All 6×6 tiles of the padded images, 4 apart: (N, 6, 6, H/4, W/4, C), a view."""
-        (n, h, w, c), (sn, sh, sw, sc) = padded.shape, padded.strides
-        shape, strides = (n, 6, 6, (h - 2) // 4, (w - 2) // 4, c), (sn, sh, sw, 4 * sh, 4 * sw, sc)
-        return array_module(padded).lib.stride_tricks.as_strided(padded, shape, strides)
+        # 6×6 tiles of the padded images, 4 apart: (N, 6, 6, H/4, W/4, C), a view
+        padded = self._pad(x)
+        stride_n, stride_h, stride_w, stride_c = padded.strides
+        shape = (n, 6, 6, h // 4, w // 4, c)
+        strides = (stride_n, stride_h, stride_w, 4 * stride_h, 4 * stride_w, stride_c)
+        self.tiles = np.lib.stride_tricks.as_strided(padded, shape, strides)
+        self.V = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
 
-    def _pieces(self):
-        n, _, _, h, w, c = self.tiles.shape
-        return pieces(n, h * w * (36 * c + (36 + 16) * self.b.size) * self.V.itemsize)
+    def _chunks(self):
+        n, _, _, tiles_h, tiles_w, c = self.tiles.shape
+        values = tiles_h * tiles_w * (36 * c + (36 + 16) * self.b.size)
+        return batch_chunks(n, values * self.V.itemsize)
 
-    def _filter(self, piece, y):
-        """Set y, as (4, 4, n, H/4, W/4, C_out), to the convolution of a piece of the batch; keep its V = Bᵀ d B."""
-        xp, tiles, V, (k, c_in, c_out) = (
-            array_module(y),
-            self.tiles[piece],
-            self.V[piece],
-            self.U.shape,
-        )
-        d = self.scratch("tiles", (len(tiles), tiles[0].size), tiles)
+    def _output_tiles(self, n, dtype):
+        """Room for y or dy of n images: (4, 4, n, H/4, W/4, C_out)."""
+        tiles_h, tiles_w = self.tiles.shape[3:5]
+        y = self.workspace("y", (n, 16 * tiles_h * tiles_w * self.b.size), dtype)
+        return y.reshape(4, 4, n, tiles_h, tiles_w, self.b.size)
+
+    def _filter(self, chunk, y):
+        """y (4, 4, n, H/4, W/4, C_out) = the convolution of a chunk of the batch; keeps its V."""
+        A2, _, B2 = _winograd_kron(y.dtype)
+        tiles = self.tiles[chunk]
+        c_in = self.W.shape[2]
+        V = self.V[chunk].reshape(36, -1, c_in)  # (36, tiles, C_in)
+
+        d = self.workspace("tiles", (len(tiles), tiles[0].size), y.dtype)
         d.reshape(6, 6, len(tiles), *tiles.shape[3:])[...] = tiles.transpose(1, 2, 0, 3, 4, 5)
-        M = self.scratch("M", (len(V), V[0].size // c_in * c_out), V)
-        self._transform(self.B2, d, V)
-        xp.matmul(V.reshape(k, -1, c_in), self.U, out=M.reshape(k, -1, c_out))
-        self._transform(self.A2, M, y)
+        self._transform(B2, d, V)
+        M = self._products(chunk)
+        np.matmul(V, self.U, out=M)  # (36, tiles, C_in) @ (36, C_in, C_out)
+        self._transform(A2, M, y)
+
+    def _filter_backward(self, chunk, dy, dx):
+        """From dy, shaped as _filter's y, add to dU and set dx (n, H, W, C_in), unless None."""
+        A2, _, B2 = _winograd_kron(dy.dtype)
+        c_in = self.W.shape[2]
+        V = self.V[chunk].reshape(36, -1, c_in)
+        dM = self._products(chunk)
+        self._transform(A2.T, dy, dM)
+        product = self.workspace("dU product", self.U.shape, dy.dtype)
+        self._dU += np.matmul(V.transpose(0, 2, 1), dM, out=product)
+        if dx is not None:
+            shape = self.V[chunk].shape
+            dV = self.workspace("dV", shape, dy.dtype)
+            d = self.workspace("tiles", shape, dy.dtype)
+            np.matmul(dM, self.U.transpose(0, 2, 1), out=dV.reshape(36, -1, c_in))
+            self._transform(B2.T, dV, d)
+            self._add_tiles(d, dx)
+
+    def _products(self, chunk):
+        """Room for M or dM of a chunk: (36, tiles, C_out)."""
+        c_in, c_out = self.W.shape[2:]
+        n, values = self.V[chunk].shape
+        M = self.workspace("M", (n, values // c_in * c_out), self.V.dtype)
+        return M.reshape(36, -1, c_out)
 
     def _transform(self, matrix, a, out):
-        """out = matrix @ a, with as many rows of `a` as the matrix has columns."""
-        a, out = a.reshape(matrix.shape[1], -1), out.reshape(matrix.shape[0], -1)
+        """out = matrix @ a, both cut into as many rows as the matrix has columns, and rows."""
+        a = a.reshape(matrix.shape[1], -1)
+        out = out.reshape(matrix.shape[0], -1)
         for start in range(0, a.shape[1], self.COLUMNS):
-            part = slice(start, start + self.COLUMNS)
-            array_module(a).matmul(matrix, a[:, part], out=out[:, part])
+            columns = slice(start, start + self.COLUMNS)
+            np.matmul(matrix, a[:, columns], out=out[:, columns])
 
-    def _start_backward(self, dout):
+    def _add_tiles(self, d, dx):
+        """dx = the sum of the overlapping 6×6 tiles d."""
+        n, h, w, c = dx.shape
+        padded = self.workspace("dx padded", (n, h + 2, w + 2, c), d.dtype)
+        padded.fill(0)
+        for place, tile in enumerate(d.reshape(36, n, h // 4, w // 4, c)):
+            i, j = divmod(place, 6)
+            padded[:, i : i + h : 4, j : j + w : 4] += tile
+        dx[...] = padded[:, 1:-1, 1:-1]
+
+    def _start_backward(self):
         self.db.fill(0)
-        if self.needs_dx:
-            self._dx = self.scratch("dx", self.x_shape, dout)
-        self._dU = self.scratch("dU", self.U.shape, dout)
+        self._dU = self.workspace("dU", self.U.shape, self.U.dtype)
         self._dU.fill(0)
 
-    def _filter_backward(self, piece, dy):
-        """From dy, shaped as _filter's y, add to dU and set the piece's part of dx."""
-        xp, V, (k, c_in, c_out) = array_module(dy), self.V[piece], self.U.shape
-        dM = self.scratch("M", (len(V), V[0].size // c_in * c_out), V)
-        self._transform(self.A2.T, dy, dM)
-        dM = dM.reshape(k, -1, c_out)
-        V_transposed = V.reshape(k, -1, c_in).transpose(0, 2, 1)
-        self._dU += xp.matmul(V_transposed, dM, out=self.scratch("product", self.U.shape, V))
-        if self.needs_dx:
-            dV, d = self.scratch("dV", V.shape, V), self.scratch("tiles", V.shape, V)
-            xp.matmul(dM, self.U.transpose(0, 2, 1), out=dV.reshape(k, -1, c_in))
-            self._transform(self.B2.T, dV, d)
-            self._add_tiles(d, piece)
-
-    def _add_tiles(self, d, piece):
-        """The piece's part of dx = the sum of its overlapping 6×6 tiles d."""
-        n, (h, w, c) = len(d), self.tiles.shape[3:]
-        padded = self.scratch("dx padded", (n, 4 * h + 2, 4 * w + 2, c), d)
-        padded.fill(0)
-        for position, tile in enumerate(d.reshape(36, n, h, w, c)):
-            i, j = divmod(position, 6)
-            padded[:, i : i + 4 * h : 4, j : j + 4 * w : 4] += tile
-        self._dx[piece] = padded[:, 1:-1, 1:-1]
-
     def _finish_backward(self):
-        self.dW[...] = (self.G2.T @ self._dU.reshape(36, -1)).reshape(self.W.shape)
+        _, G2, _ = _winograd_kron(self.U.dtype)
+        self.dW[...] = (G2.T @ self._dU.reshape(36, -1)).reshape(self.W.shape)
 
 
-class WinogradConv2D(Winograd, Conv2D):
-    """Conv2D by Winograd's filtering: kernel 3, stride 1, padding 1, H and W multiples of 4."""
-
-    def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
-        super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
-
-    def forward(self, x):
-        self._start_tiles(x)
-        out = self.scratch("out", (*x.shape[:3], self.b.size), x)
-        for piece in self._pieces():
-            y = self._y(len(out[piece]), x)
-            self._filter(piece, y)
-            self._by_tiles(out[piece])[...] = y
-            if self.has_bias:
-                out[piece] += self.b
-        return out
-
-    def backward(self, dout):
-        self._start_backward(dout)
-        for piece in self._pieces():
-            dy = self._y(len(dout[piece]), dout)
-            dy[...] = self._by_tiles(dout[piece])
-            if self.has_bias:
-                self._add_bias_gradient(dout[piece])
-            self._filter_backward(piece, dy)
-        self._finish_backward()
-        return self._dx if self.needs_dx else None
-
-    def _y(self, n, like):
-        h, w = self.tiles.shape[3:5]
-        return self.scratch("y", (n, 16 * h * w * self.b.size), like).reshape(
-            4, 4, n, h, w, self.b.size
-        )
-
-    def _by_tiles(self, image):
-        n, h, w, c = image.shape  # → (4, 4, n, H/4, W/4, C_out), a view
-        return image.reshape(n, h // 4, 4, w // 4, 4, c).transpose(2, 4, 0, 1, 3, 5)
+def image_to_tiles(image: np.ndarray, size: int) -> np.ndarray:
+    """A view of images (n, H, W, C) as (size, size, n, H/size, W/size, C): tile by tile."""
+    n, h, w, c = image.shape
+    tiles = image.reshape(n, h // size, size, w // size, size, c)
+    return tiles.transpose(2, 4, 0, 1, 3, 5)
 
 
-class WinogradReLUPool(Winograd, ConvReLUPool):
-    """ConvReLUPool by Winograd's filtering: kernel 3, stride 1, padding 1, H and W multiples of 4."""
+class WinogradReLUPool(WinogradConv2D):
+    """WinogradConv2D, ReLU and MaxPool2D(2) fused: a 4×4 tile of the output holds 2×2 windows."""
 
     def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
         super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
 
-    def _start_forward(self, x):
-        self._start_tiles(x)
+    def forward(self, x):
+        """x (N, H, W, C_in) → (N, H // 2, W // 2, C_out)"""
+        self._start_forward(x)
         n, h, w, _ = x.shape
-        return self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
+        self.out = self.workspace("out", (n, h // 2, w // 2, self.b.size), x.dtype)
+        for chunk in self._chunks():
+            y = self._output_tiles(len(self.out[chunk]), x.dtype)
+            self._filter(chunk, y)
+            out = image_to_tiles(self.out[chunk], 2)  # (2, 2, n, H/4, W/4, C_out), a view
+            relu_pool_forward(self, self._planes(y), out, self._argmax(chunk, out.shape))
+        return self.out
 
-    def _like_planes(self, image):
-        n, h, w, c = (
-            image.shape
-        )  # → (2, 2, n, H/4, W/4, C_out): pooling window within the tile, tile
-        return image.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 4, 0, 1, 3, 5)
+    def backward(self, dout):
+        """dout (N, H // 2, W // 2, C_out) → dx (N, H, W, C_in); sets dW and db."""
+        self._start_backward()
+        dx = self.workspace("dx", self.x_shape, dout.dtype) if self.requires_input_grad else None
+        for chunk in self._chunks():
+            dy = self._output_tiles(len(dout[chunk]), dout.dtype)
+            d = image_to_tiles(dout[chunk], 2)
+            out = image_to_tiles(self.out[chunk], 2)
+            argmax = self._argmax(chunk, out.shape)
+            relu_pool_backward(self, d, out, argmax, self._planes(dy))
+            self._filter_backward(chunk, dy, None if dx is None else dx[chunk])
+        self._finish_backward()
+        return dx
 
-    def _planes(self, n, like):
-        _, h, w, c = self.out.shape
-        self._y = self.scratch("y", (n, 16 * (h // 2) * (w // 2) * c), like)
-        y = self._y.reshape(
-            2, 2, 2, 2, n, h // 2, w // 2, c
-        )  # (4, 4, tile, C_out): row and column within the tile
-        return [y[:, i, :, j] for i in (0, 1) for j in (0, 1)]
+    def _planes(self, y):
+        """y (4, 4, …) as relu_pool_forward's four planes, each (2, 2, …): window, then tile."""
+        pools = y.reshape(2, 2, 2, 2, *y.shape[2:])  # row of windows, row in it, column, column
+        return [pools[:, i, :, j] for i in (0, 1) for j in (0, 1)]
 
-    def _convolve(self, piece):
-        planes = self._planes(len(self.out[piece]), self.out)
-        self._filter(piece, self._y)
-        return planes
-
-    def _convolve_backward(self, piece):
-        self._filter_backward(piece, self._y)
-
-
-def pieces(n, bytes_per_image):
-    """Slices of n images, each of about CACHE_BYTES, at least one image."""
-    step = max(1, CACHE_BYTES // bytes_per_image)
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    def _argmax(self, chunk, shape):
+        values = math.prod(self.out.shape[1:])
+        kept = self.workspace("argmax", (len(self.out), 3 * values), bool)[chunk]
+        return kept.reshape(3, *shape)
 
 
 class BatchNorm2D(Layer):
     """Normalises each channel over batch and positions: Ioffe and Szegedy, "Batch Normalization", 2015.
 
-    gamma, beta: (channels,). In training the batch's own mean and variance; otherwise the running ones, which move
-    towards the batch's by `momentum` (the variance with n - 1 in the denominator, as in PyTorch).
-    gather(array): the arrays of all ranks that share the batch, stacked; the batch is then that of all ranks, and
-    backward() exact for it. dgamma and dbeta stay this rank's part, like all gradients.
+    gamma, beta: (channels,). In training, mean and variance of the batch; otherwise the running ones,
+    which move towards the batch's by `momentum` (the variance with n - 1 in the denominator, as in
+    PyTorch).
+
+    gather(array): the arrays of all ranks that share the batch, stacked. The statistics are then those
+    of the global batch, and backward() is exact for it; dgamma and dbeta stay this rank's share.
     """
 
-    param_names, state_names = ("gamma", "beta"), ("running_mean", "running_var")
-    gather = staticmethod(lambda array: array[None])
+    param_names = ("gamma", "beta")
+    buffer_names = ("running_mean", "running_var")
+    gather = staticmethod(lambda array: array[None])  # one rank: itself
 
-    def __init__(self, channels, eps=1e-5, momentum=0.1, *, dtype=np.float32):
-        self.eps, self.momentum = eps, momentum
-        self.gamma, self.beta = np.ones(channels, dtype), np.zeros(channels, dtype)
-        self.dgamma, self.dbeta = np.zeros_like(self.gamma), np.zeros_like(self.beta)
-        self.running_mean, self.running_var = np.zeros(channels, dtype), np.ones(channels, dtype)
+    def __init__(self, channels: int, eps=1e-5, momentum=0.1, *, dtype=np.float32):
+        self.eps = eps
+        self.momentum = momentum
+        self.gamma = np.ones(channels, dtype)
+        self.beta = np.zeros(channels, dtype)
+        self.dgamma = np.zeros_like(self.gamma)
+        self.dbeta = np.zeros_like(self.beta)
+        self.running_mean = np.zeros(channels, dtype)
+        self.running_var = np.ones(channels, dtype)
 
     def forward(self, x):
         """x (N, H, W, C) → the same shape."""
-        mean, var = self._statistics(x) if self.training else (self.running_mean, self.running_var)
-        self.inverse = 1 / array_module(x).sqrt(var + self.eps)
+        if self.training:
+            mean, var = self._batch_statistics(x)
+        else:
+            mean, var = self.running_mean, self.running_var
+        self.inv_std = 1 / np.sqrt(var + self.eps)
         return self._normalize(x, mean)
 
     def backward(self, dout):
         """dout (N, H, W, C) → dx; sets dgamma and dbeta. After a forward pass in training mode."""
-        self.dgamma[...], self.dbeta[...] = self._sums(dout)
-        dgamma, dbeta = self.gather(array_module(dout).stack([self.dgamma, self.dbeta])).sum(axis=0)
+        self.dgamma[...], self.dbeta[...] = self._param_gradients(dout)
+        gathered = self.gather(np.stack([self.dgamma, self.dbeta]))  # (ranks, 2, C)
+        dgamma, dbeta = gathered.sum(axis=0)
         return self._input_gradient(dout, dgamma / self.count, dbeta / self.count)
 
-    def _statistics(self, x):
-        """Mean and variance (C,) of the batch of all ranks; moves the running ones."""
-        xp, channels = array_module(x), x.shape[3]
+    def _batch_statistics(self, x):
+        """Mean and variance (C,) of the global batch; moves the running ones."""
+        channels = x.shape[3]
         count, mean, squares = self._moments(x)
-        every = self.gather(xp.concatenate([xp.full(1, count, x.dtype), mean, squares]))
-        counts, means = every[:, :1], every[:, 1 : 1 + channels]
+        own = np.concatenate([np.full(1, count, x.dtype), mean, squares])
+        gathered = self.gather(own)  # (ranks, 1 + 2 C)
+        counts = gathered[:, :1]
+        means = gathered[:, 1 : 1 + channels]
+        squares = gathered[:, 1 + channels :]
+
+        # The moments of a union of samples: Chan et al., "Updating Formulae and a Pairwise Algorithm
+        # for Computing Sample Variances", 1979.
         self.count = counts.sum()
         mean = (counts * means).sum(axis=0) / self.count
-        # Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979
-        squares = (every[:, 1 + channels :] + counts * xp.square(means - mean)).sum(axis=0)
+        squares = (squares + counts * np.square(means - mean)).sum(axis=0)
+
         self.running_mean += self.momentum * (mean - self.running_mean)
-        self.running_var += self.momentum * (squares / (self.count - 1) - self.running_var)
+        unbiased = squares / (self.count - 1)
+        self.running_var += self.momentum * (unbiased - self.running_var)
         return mean, squares / self.count
 
-    # The four passes over the images.
+    # The four passes over the images, which a subclass may do faster.
 
     def _moments(self, x):
-        """Of this rank's images: values per channel, their mean and the sum of squared deviations from it (C,)."""
-        xp, rows = array_module(x), x.reshape(-1, x.shape[3])
+        """This rank's values per channel, their mean and sum of squared deviations from it (C,)."""
+        rows = x.reshape(-1, x.shape[3])
         mean = sum_rows(rows) / max(len(rows), 1)
-        centred = xp.subtract(
-            rows, mean, out=self.scratch("normal", x.shape, x).reshape(rows.shape)
-        )
-        return len(rows), mean, sum_rows(xp.square(centred, out=centred))
+        centred = self.workspace("x_hat", x.shape, x.dtype).reshape(rows.shape)
+        np.subtract(rows, mean, out=centred)
+        np.square(centred, out=centred)
+        return len(rows), mean, sum_rows(centred)
 
     def _normalize(self, x, mean):
-        xp = array_module(x)
-        self.normal = xp.subtract(x, mean, out=self.scratch("normal", x.shape, x))
-        self.normal *= self.inverse
-        out = xp.multiply(self.normal, self.gamma, out=self.scratch("out", x.shape, x))
+        self.x_hat = self.workspace("x_hat", x.shape, x.dtype)
+        np.subtract(x, mean, out=self.x_hat)
+        self.x_hat *= self.inv_std
+        out = self.workspace("out", x.shape, x.dtype)
+        np.multiply(self.x_hat, self.gamma, out=out)
         out += self.beta
         return out
 
-    def _sums(self, dout):
+    def _param_gradients(self, dout):
         """dgamma and dbeta (C,) of this rank's images."""
-        product = array_module(dout).multiply(
-            dout, self.normal, out=self.scratch("dx", dout.shape, dout)
-        )
-        return [sum_rows(a.reshape(-1, dout.shape[3])) for a in (product, dout)]
+        product = self.workspace("dx", dout.shape, dout.dtype)
+        np.multiply(dout, self.x_hat, out=product)
+        channels = dout.shape[3]
+        return sum_rows(product.reshape(-1, channels)), sum_rows(dout.reshape(-1, channels))
 
-    def _input_gradient(self, dout, dgamma, dbeta):
-        """dx = gamma / deviation (dout - dbeta - normal dgamma), dgamma and dbeta being means over the batch."""
-        xp = array_module(dout)
-        dx = xp.multiply(self.normal, -dgamma, out=self.scratch("dx", dout.shape, dout))
+    def _input_gradient(self, dout, mean_dgamma, mean_dbeta):
+        """dx = gamma · inv_std · (dout - mean dbeta - x_hat · mean dgamma)"""
+        dx = self.workspace("dx", dout.shape, dout.dtype)
+        np.multiply(self.x_hat, -mean_dgamma, out=dx)
         dx += dout
-        dx -= dbeta
-        dx *= self.gamma * self.inverse
+        dx -= mean_dbeta
+        dx *= self.gamma * self.inv_std
         return dx
-
-
-def sum_rows(rows):
-    """The sum (C,) of rows (n, C), by BLAS."""
-    return array_module(rows).ones(len(rows), rows.dtype) @ rows
 
 
 class GlobalAvgPool(Layer):
@@ -1050,23 +1200,25 @@ class GlobalAvgPool(Layer):
 
     def backward(self, dout):
         _, h, w, _ = self.x_shape
-        dx = self.scratch("dx", self.x_shape, dout)
+        dx = self.workspace("dx", self.x_shape, dout.dtype)
         dx[...] = (dout / (h * w))[:, None, None]
         return dx
 
 
 class BasicBlock(Layer):
-    """ReLU(BN(conv3×3(ReLU(BN(conv3×3(x))))) + shortcut(x)): He et al., "Deep Residual Learning", 2015, figure 2.
+    """ReLU(BN(conv3×3(ReLU(BN(conv3×3(x))))) + shortcut(x)).
 
-    The first convolution has the stride; the shortcut is x, or BN(conv1×1(x)) where stride or channels change.
-    conv: the class of the 3×3 convolutions with stride 1; other_conv: of the others; norm: in place of BatchNorm2D.
+    He et al., "Deep Residual Learning for Image Recognition", 2015, figure 2. The first convolution
+    has the stride; the shortcut is x, or BN(conv1×1(x)) where stride or channels change.
+    conv: the class of the 3×3 convolutions with stride 1; other_conv: of the others; norm: the
+    class of the normalisations.
     """
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        stride=1,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
         *,
         conv=None,
         other_conv=Conv2D,
@@ -1074,15 +1226,12 @@ class BasicBlock(Layer):
         rng=None,
         dtype=np.float32,
     ):
-        conv, options = (
-            conv or WinogradConv2D,
-            {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype},
-        )
-        first = (
-            conv(in_channels, out_channels, **options)
-            if stride == 1
-            else other_conv(in_channels, out_channels, stride=stride, **options)
-        )
+        conv = conv or WinogradConv2D
+        options = {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
+        if stride == 1:
+            first = conv(in_channels, out_channels, **options)
+        else:
+            first = other_conv(in_channels, out_channels, stride=stride, **options)
         self.branch = [
             first,
             norm(out_channels, dtype=dtype),
@@ -1090,40 +1239,46 @@ class BasicBlock(Layer):
             conv(out_channels, out_channels, **options),
             norm(out_channels, dtype=dtype),
         ]
-        self.shortcut, self.relu = [], ReLU()
+        self.shortcut = []
         if stride != 1 or in_channels != out_channels:
             self.shortcut = [
                 other_conv(in_channels, out_channels, 1, stride, 0, **options),
                 norm(out_channels, dtype=dtype),
             ]
+        self.relu = ReLU()
 
     def leaves(self):
-        for part in (*self.branch, *self.shortcut):
-            yield from part.leaves()
+        for layer in (*self.branch, *self.shortcut):
+            yield from layer.leaves()
 
     def forward(self, x):
-        y, shortcut = x, x
-        for part in self.branch:
-            y = part.forward(y)
-        for part in self.shortcut:
-            shortcut = part.forward(shortcut)
+        y = x
+        for layer in self.branch:
+            y = layer.forward(y)
+        shortcut = x
+        for layer in self.shortcut:
+            shortcut = layer.forward(shortcut)
         y += shortcut
         return self.relu.forward(y)
 
     def backward(self, dout):
-        dsum = dx = self.relu.backward(dout)
-        for part in reversed(self.branch):
-            dx = part.backward(dx)
-        for part in reversed(self.shortcut):
-            dsum = part.backward(dsum)
-        dx += dsum
+        dsum = self.relu.backward(dout)
+        dx = dsum
+        for layer in reversed(self.branch):
+            dx = layer.backward(dx)
+        dshortcut = dsum
+        for layer in reversed(self.shortcut):
+            dshortcut = layer.backward(dshortcut)
+        dx += dshortcut
         return dx
 
 
 class Flatten(Layer):
+    """(N, H, W, C) → (N, H·W·C)"""
+
     def forward(self, x):
         self.x_shape = x.shape
-        return x.reshape(len(x), math.prod(x.shape[1:]))  # (N, H, W, C) → (N, H·W·C)
+        return x.reshape(len(x), math.prod(x.shape[1:]))
 
     def backward(self, dout):
         return dout.reshape(self.x_shape)
@@ -1134,143 +1289,201 @@ class Dense(Layer):
 
     param_names = ("W", "b")
 
-    def __init__(self, in_features, out_features, *, rng=None, dtype=np.float32):
-        self.W, self.b = (
-            he_normal((in_features, out_features), rng, dtype),
-            np.zeros(out_features, dtype),
-        )
-        self.dW, self.db = np.zeros_like(self.W), np.zeros_like(self.b)
+    def __init__(self, in_features: int, out_features: int, *, rng=None, dtype=np.float32):
+        self.W = he_normal((in_features, out_features), rng, dtype)
+        self.b = np.zeros(out_features, dtype)
+        self.dW = np.zeros_like(self.W)
+        self.db = np.zeros_like(self.b)
 
     def forward(self, x):
+        """x (N, in_features) → (N, out_features)"""
+        if x.ndim != 2 or x.shape[1] != len(self.W):
+            raise ValueError(
+                f"Dense({len(self.W)}, {self.b.size}) takes an input of (N, {len(self.W)}), not of "
+                f"(N, {', '.join(map(str, x.shape[1:]))}): change in_features, or add a Flatten"
+            )
         self.x = x
-        out = array_module(x).matmul(x, self.W, out=self.scratch("out", (len(x), self.b.size), x))
+        out = self.workspace("out", (len(x), self.b.size), x.dtype)
+        np.matmul(x, self.W, out=out)
         out += self.b
         return out
 
     def backward(self, dout):
-        xp = array_module(dout)
-        xp.matmul(self.x.T, dout, out=self.dW)
+        """dout (N, out_features) → dx (N, in_features); sets dW and db."""
+        np.matmul(self.x.T, dout, out=self.dW)
         dout.sum(axis=0, out=self.db)
-        if self.needs_dx:
-            dx = self.scratch("dx", self.x.shape, dout)
-            dx[...] = (self.W @ dout.T).T  # BLAS is much faster with the long dimension first
-            return dx
+        if not self.requires_input_grad:
+            return None
+        dx = self.workspace("dx", self.x.shape, dout.dtype)
+        dx[...] = (self.W @ dout.T).T  # BLAS is much faster with the long dimension first
+        return dx
 
 
-def he_normal(shape, rng=None, dtype=np.float32):
-    """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
-
-    rng: a NumPy Generator or a seed. The draw is made in float64, so that float32 and float64 models start alike.
-    """
-    fan_in = math.prod(shape[:-1])
-    return (np.random.default_rng(rng).standard_normal(shape) * math.sqrt(2 / fan_in)).astype(dtype)
-
-
-def softmax_cross_entropy(logits, labels):
-    """logits (N, K), labels (N,) integers → the loss summed over the batch, a float, and dlogits (N, K)."""
-    xp = array_module(logits)
-    rows = xp.arange(len(labels))
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    probabilities = xp.exp(shifted)
+def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """logits (N, K), integer labels (N,) → the loss summed over the batch, and dlogits (N, K)."""
+    n, classes = logits.shape
+    if n and int(labels.max()) >= classes:
+        raise ValueError(
+            f"softmax_cross_entropy: label {labels.max()}, but the logits are of {classes} classes, "
+            f"0 to {classes - 1}: change the labels or the last Dense layer"
+        )
+    rows = np.arange(n)
+    shifted = logits - logits.max(
+        axis=1, keepdims=True
+    )  # the same softmax, and exp cannot overflow
+    probabilities = np.exp(shifted)
     sums = probabilities.sum(axis=1, keepdims=True)
-    loss = xp.log(sums).sum(dtype=np.float64) - shifted[rows, labels].sum(dtype=np.float64)
-    probabilities /= sums
-    probabilities[rows, labels] -= 1
-    return float(loss), probabilities
+    loss = np.log(sums).sum(dtype=np.float64) - shifted[rows, labels].sum(dtype=np.float64)
+
+    dlogits = probabilities
+    dlogits /= sums
+    dlogits[rows, labels] -= 1
+    return float(loss), dlogits
 
 
-def count_correct(logits, labels):
-    """logits (N, K), labels (N,) → how many labels are the largest logit, and among the five largest."""
-    mine = logits[array_module(logits).arange(len(labels)), labels][:, None]
+def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
+    """logits (N, K), labels (N,) → how many labels have the largest logit, how many are in the top 5."""
     top1 = (logits.argmax(axis=1) == labels).sum()
-    return int(top1), int(((logits > mine).sum(axis=1) < 5).sum())
+    own = logits[np.arange(len(labels)), labels][:, None]
+    top5 = ((logits > own).sum(axis=1) < 5).sum()
+    return int(top1), int(top5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+MODELS = ("cnn", "resnet18")
 
 
 class Model:
-    """Layers in a row, with all parameters in one flat buffer, `params`, and all gradients in another, `grads`.
+    """Layers in a row, all parameters in one flat array, `params`, all gradients in another, `grads`.
 
-    A layer's W, b, dW and db are views into them. So an optimizer step is a few operations on one array, a checkpoint
-    is one array, and a reduction over MPI is one call on (slices of) one buffer. xp: numpy or cupy, where they live.
+    Each layer's W, b, dW and db become views into them. So an optimizer step is a few operations on
+    one array, a checkpoint is one array, and a reduction over MPI is one call on (slices of) one array.
     """
 
-    def __init__(self, layers, xp=np):
+    def __init__(self, layers: list[Layer]):
         self.layers = list(layers)
-        self.layers[0].needs_dx = False
-        size = sum(p.size for layer in self.layers for p in layer.params())
-        dtype = next(p.dtype for layer in self.layers for p in layer.params())
-        self.params, self.grads = (
-            aligned_zeros((size,), dtype, xp),
-            aligned_zeros((size,), dtype, xp),
-        )
-        self.slices, self._places, start = (
-            [],
-            [],
-            0,
-        )  # each layer's part of the buffers, each parameter's
+        self._check_layers()
+        self.layers[0].requires_input_grad = False
+        params = [p for layer in self.layers for p in layer.params()]
+        size = sum(p.size for p in params)
+        self.params = aligned_zeros((size,), params[0].dtype)
+        self.grads = aligned_zeros((size,), params[0].dtype)
+
+        self.slices = []  # each layer's part of the flat arrays
+        self._places = []  # each parameter's: (leaf, name, slice, shape)
+        start = 0
         for layer in self.layers:
             first = start
             for leaf in layer.leaves():
-                for name in leaf.state_names:
-                    setattr(leaf, name, xp.asarray(getattr(leaf, name)))
                 for name in leaf.param_names:
-                    value = xp.asarray(getattr(leaf, name))
-                    part = slice(start, start + value.size)
-                    self.params[part] = value.reshape(-1)
-                    setattr(leaf, name, self.params[part].reshape(value.shape))
-                    setattr(leaf, "d" + name, self.grads[part].reshape(value.shape))
-                    self._places.append((leaf, name, part, value.shape))
-                    start = part.stop
+                    value = getattr(leaf, name)
+                    place = slice(start, start + value.size)
+                    self.params[place] = value.reshape(-1)
+                    self._places.append((leaf, name, place, value.shape))
+                    start = place.stop
             self.slices.append(slice(first, start))
+        self.use_memory(self.params, self.grads)
 
-    def move(self, params, grads):
-        """Keep parameters and gradients in these buffers, which have their values: memory that processes share, say."""
-        self.params, self.grads = params, grads
-        for leaf, name, part, shape in self._places:
-            setattr(leaf, name, params[part].reshape(shape))
-            setattr(leaf, "d" + name, grads[part].reshape(shape))
+    def use_memory(self, params: np.ndarray, grads: np.ndarray):
+        """Keep parameters and gradients in these flat arrays, which hold their values already.
 
-    def forward(self, x):
+        They may be memory that several processes share.
+        """
+        self.params = params
+        self.grads = grads
+        self._views = []
+        for leaf, name, place, shape in self._places:
+            view = params[place].reshape(shape)
+            grad_view = grads[place].reshape(shape)
+            setattr(leaf, name, view)
+            setattr(leaf, "d" + name, grad_view)
+            self._views += [(leaf, name, view), (leaf, "d" + name, grad_view)]
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
         for layer in self.layers:
             x = layer.forward(x)
         return x
 
-    def backward(self, dout, on_grad_ready=None):
-        """Set `grads`, summed over the batch. on_grad_ready(slice) is called as soon as that part of it is final."""
-        for layer, part in zip(reversed(self.layers), reversed(self.slices), strict=True):
+    def backward(self, dout: np.ndarray, on_grad_ready: Callable[[slice], None] | None = None):
+        """Set `grads`, summed over the batch.
+
+        on_grad_ready(slice) is called as soon as a layer's slice of `grads` is final, the last
+        layer's first, so that communication can begin while the layers below still compute.
+        """
+        for layer, grad_slice in zip(reversed(self.layers), reversed(self.slices), strict=True):
             dout = layer.backward(dout)
-            if on_grad_ready and part.stop > part.start:
-                on_grad_ready(part)
+            if on_grad_ready and grad_slice.stop > grad_slice.start:
+                on_grad_ready(grad_slice)
+        self._check_views()
 
-    def train(self, training=True):
+    def _check_layers(self):
+        """Raise ValueError for what would train wrongly without a word."""
+        seen = []
+        for i, layer in enumerate(self.layers):
+            for leaf in layer.leaves():
+                if any(leaf is other for other in seen):
+                    raise ValueError(
+                        f"layer {i}, {type(leaf).__name__}, is in the model twice: its second forward() "
+                        "would overwrite what backward() needs of the first: make a new object for "
+                        "each place"
+                    )
+                seen.append(leaf)
+        if not any(layer.params() for layer in self.layers):
+            names = ", ".join(type(layer).__name__ for layer in self.layers)
+            raise ValueError(
+                f"Model([{names}]): no layer has parameters, so nothing can be trained"
+            )
+
+    def _check_views(self):
+        """Raise ValueError if a layer has bound W or dW to an array of its own: it would not train."""
+        for leaf, name, view in self._views:
+            if getattr(leaf, name) is not view:
+                raise ValueError(
+                    f"{type(leaf).__name__}.{name} is a new array, which the optimizer does not see: "
+                    f"write into the old one, self.{name}[...] = …, instead of self.{name} = …"
+                )
+
+    def leaves(self) -> Iterator[Layer]:
+        for layer in self.layers:
+            yield from layer.leaves()
+
+    def train(self, training: bool = True):
         """Set the layers' mode, training or evaluation."""
-        for layer in self.layers:
-            for leaf in layer.leaves():
-                leaf.training = training
+        for leaf in self.leaves():
+            leaf.training = training
 
-    def gather_statistics(self, gather):
-        """Let BatchNorm2D take its statistics over all ranks: gather(array) → (ranks, ...)."""
-        for layer in self.layers:
-            for leaf in layer.leaves():
-                if isinstance(leaf, BatchNorm2D):
-                    leaf.gather = gather
+    def gather_statistics(self, gather: Callable[[np.ndarray], np.ndarray]):
+        """Make BatchNorm2D use the statistics of all ranks: gather(array) → (ranks, ...)."""
+        for leaf in self.leaves():
+            if isinstance(leaf, BatchNorm2D):
+                leaf.gather = gather
 
-    def state(self):
-        """Arrays that a checkpoint needs besides `params`: running statistics."""
-        return [array for layer in self.layers for array in layer.state()]
+    def buffers(self) -> list[np.ndarray]:
+        """Arrays that are kept but not trained: running statistics."""
+        return [array for layer in self.layers for array in layer.buffers()]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        state = {"params": self.params}
+        for i, array in enumerate(self.buffers()):
+            state[f"state{i}"] = array
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]):
+        for name, array in self.state_dict().items():
+            array[...] = state[name]
 
 
 def make_cnn(
-    seed=42, dtype=np.float32, xp=np, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense
-):
+    seed: int = 42, dtype=np.float32, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense
+) -> Model:
     """The `cnn` of all scripts, 1,070,794 parameters: (N, 32, 32, 3) → logits (N, 10).
 
-    Conv 3→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 4096→256, ReLU, Dense 256→10; convolutions
-    3×3 with padding 1. conv1, conv2 and dense: layer classes of the same protocol that take the place of these.
+    Conv 3→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 4096→256, ReLU,
+    Dense 256→10; convolutions 3×3 with padding 1. conv1, conv2 (fused with ReLU and pooling) and
+    dense: layer classes.
     """
     rng = np.random.default_rng(seed)
     return Model(
@@ -1281,206 +1494,618 @@ def make_cnn(
             dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
             ReLU(),
             dense(256, 10, rng=rng, dtype=dtype),
-        ],
-        xp,
+        ]
     )
 
 
 def make_resnet18(
-    seed=42, dtype=np.float32, xp=np, conv=None, stem=None, block=BasicBlock, dense=Dense
-):
+    seed: int = 42, dtype=np.float32, conv=None, stem=None, block=BasicBlock, dense=Dense
+) -> Model:
     """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
 
-    A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first of each stage but
-    the first with stride 2. conv: a class in the place of WinogradConv2D; stem(rng, dtype): the layers of the stem;
-    block and dense: classes in the place of BasicBlock and Dense.
+    A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first
+    of each stage but the first with stride 2. conv: the class of the 3×3 convolutions with stride 1;
+    stem(rng, dtype): the layers of the stem; block and dense: layer classes.
     """
     rng = np.random.default_rng(seed)
-    layers = (
-        stem(rng, dtype)
-        if stem
-        else [Conv2D(3, 64, bias=False, rng=rng, dtype=dtype), BatchNorm2D(64, dtype=dtype), ReLU()]
-    )
+    if stem:
+        layers = stem(rng, dtype)
+    else:
+        layers = [
+            Conv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+            BatchNorm2D(64, dtype=dtype),
+            ReLU(),
+        ]
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
             layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
             channels = width
-    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)], xp)
+    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)])
 
 
-MODELS = ("cnn", "resnet18")
-
-
-def make_model(name, seed=42, dtype=np.float32, xp=np):
+def make_model(name: str, seed: int = 42, dtype=np.float32) -> Model:
     """The network that --model names, one of MODELS."""
-    return {"cnn": make_cnn, "resnet18": make_resnet18}[name](seed, dtype, xp)
+    return {"cnn": make_cnn, "resnet18": make_resnet18}[name](seed, dtype)
 
 
-def evaluate(model, images, labels, batch_size=100, reduce=lambda sums: None):
-    """Evaluate on uint8 images (N, 32, 32, 3): mean loss, top-1 and top-5 accuracy, seconds spent loading batches.
+def evaluate(
+    model: Model, images: np.ndarray, labels: np.ndarray, batch_size: int = 100, reduce=None
+) -> tuple[float, float, float, float]:
+    """Mean loss, top-1 and top-5 accuracy on uint8 images, and the seconds spent loading batches.
 
     reduce(sums): sums an array in place over the ranks that share the images.
     """
     model.train(False)
-    sums, loading = np.zeros(4), 0.0  # loss, top-1, top-5, images
+    sums = np.zeros(4)  # loss, top-1, top-5, images
+    loading = 0.0
     for start in range(0, len(labels), batch_size):
-        clock = time.perf_counter()
-        x, y = load_batch(images, labels, slice(start, start + batch_size), model.params.dtype)
-        loading += time.perf_counter() - clock
+        started = time.perf_counter()
+        index = slice(start, start + batch_size)
+        x, y = load_batch(images, labels, index, model.params.dtype)
+        loading += time.perf_counter() - started
         logits = model.forward(x)
-        sums += (softmax_cross_entropy(logits, y)[0], *count_correct(logits, y), len(y))
+        loss, _ = softmax_cross_entropy(logits, y)
+        sums += (loss, *count_correct(logits, y), len(y))
     model.train(True)
-    reduce(sums)
-    return *(sums[:3] / sums[3]).tolist(), loading
+    if reduce:
+        reduce(sums)
+    loss, top1, top5 = (sums[:3] / sums[3]).tolist()
+    return loss, top1, top5, loading
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimizers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Optimizer:
-    """step(count) divides the summed gradients by count and updates the model's flat parameter buffer in place.
+    """Updates a model's parameters in place; `state` holds its arrays by name.
 
-    grads: the sums, if they are not in the model's own buffer. parts: the slices to update, if not all. `slots` are the
-    arrays that a checkpoint needs, by name. The buffers are walked in pieces that stay in the cache.
+    The flat arrays are walked in chunks that stay in the cache: an update is memory traffic, and so
+    each value crosses the memory bus once, not once for each operation.
     """
 
-    PIECE = 64 * 1024  # elements
+    CHUNK = 64 * 1024  # elements
+    state_names: tuple = ()
 
-    def __init__(self, model, lr, weight_decay, slots):
-        xp, dtype = array_module(model.params), model.params.dtype
-        self.model, self.lr, self.weight_decay, self.steps = model, lr, weight_decay, 0
-        self.slots = {name: aligned_zeros(model.params.shape, dtype, xp) for name in slots}
-        self._g = aligned_zeros((self.PIECE,), dtype, xp)
+    def __init__(self, model: Model, lr: float, weight_decay: float):
+        self.model = model
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.steps = 0
+        params = model.params
+        self.state = {name: aligned_zeros(params.shape, params.dtype) for name in self.state_names}
+        self._g = aligned_zeros((self.CHUNK,), params.dtype)
 
-    def step(self, count, grads=None, parts=None):
+    def step(self, count: int, grads: np.ndarray | None = None, shards: list | None = None):
+        """Divide the summed gradients by count, the number of images, and update the parameters.
+
+        grads: the sums, if they are not in model.grads. shards: the slices to update, if not all.
+        """
         self.steps += 1
-        w, grads = self.model.params, self.model.grads if grads is None else grads
-        for part in [slice(0, len(w))] if parts is None else parts:
-            for start in range(part.start, part.stop, self.PIECE):
-                piece = slice(start, min(start + self.PIECE, part.stop))
-                g = array_module(w).multiply(
-                    grads[piece], 1 / count, out=self._g[: piece.stop - piece.start]
-                )
+        w = self.model.params
+        grads = self.model.grads if grads is None else grads
+        for shard in [slice(0, len(w))] if shards is None else shards:
+            for start in range(shard.start, shard.stop, self.CHUNK):
+                chunk = slice(start, min(start + self.CHUNK, shard.stop))
+                g = self._g[: chunk.stop - chunk.start]
+                np.multiply(grads[chunk], 1 / count, out=g)
                 if self.weight_decay:
-                    g += self.weight_decay * w[piece]
-                self._update(
-                    w[piece], g, **{name: slot[piece] for name, slot in self.slots.items()}
-                )
+                    g += self.weight_decay * w[chunk]
+                self._update(w[chunk], g, *(array[chunk] for array in self.state.values()))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        arrays = {f"optimizer_{name}": array for name, array in self.state.items()}
+        return {**arrays, "optimizer_steps": np.array(self.steps)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]):
+        for name, array in self.state.items():
+            array[...] = state[f"optimizer_{name}"]
+        self.steps = int(state["optimizer_steps"])
 
 
 class SGD(Optimizer):
-    """v = momentum v + g; w -= lr v. PyTorch's form: the learning rate stands outside the velocity."""
+    """v = momentum · v + g; w -= lr · v. As in PyTorch, the learning rate is not part of v."""
+
+    state_names = ("velocity",)
 
     def __init__(self, model, lr=0.01, momentum=0.9, weight_decay=0.0):
-        super().__init__(model, lr, weight_decay, ("velocity",))
+        super().__init__(model, lr, weight_decay)
         self.momentum = momentum
 
     def _update(self, w, g, velocity):
         velocity *= self.momentum
         velocity += g
-        w -= array_module(w).multiply(velocity, self.lr, out=g)
+        w -= np.multiply(velocity, self.lr, out=g)
 
 
 class Adam(Optimizer):
-    """Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; weight decay is added to the gradient."""
+    """Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015.
+
+    Weight decay is added to the gradient, as in PyTorch's Adam.
+    """
+
+    state_names = ("m", "v")
 
     def __init__(self, model, lr=0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(model, lr, weight_decay, ("m", "v"))
-        self.betas, self.eps = betas, eps
+        super().__init__(model, lr, weight_decay)
+        self.betas = betas
+        self.eps = eps
 
     def _update(self, w, g, m, v):
-        (beta1, beta2), xp = self.betas, array_module(w)
+        beta1, beta2 = self.betas
         m *= beta1
         m += (1 - beta1) * g
         v *= beta2
-        v += (1 - beta2) * xp.square(g, out=g)
-        xp.sqrt(v, out=g)
-        g /= math.sqrt(1 - beta2**self.steps)
-        g += self.eps
-        w -= self.lr / (1 - beta1**self.steps) * xp.divide(m, g, out=g)
+        v += (1 - beta2) * np.square(g, out=g)
+        root = np.sqrt(v, out=g)
+        root /= math.sqrt(1 - beta2**self.steps)
+        root += self.eps
+        w -= self.lr / (1 - beta1**self.steps) * np.divide(m, root, out=root)
 
 
-def make_optimizer(model, args, sgd=SGD, adam=Adam):
-    """The optimizer that --optimizer, --lr, --momentum and --weight-decay ask for, of one of these classes."""
+def make_optimizer(model: Model, args: argparse.Namespace, sgd=SGD, adam=Adam) -> Optimizer:
+    """What --optimizer, --lr, --momentum and --weight-decay ask for, of one of these classes."""
     if args.optimizer == "adam":
         return adam(model, args.lr, weight_decay=args.weight_decay)
     return sgd(model, args.lr, args.momentum, args.weight_decay)
 
 
-def get_arrays(model, optimizer):
-    """What a checkpoint holds of a model and its optimizer: {name: array}."""
-    return {
-        "params": model.params,
-        **{f"state{i}": array for i, array in enumerate(model.state())},
-        **{f"optimizer_{name}": array for name, array in optimizer.slots.items()},
-        "optimizer_steps": np.array(optimizer.steps),
-    }
+# --------------------------------------------------------------------------------------------------
+# Run log
+# --------------------------------------------------------------------------------------------------
 
-
-def set_arrays(model, optimizer, arrays):
-    """Put back what get_arrays() returned."""
-    for name, array in get_arrays(model, optimizer).items():
-        array[...] = array_module(array).asarray(arrays[name])
-    optimizer.steps = int(arrays["optimizer_steps"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Run log, resource monitor, checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # record types of the log
+TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # types of a log's rows
 LOG_COLUMNS = (
-    "type",
-    "epoch",
-    "start",
-    "loading",
-    "duration",
-    "value1",
-    "value2",
-    "loss",
-    "images_per_s",
-    "cpu_percent",
-    "ram_mb",
-    "gpu_percent",
-    "gpu_mem_mb",
-    "forward",
-    "backward",
-    "communication",
-)
-METRICS = ("train_loss", "train_acc", "test_loss", "test_acc", "epoch_time", "images_per_s")
+    "type epoch start loading duration value1 value2 loss images_per_s cpu_percent ram_mb gpu_percent "
+    "gpu_mem_mb forward backward communication"
+).split()
+METRIC_FORMATS = {
+    "train_loss": ".4f",
+    "train_acc": ".2%",
+    "test_loss": ".4f",
+    "test_acc": ".2%",
+    "epoch_time": ".1f",
+    "images_per_s": ",.0f",
+}
+METRICS = tuple(METRIC_FORMATS)
 MIB = 2**20
+
+# What a step computes: a run resumes only with the values that its checkpoint was made with.
+FINGERPRINT_OPTIONS = (
+    "model dtype optimizer lr momentum weight_decay seed batch_size subset amp augment nesterov "
+    "schedule schedule_epochs warmup label_smoothing micro_batches image_size"
+).split()
+
+
+class RunLog:
+    """The record of one training run, written while it goes on.
+
+    --log is a CSV file with a row for each batch and epoch (docs/runs.md), a .json file beside it
+    describes the run, and --save-metrics is an .npz file with the metrics of each epoch. Only rank 0
+    writes files and shows progress; the others count along.
+
+    `epoch` and `batch` are the position: the next batch to train is number `batch` (from 0) of
+    `epoch` (from 1). `sums` are the totals of the current epoch, `history` the metrics of all epochs,
+    `totals` those of the run. info: further entries of the .json.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        script: str,
+        data,
+        info: dict | None = None,
+        rank: int = 0,
+        gpu_uuid: str | None = None,
+    ):
+        self.args = args
+        self.script = script
+        self.data = data
+        self.info = info or {}
+        self.rank = rank
+        self.fingerprint = run_fingerprint(args, data)
+        self.json_path = Path(args.log).with_suffix(".json")
+        if rank == 0:
+            if not Path(args.log).name:
+                raise InputError(f"--log {args.log!r}: give a file name")
+            check_outputs([args.log, self.json_path, args.save_metrics, args.checkpoint])
+
+        self.epoch = 1
+        self.batch = 0
+        self.sums = {}
+        self.history = {name: [] for name in METRICS}
+        self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
+        self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
+        self._phases = []  # those that timed() is in, the innermost last
+        self._is_first_batch = True
+
+    # -- state, of which a checkpoint consists ----------------------------------------------------
+
+    def state_dict(self) -> dict:
+        names = ("epoch", "batch", "sums", "history", "totals")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict):
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        if self.rank == 0:
+            self._file = self._open_csv()
+            self._csv = csv.writer(self._file, lineterminator="\n")
+            if os.fstat(self._file.fileno()).st_size == 0:
+                self._csv.writerow(LOG_COLUMNS)
+                self._file.flush()
+            self.monitor.start()
+        self.metadata = {
+            "script": self.script,
+            "arguments": vars(self.args),
+            "dataset": self.data.name,
+            "fingerprint": self.data.fingerprint,
+            "train_images": len(self.data.y_train),
+            "test_images": len(self.data.y_test),
+            "seed": self.args.seed,
+            "ranks": 1,
+            "threads": 1,
+            "identity": self.fingerprint,
+            **environment(),
+            **self.info,
+            "start": time.time(),
+            "end": None,
+            "status": "running",
+            "totals": {},
+        }
+        self._write_metadata()
+        is_shown = self.rank == 0 and not self.args.quiet
+        self._progress = Progress(self.args.epochs) if is_shown else None
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self.rank:
+            return
+        self.monitor.stop()
+        if self._progress:
+            self._progress.close()
+        status = "done"
+        if kind in (Interrupted, KeyboardInterrupt):
+            status = "interrupted"
+            self._write_results()
+        elif error:
+            status = f"failed: {error}"
+        self.metadata.update(end=time.time(), status=status)
+        self._write_metadata()
+        self._file.close()
+
+    def _open_csv(self):
+        """Open the CSV file: empty, or when resuming without the rows after the checkpoint."""
+        path = Path(self.args.log)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a", newline="")  # not "w": another run may be writing it
+            if not path.is_file():  # a device, such as /dev/null
+                return file
+            self._lock(file)
+            if self.epoch == 1 and self.batch == 0:
+                file.truncate(0)
+            else:
+                self._check_same_run()
+                file.truncate(self._end_of_kept_rows(path))
+            return file
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--log {path}: {reason}: choose another file") from None
+
+    def _lock(self, file):
+        """Raise InputError if another run is writing this file; the lock ends with the process."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--log {file.name}: another run is writing it: wait for its end, or give this one "
+                "files of its own (--log, --save-metrics, --checkpoint)"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _check_same_run(self):
+        """Raise InputError if the metadata say that the log is of another run than the checkpoint."""
+        try:
+            fingerprint = json.loads(self.json_path.read_text())["identity"]
+        except (OSError, ValueError, LookupError, TypeError):  # nothing is known
+            return
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
+                "give --log the file that belongs to it, or a new one"
+            )
+
+    def _end_of_kept_rows(self, path):
+        """The length in bytes of the header and the rows before the checkpoint's position."""
+        with open(path, "rb") as file:
+            header = file.readline()
+            if header.decode() != ",".join(LOG_COLUMNS) + "\n":
+                return 0
+            end = len(header)
+            for line in file:
+                if not self._is_before_checkpoint(line.decode()):
+                    break
+                end += len(line)
+        return end
+
+    def _is_before_checkpoint(self, line):
+        fields = line.removesuffix("\n").split(",")
+        try:
+            row = dict(zip(LOG_COLUMNS, fields, strict=True))
+            epoch = int(row["epoch"])
+            batch = int(row["value1"]) if int(row["type"]) == BATCH else 0
+        except ValueError:  # a row that was cut off
+            return False
+        return epoch < self.epoch or (epoch == self.epoch and 0 < batch <= self.batch)
+
+    def write_row(self, kind: int, **columns):
+        """Append a row; floats have six decimals, a column that is not given stays empty."""
+        if self.rank:
+            return
+        row = {"epoch": self.epoch, **columns, "type": kind}
+        cells = [row.get(name, "") for name in LOG_COLUMNS]
+        self._csv.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+        self._file.flush()
+
+    def _write_epoch_row(self, kind, **columns):
+        """A row with the current epoch's totals so far."""
+        sums = self.sums
+        names = ("start", "loading", "duration", "forward", "backward", "communication")
+        totals = {name: sums[name] for name in names if name in sums}
+        if "loss" in sums:
+            totals["loss"] = sums["loss"] / sums["images"]
+        rate = sums["images"] / sums["duration"]
+        self.write_row(kind, **{**totals, "images_per_s": rate, **columns})
+
+    def _write_results(self):
+        """Update the totals in the metadata, and the metrics file."""
+        if self.rank:
+            return
+        totals = dict(self.totals)
+        seconds = totals["train_seconds"]
+        totals["images_per_s"] = totals["train_images"] / seconds if seconds else 0.0
+        resources = self.monitor.summary()
+        totals["peak_ram_mb"] = max(resources.pop("ram_mb", 0.0), peak_rss() / MIB)
+        if "gpu_mem_mb" in resources:
+            totals["peak_gpu_mem_mb"] = resources.pop("gpu_mem_mb")
+        for name, value in resources.items():
+            totals[f"mean_{name}"] = value
+        if self.history["test_acc"]:
+            totals["final_accuracy"] = self.history["test_acc"][-1]
+            totals["best_accuracy"] = max(self.history["test_acc"])
+        self.metadata["totals"].update(totals)
+        self._write_metadata()
+        if self.args.save_metrics:
+            arrays = {name: np.array(values) for name, values in self.history.items()}
+            with atomic_write(self.args.save_metrics) as file:
+                np.savez(file, **arrays)
+
+    def _write_metadata(self):
+        if self.rank == 0:
+            with atomic_write(self.json_path, "w") as file:
+                json.dump(self.metadata, file, indent=1, default=str)
+                file.write("\n")
+
+    # -- called by the training loop ---------------------------------------------------------------
+
+    def start_epoch(self, epoch: int, batches: int):
+        """An epoch of that many batches begins, or goes on after a checkpoint."""
+        self.epoch = epoch
+        self.batches = batches
+        if self.batch == 0:
+            self.sums = {"images": 0, "top1": 0, "top5": 0, "loading": 0.0, "duration": 0.0}
+            self.sums["start"] = time.time()
+        if self._progress:
+            self._progress.start(epoch, len(self.data.y_train), self.sums["images"])
+        self._first_sample = len(self.monitor.samples)
+        self._epoch_clock = time.perf_counter() - self.sums["duration"]
+
+    @contextlib.contextmanager
+    def timed(self, phase: str):
+        """Count the seconds of a block as `phase`: loading, forward, backward, communication, update.
+
+        A phase inside another one pauses it, so that no second is counted twice.
+        """
+        self._count_phase()
+        self._phases.append(phase)
+        try:
+            yield
+        finally:
+            self._count_phase()
+            self._phases.pop()
+
+    def _count_phase(self):
+        """Count the time since the last call for the innermost phase."""
+        now = time.perf_counter()
+        if self._phases:
+            self.add_seconds(self._phases[-1], now - self._phase_clock)
+        self._phase_clock = now
+
+    def add_seconds(self, phase: str, seconds: float):
+        """Count seconds of a phase that were measured elsewhere."""
+        self.sums[phase] = self.sums.get(phase, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time in this block is not training time."""
+        started = time.perf_counter()
+        yield
+        self._epoch_clock += time.perf_counter() - started
+
+    def end_batch(self, images: int, loss: float | None = None, top1: int = 0, top5: int = 0):
+        """Count a batch and write its row. loss: summed over the batch; None if nothing was trained."""
+        if self._is_first_batch:
+            self._is_first_batch = False
+            self.totals.setdefault("first_step_after_seconds", process_age())
+        self.batch += 1
+        sums = self.sums
+        sums["images"] += images
+        sums["top1"] += top1
+        sums["top5"] += top5
+        sums["duration"] = time.perf_counter() - self._epoch_clock
+        columns = {"value1": self.batch, "value2": self.batches, **self.monitor.latest()}
+        if loss is not None:
+            sums["loss"] = sums.get("loss", 0.0) + loss
+            columns["loss"] = loss / max(images, 1)
+        self._write_epoch_row(BATCH, **columns)
+        if self._progress:
+            self._progress.update(self.epoch, self.batch, self.batches, sums)
+
+    def end_training(self):
+        """Write the row of the epoch's training. What follows until end_epoch() is its validation."""
+        sums = self.sums
+        self.monitor.sample()
+        columns = self.monitor.summary(self._first_sample)
+        self.totals["train_seconds"] += sums["duration"]
+        self.totals["train_images"] += sums["images"]
+        if "loss" in sums:
+            accuracy = sums["top1"] / sums["images"]
+            columns.update(value1=accuracy, value2=sums["top5"] / sums["images"])
+            self.history["train_loss"].append(sums["loss"] / sums["images"])
+            self.history["train_acc"].append(accuracy)
+            self.history["epoch_time"].append(sums["duration"])
+            self.history["images_per_s"].append(sums["images"] / sums["duration"])
+        else:  # only loaded: there is no validation
+            self.batch = 0
+            if self._progress:
+                self._progress.close()
+        self._write_epoch_row(TRAIN, **columns)
+        self._validation_start = time.time()
+        self._validation_clock = time.perf_counter()
+
+    def end_epoch(self, loss: float, top1: float, top5: float, loading: float):
+        """Write the row of the validation: mean loss, accuracies, seconds spent loading."""
+        seconds = time.perf_counter() - self._validation_clock
+        self.totals["evaluation_seconds"] += seconds
+        self.write_row(
+            VALIDATE,
+            start=self._validation_start,
+            loading=loading,
+            duration=seconds,
+            value1=top1,
+            value2=top5,
+            loss=loss,
+            images_per_s=len(self.data.y_test) / seconds,
+            **self.monitor.latest(),
+        )
+        self.history["test_loss"].append(loss)
+        self.history["test_acc"].append(top1)
+        if self._progress:
+            self._progress.end_epoch(self.epoch, self.history)
+        self.epoch += 1
+        self.batch = 0
+        self._write_results()
+
+    def finish(self):
+        """Write the totals and print the table of the run."""
+        self._write_results()
+        if self.rank:
+            return
+        totals = self.metadata["totals"]
+        accuracies = self.history["test_acc"]
+        name = self.data.name
+        if name == "synthetic":
+            name = "SYNTHETIC DATA, not CIFAR-10"
+
+        if accuracies and not self.args.quiet:
+            print(f"\n{self.script}: {self.args.model}, {name}, {len(self.data.y_train):,} images")
+            print(self._format_history())
+        if accuracies:
+            best = int(np.argmax(accuracies))
+            result = f"best test accuracy {accuracies[best]:.2%} (epoch {best + 1})"
+            seconds = f"{totals['train_seconds']:.1f} s of training"
+        else:
+            result = f"{totals['train_images']:,} images loaded"
+            seconds = f"{totals['train_seconds']:.1f} s"
+        print(
+            f"{self.script}: {result}, {seconds}, {totals['images_per_s']:,.0f} images/s, "
+            f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {self.args.log}",
+            flush=True,
+        )
+
+    def _format_history(self):
+        header = (
+            "epoch",
+            "train loss",
+            "train acc",
+            "test loss",
+            "test acc",
+            "seconds",
+            "images/s",
+        )
+        rows = []
+        for i in range(len(self.history["test_acc"])):
+            cells = [format(self.history[name][i], form) for name, form in METRIC_FORMATS.items()]
+            rows.append([str(i + 1), *cells])
+        return format_table(header, rows)
+
+
+def run_fingerprint(args: argparse.Namespace, data) -> dict:
+    """The options and data that decide what a run computes; the .json has it as "identity"."""
+    fingerprint = {
+        "augment": "off"
+    }  # of scripts without the option, whose checkpoints agree with it
+    for name in FINGERPRINT_OPTIONS:
+        if hasattr(args, name):
+            fingerprint[name] = getattr(args, name)
+    if hasattr(args, "global_batch_size"):  # the images of a step, however many ranks share it
+        fingerprint["batch_size"] = args.global_batch_size
+    fingerprint["dataset"] = data.name
+    fingerprint["fingerprint"] = data.fingerprint
+    return fingerprint
+
+
+def require_finite(loss: float, what: str, log: RunLog):
+    """Raise TrainingError if the loss is not finite: training that has diverged never comes back."""
+    if math.isfinite(loss):
+        return
+    if what == "loss":
+        epoch, batch = log.epoch, log.batch
+    else:  # of the validation: the log has moved to the next epoch
+        epoch, batch = log.epoch - 1, log.batches
+    step = (epoch - 1) * log.batches + batch
+    raise TrainingError(
+        f"the {what} is {loss} at step {step} (epoch {epoch}, batch {batch}): try a smaller --lr; "
+        f"the log is kept in {log.args.log}"
+    )
 
 
 class ResourceMonitor(threading.Thread):
-    """Samples, once a second, CPU use and RAM of this process and its children, and a GPU's use and memory.
+    """Samples CPU use and RAM of this process and its children, and a GPU's use, once a second.
 
-    CPU use is in percent of one core. RAM is the sum of resident sets, in MiB: pages that processes share count for
-    each of them. gpu_uuid: the GPU to watch through NVML, as "GPU-…".
+    CPU use is in percent of one core. RAM is the sum of the resident sets, in MiB: pages that
+    processes share are counted for each. gpu_uuid: the GPU to watch through NVML, as "GPU-…".
     """
 
     FIELDS = ("cpu_percent", "ram_mb", "gpu_percent", "gpu_mem_mb")
 
-    def __init__(self, interval=1.0, gpu_uuid=None):
+    def __init__(self, interval: float = 1.0, gpu_uuid: str | None = None):
         super().__init__(daemon=True)
         import psutil
 
-        self.interval, self.process = interval, psutil.Process()
-        self.samples, self._stop_event, self._lock, self._nvml = (
-            [],
-            threading.Event(),
-            threading.Lock(),
-            None,
-        )
+        self.interval = interval
+        self.samples = []
+        self._process = psutil.Process()
+        self._stop_event = threading.Event()
+        self._lock = threading.Lock()
+        self._nvml = None
         if gpu_uuid:
             with contextlib.suppress(Exception):  # no NVML: the GPU columns stay empty
                 import pynvml
 
                 pynvml.nvmlInit()
-                self._nvml, self._gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
-        self._sampled, (self._cpu_seconds, _) = time.monotonic(), self._measure()
+                self._gpu = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
+                self._nvml = pynvml
+        self._sampled = time.monotonic()
+        self._cpu_seconds, _ = self._measure()
 
     def run(self):
         while not self._stop_event.wait(self.interval):
@@ -1492,572 +2117,65 @@ class ResourceMonitor(threading.Thread):
 
     def sample(self):
         with self._lock:
-            now, cpu = time.monotonic(), None
-            seconds, ram = self._measure()
-            if now - self._sampled >= 0.05:  # a shorter time tells nothing of the CPU
-                used = sum(
-                    s - self._cpu_seconds.get(process, 0.0) for process, s in seconds.items()
-                )
+            now = time.monotonic()
+            cpu_seconds, ram = self._measure()
+            cpu = None
+            if now - self._sampled >= 0.05:  # a shorter time says nothing about the CPU
+                used = 0.0
+                for process, seconds in cpu_seconds.items():
+                    used += seconds - self._cpu_seconds.get(process, 0.0)
                 cpu = 100 * used / (now - self._sampled)
-                self._sampled, self._cpu_seconds = now, seconds
-            gpu, memory = None, None
-            if self._nvml:
-                with contextlib.suppress(
-                    self._nvml.NVMLError
-                ):  # no GPU that is partitioned (MIG) tells its use
-                    gpu = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
-                with contextlib.suppress(self._nvml.NVMLError):
-                    memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
-            self.samples.append((cpu, ram / MIB, gpu, memory))
+                self._sampled = now
+                self._cpu_seconds = cpu_seconds
+            self.samples.append((cpu, ram / MIB, *self._measure_gpu()))
 
     def _measure(self):
-        """CPU seconds of each process so far, and the sum of their resident sets in bytes."""
+        """The CPU seconds of each process so far, and the sum of their resident sets in bytes."""
         import psutil
 
-        seconds, ram = {}, 0
-        for process in (self.process, *self.process.children(recursive=True)):
+        cpu_seconds = {}
+        ram = 0
+        for process in (self._process, *self._process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                 times = process.cpu_times()
-                seconds[process] = times.user + times.system
+                cpu_seconds[process] = times.user + times.system
                 ram += process.memory_info().rss
-        return seconds, ram
+        return cpu_seconds, ram
 
-    def latest(self):
+    def _measure_gpu(self):
+        """Use in percent and memory in MiB of the whole GPU; None where NVML does not report it."""
+        use, memory = None, None
+        if self._nvml:
+            with contextlib.suppress(self._nvml.NVMLError):  # a partitioned GPU (MIG) has no use
+                use = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
+            with contextlib.suppress(self._nvml.NVMLError):
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / MIB
+        return use, memory
+
+    def latest(self) -> dict:
         return dict(zip(self.FIELDS, self.samples[-1], strict=True)) if self.samples else {}
 
-    def summary(self, since=0):
+    def summary(self, since: int = 0) -> dict:
         """Mean use and peak memory of the samples from number `since` on."""
         result = {}
-        for field, samples in zip(
-            self.FIELDS, zip(*self.samples[since:], strict=True), strict=False
-        ):
-            if values := [sample for sample in samples if sample is not None]:
-                result[field] = max(values) if field.endswith("_mb") else sum(values) / len(values)
+        for i, field in enumerate(self.FIELDS):
+            values = [sample[i] for sample in self.samples[since:] if sample[i] is not None]
+            if values:
+                is_memory = field.endswith("_mb")
+                result[field] = max(values) if is_memory else sum(values) / len(values)
         return result
 
 
-class Run:
-    """Everything that a training run leaves behind: log, sidecar, metrics, checkpoint, and what it shows meanwhile.
+class Progress:
+    """A bar where stderr is a terminal; elsewhere a line on stdout every ten seconds."""
 
-    arguments: the parsed command line; its log, save_metrics, checkpoint, resume, checkpoint_every, epochs and quiet
-    are used here. script: name for titles. data: the Dataset. get_arrays() → {name: array} for the checkpoint;
-    set_arrays(that) puts them back. info: further entries of the sidecar. rank: only rank 0 writes and shows anything.
-
-    Use as a context manager. In the loop: start_epoch(), end_batch() after each batch, end_training(), end_epoch().
-    Ctrl-C and SIGTERM end the run with Interrupted when the next batch is complete.
-    """
-
-    SAME_WHEN_RESUMED = (
-        "model",
-        "dtype",
-        "optimizer",
-        "lr",
-        "momentum",
-        "weight_decay",
-        "seed",
-        "batch_size",
-        "subset",
-        "amp",
-        "augment",
-        "nesterov",
-        "schedule",
-        "schedule_epochs",
-        "warmup",
-        "label_smoothing",
-        "micro_batches",
-        "image_size",
-    )
-
-    def __init__(
-        self, args, script, data, get_arrays, set_arrays, info=None, rank=0, gpu_uuid=None
-    ):
-        self.args, self.script, self.data, self.rank, self.get_arrays = (
-            args,
-            script,
-            data,
-            rank,
-            get_arrays,
-        )
-        self.identity = {
-            "augment": "off"
-        }  # of scripts without the option, which go on from those that have it
-        self.identity.update(
-            (name, getattr(args, name)) for name in self.SAME_WHEN_RESUMED if hasattr(args, name)
-        )
-        if hasattr(args, "global_batch_size"):  # what a step is, however many ranks share it
-            self.identity["batch_size"] = args.global_batch_size
-        self.identity.update(dataset=data.name, fingerprint=data.fingerprint)
-        self.epoch, self.batch, self.sums = (
-            1,
-            0,
-            {},
-        )  # the next batch to train is number `batch` (from 0) of `epoch`
-        self.history = {name: [] for name in METRICS}
-        self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
-        self.signal, self._first_batch = (
-            None,
-            True,
-        )  # signal: the name of one that was sent to this process
-        if rank == 0:
-            if not Path(args.log).name:
-                raise InputError(f"--log {args.log!r}: give a file name")
-            check_outputs([args.log, self._sidecar_path(), args.save_metrics, args.checkpoint])
-            if args.resume:
-                set_arrays(self._load_checkpoint())
-        self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
-        self._info = info or {}
-
-    def __enter__(self):
-        args = self.args
-        if self.rank == 0:
-            self._log_file = self._open_log()
-            self._log = csv.writer(self._log_file, lineterminator="\n")
-            if os.fstat(self._log_file.fileno()).st_size == 0:
-                self._log.writerow(LOG_COLUMNS)
-                self._log_file.flush()
-        self._handlers = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
-        }
-        self.sidecar = {
-            "script": self.script,
-            "arguments": vars(args),
-            "dataset": self.data.name,
-            "fingerprint": self.data.fingerprint,
-            "train_images": len(self.data.y_train),
-            "test_images": len(self.data.y_test),
-            "seed": args.seed,
-            "ranks": 1,
-            "threads": 1,
-            "identity": self.identity,
-            **environment(),
-            **self._info,
-            "start": time.time(),
-            "end": None,
-            "status": "running",
-            "totals": {},
-        }
-        self._write_sidecar()
-        if self.rank == 0:
-            self.monitor.start()
-        self._saved = time.monotonic()
-        self._display = None if args.quiet or self.rank else Display(args.epochs)
-        return self
-
-    def __exit__(self, kind, error, _):
-        if self.rank == 0:
-            self.monitor.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._display:
-            self._display.close()
-        interrupted = kind in (Interrupted, KeyboardInterrupt)
-        status = "interrupted" if interrupted else f"failed: {error}" if error else "done"
-        if self.rank == 0:
-            self.sidecar.update(end=time.time(), status=status)
-            self._write_sidecar()
-            self._log_file.close()
-
-    # -- called by the training loop ------------------------------------------------------------------------------
-
-    def start_epoch(self, epoch, batches):
-        self.epoch, self.batches = epoch, batches
-        if self.batch == 0:
-            self.sums = dict.fromkeys(("images", "loss", "top1", "top5", "loading", "duration"), 0)
-            self.sums["start"] = time.time()
-        if self._display:
-            self._display.start(epoch, len(self.data.y_train), self.sums["images"])
-        self._first_sample = len(self.monitor.samples)
-        self._clock = time.perf_counter() - self.sums["duration"]
-
-    def due(self):
-        """Whether a checkpoint or the end of the run is due, for one whose next batch may already be on its way."""
-        return bool(self.signal or self._checkpoint_due())
-
-    def _checkpoint_due(self):
-        return self.args.checkpoint and time.monotonic() - self._saved >= self.args.checkpoint_every
-
-    def end_batch(self, images, loss, top1, top5, loading, stop=None, more=False, **phases):
-        """Count a batch: its images, summed loss, numbers of correct answers, seconds spent waiting for data.
-
-        stop: whether to stop here, where several processes must agree; default: whether this one was sent a signal.
-        more: the next batch is on its way and changes the weights: neither save nor stop after this one.
-        phases: seconds of this batch in forward, backward, communication, where they are measured.
-        Raises TrainingError if the loss is not finite, Interrupted if it is to stop.
-        """
-        if self._first_batch:
-            self._first_batch = False
-            self.totals.setdefault("first_step_after_seconds", process_age())
-        self.batch += 1
-        sums = self.sums
-        for name, value in dict(
-            images=images, loss=loss, top1=top1, top5=top5, loading=loading, **phases
-        ).items():
-            sums[name] = sums.get(name, 0) + value
-        sums["duration"] = time.perf_counter() - self._clock
-        self._row(
-            BATCH,
-            value1=self.batch,
-            value2=self.batches,
-            loss=loss / max(images, 1),
-            **self.monitor.latest(),
-        )
-        self._check_finite(loss, "loss")
-        if self._display:
-            self._display.update(self.epoch, self.batch, self.batches, sums)
-        if more:
-            return
-        due = self._checkpoint_due()
-        if self.signal if stop is None else stop:
-            self._interrupt()
-        if due and self.batch < self.batches:
-            pause = time.perf_counter()
-            self.save_checkpoint()
-            self._clock += time.perf_counter() - pause  # not training time
-
-    def end_loading(self, images, loading):
-        """Count a batch that was only loaded, and after the last one its epoch: rows without loss and accuracies."""
-        self.batch += 1
-        sums = self.sums
-        sums.update(
-            images=sums["images"] + images,
-            loading=sums["loading"] + loading,
-            duration=time.perf_counter() - self._clock,
-        )
-        self._row(BATCH, value1=self.batch, value2=self.batches, **self.monitor.latest())
-        if self.signal:
-            self._interrupt()
-        if self.batch == self.batches:
-            self.monitor.sample()
-            self._row(TRAIN, **self.monitor.summary(self._first_sample))
-            self.totals["train_seconds"] += sums["duration"]
-            self.totals["train_images"] += sums["images"]
-            self.batch = 0
-            if self._display:
-                self._display.close()
-
-    def record_fetch(self, kind, start, loading, duration, images):
-        """The row of a data set that was fetched before the training: FETCH_TRAIN or FETCH_VALIDATE."""
-        self._write_row(
-            kind, epoch=0, start=start, loading=loading, duration=duration, value1=images
-        )
-
-    def check_signal(self):
-        """Stop here, between two batches, if a signal has come: for one who has to wait for the next batch."""
-        if self.signal:
-            self._interrupt()
-
-    def end_training(self):
-        """The epoch's training is over; what follows until end_epoch() is its validation."""
-        sums = self.sums
-        accuracy, top5 = sums["top1"] / sums["images"], sums["top5"] / sums["images"]
-        self.monitor.sample()
-        resources = self.monitor.summary(self._first_sample)
-        self._row(
-            TRAIN, value1=accuracy, value2=top5, loss=sums["loss"] / sums["images"], **resources
-        )
-        self.totals["train_seconds"] += sums["duration"]
-        self.totals["train_images"] += sums["images"]
-        values = (
-            sums["loss"] / sums["images"],
-            accuracy,
-            sums["duration"],
-            sums["images"] / sums["duration"],
-        )
-        for name, value in zip(
-            ("train_loss", "train_acc", "epoch_time", "images_per_s"), values, strict=True
-        ):
-            self.history[name].append(value)
-        self._validation_start, self._clock = time.time(), time.perf_counter()
-
-    def end_epoch(self, loss, top1, top5, loading, stop=None):
-        """The validation's mean loss, accuracies and the seconds that it waited for data; stop as in end_batch()."""
-        seconds = time.perf_counter() - self._clock
-        self.totals["evaluation_seconds"] += seconds
-        self._write_row(
-            VALIDATE,
-            start=self._validation_start,
-            loading=loading,
-            duration=seconds,
-            value1=top1,
-            value2=top5,
-            loss=loss,
-            images_per_s=len(self.data.y_test) / seconds,
-            **self.monitor.latest(),
-        )
-        self._check_finite(loss, "validation loss")
-        self.history["test_loss"].append(loss)
-        self.history["test_acc"].append(top1)
-        if self._display:
-            self._display.end_epoch(self.epoch, self.history)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self._write_results()
-        if self.args.checkpoint:
-            self.save_checkpoint()
-        if (self.signal if stop is None else stop) and self.epoch <= self.args.epochs:
-            self._interrupt()
-
-    def finish(self):
-        """Write the totals and print the table of the run."""
-        self._write_results()
-        if self.rank:
-            return
-        args, data, totals = self.args, self.data, self.sidecar["totals"]
-        name = {"synthetic": "SYNTHETIC DATA, not CIFAR-10"}.get(data.name, data.name)
-        result = f"{totals['train_images']:,} images loaded"
-        if self.history["test_acc"]:
-            best = int(np.argmax(self.history["test_acc"]))
-            result = f"best test accuracy {self.history['test_acc'][best]:.2%} (epoch {best + 1})"
-        if self.history["test_acc"] and not args.quiet:
-            header = (
-                "epoch",
-                "train loss",
-                "train acc",
-                "test loss",
-                "test acc",
-                "seconds",
-                "images/s",
-            )
-            rows = [
-                [
-                    str(i + 1),
-                    *(f"{self.history[m][i]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True)),
-                ]
-                for i in range(len(self.history["test_acc"]))
-            ]
-            print(
-                f"\n{self.script}: {args.model}, {name}, {len(data.y_train):,} images\n{table(header, rows)}"
-            )
-        print(
-            f"{self.script}: {result}, {totals['train_seconds']:.1f} s"
-            f"{' of training' if self.history['test_acc'] else ''}, {totals['images_per_s']:,.0f} images/s, "
-            f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {args.log}",
-            flush=True,
-        )
-
-    def _check_finite(self, loss, what):
-        if not math.isfinite(loss):
-            step = (self.epoch - 1) * self.batches + self.batch
-            raise TrainingError(
-                f"the {what} is {loss} at step {step} (epoch {self.epoch}, batch {self.batch}): try a "
-                f"smaller --lr; the log is kept in {self.args.log}"
-            )
-
-    # -- files ----------------------------------------------------------------------------------------------------
-
-    def _row(self, kind, **values):
-        sums = self.sums
-        phases = {
-            name: sums[name] for name in ("forward", "backward", "communication") if name in sums
-        }
-        self._write_row(
-            kind,
-            start=sums["start"],
-            loading=sums["loading"],
-            duration=sums["duration"],
-            images_per_s=sums["images"] / sums["duration"],
-            **phases,
-            **values,
-        )
-
-    def _write_row(self, kind, **values):
-        if self.rank == 0:
-            values = {"epoch": self.epoch, **values, "type": kind}
-            cells = (values.get(column, "") for column in LOG_COLUMNS)
-            self._log.writerow(
-                [f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells]
-            )
-            self._log_file.flush()
-
-    def _open_log(self):
-        """The log, empty, or when resuming without the rows after the checkpoint, which will be written again."""
-        path, kept = Path(self.args.log), []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            log = open(path, "a", newline="")  # not "w": another run may be writing it
-            if not path.is_file():  # a device, such as /dev/null
-                return log
-            self._claim(log)
-            if self.args.resume and path.stat().st_size:
-                self._check_own_log()
-                with open(path, newline="") as file:
-                    rows = csv.DictReader(file)
-                    kept = (
-                        [row for row in rows if self._before_checkpoint(row)]
-                        if rows.fieldnames
-                        else []
-                    )
-                with atomic_write(path, "w") as file:
-                    writer = csv.DictWriter(
-                        file, LOG_COLUMNS, extrasaction="ignore", lineterminator="\n"
-                    )
-                    writer.writeheader()
-                    writer.writerows(kept)
-                log.close()
-                log = open(path, "a", newline="")
-                self._claim(log)
-            else:
-                log.truncate(0)
-            return log
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"--log {path}: {reason}: choose another file") from None
-
-    def _claim(self, log):
-        """Raise InputError if another run is writing this log: their rows would be mixed. The system ends the claim."""
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"--log {log.name}: another run is writing it: wait for its end, or give this one "
-                    "files of its own (--log, --save-metrics, --checkpoint)"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-
-    def _check_own_log(self):
-        """Raise InputError if the sidecar tells that the log is another run's than the checkpoint."""
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # no sidecar: nothing is known
-            identity = json.loads(self._sidecar_path().read_text()).get("identity", self.identity)
-            if identity != self.identity:
-                raise InputError(
-                    f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
-                    "give --log the file that belongs to it, or a new one"
-                )
-
-    def _before_checkpoint(self, row):
-        try:
-            epoch, batch = int(row["epoch"]), int(row["value1"]) if row["type"] == str(BATCH) else 0
-        except (TypeError, ValueError, KeyError):  # a row that was cut off
-            return False
-        return epoch < self.epoch or (epoch == self.epoch and 0 < batch <= self.batch)
-
-    def _write_results(self):
-        if self.rank:
-            return
-        resources, history = self.monitor.summary(), self.history
-        seconds = self.totals["train_seconds"]
-        totals = dict(
-            self.totals,
-            images_per_s=self.totals["train_images"] / seconds if seconds else 0.0,
-            peak_ram_mb=max(resources.pop("ram_mb", 0.0), peak_rss() / MIB),
-        )
-        if "gpu_mem_mb" in resources:
-            totals["peak_gpu_mem_mb"] = resources.pop("gpu_mem_mb")
-        totals.update({f"mean_{name}": value for name, value in resources.items()})
-        if history["test_acc"]:
-            totals.update(
-                final_accuracy=history["test_acc"][-1], best_accuracy=max(history["test_acc"])
-            )
-        self.sidecar["totals"] = {**self.sidecar["totals"], **totals}
-        self._write_sidecar()
-        if self.args.save_metrics:
-            with atomic_write(self.args.save_metrics) as file:
-                np.savez(file, **{name: np.array(values) for name, values in history.items()})
-
-    def _sidecar_path(self):
-        return Path(self.args.log).with_suffix(".json")
-
-    def _write_sidecar(self):
-        if self.rank == 0:
-            with atomic_write(self._sidecar_path(), "w") as file:
-                json.dump(self.sidecar, file, indent=1, default=str)
-                file.write("\n")
-
-    def save_checkpoint(self):
-        """Write parameters, optimizer, position and sums; the file is the old one or the new one, never a part."""
-        if self.rank:
-            return
-        meta = {
-            "identity": self.identity,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "sums": self.sums,
-            "history": self.history,
-            "totals": self.totals,
-        }
-        with atomic_write(self.args.checkpoint) as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **self.get_arrays())
-        self._saved = time.monotonic()
-
-    def _load_checkpoint(self):
-        path = self.args.checkpoint
-        if not path:
-            raise InputError("--resume needs --checkpoint FILE, the file to resume from")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            meta = json.loads(str(arrays.pop("meta")))
-            identity = meta["identity"]
-        except FileNotFoundError:
-            raise InputError(
-                f"--resume: there is no checkpoint {path}: start without --resume"
-            ) from None
-        except (
-            Exception
-        ) as error:  # zip, zlib, NumPy and JSON each have their own for a damaged or foreign file
-            raise InputError(
-                f"--resume: {path} is not a whole checkpoint ({error}): start without --resume"
-            ) from None
-        for name, value in self.identity.items():
-            if identity.get(name) != value:
-                raise InputError(
-                    f"--resume: {path} was made with {name} {identity.get(name)}, this run has {value}: "
-                    "repeat that run's options, or start without --resume"
-                )
-        wanted = {name: array.shape for name, array in self.get_arrays().items()}
-        if wanted != {name: array.shape for name, array in arrays.items()}:
-            raise InputError(
-                f"--resume: {path} is a checkpoint of another model: start without --resume"
-            )
-        self.epoch, self.batch, self.sums = meta["epoch"], meta["batch"], meta["sums"]
-        self.history, self.totals = meta["history"], meta["totals"]
-        return arrays
-
-    # -- signals --------------------------------------------------------------------------------------------------
-
-    def _on_signal(self, number, _):
-        self.signal = signal.Signals(number).name
-        signal.signal(number, self._handlers[number])  # a second one does what it always does
-
-    def _interrupt(self):
-        if self.args.checkpoint:
-            self.save_checkpoint()
-        self._write_results()
-        saved = (
-            f"; continue with --checkpoint {self.args.checkpoint} --resume"
-            if self.args.checkpoint
-            else ""
-        )
-        place = (
-            f"after batch {self.batch} of epoch {self.epoch}"
-            if self.batch
-            else f"after epoch {self.epoch - 1}"
-        )
-        raise Interrupted(f"interrupted by {self.signal or 'a signal'} {place}{saved}")
-
-
-FORMATS = (".4f", ".2%", ".4f", ".2%", ".1f", ",.0f")  # of METRICS
-
-
-class Display:
-    """Progress of a run: a bar where stderr is a terminal, a line every ten seconds on stdout elsewhere."""
-
-    def __init__(self, epochs):
-        self.epochs, self.terminal, self.bar, self.printed = (
-            epochs,
-            sys.stderr.isatty(),
-            None,
-            time.monotonic(),
-        )
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+        self.bar = None
+        self.printed = time.monotonic()
 
     def start(self, epoch, images, done):
-        self.done = done
-        if self.terminal:
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(
@@ -2071,7 +2189,7 @@ class Display:
             )
 
     def update(self, epoch, batch, batches, sums):
-        loss = sums["loss"] / sums["images"]
+        loss = sums["loss"] / sums["images"] if "loss" in sums else math.nan
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             self.bar.update(sums["images"] - self.bar.n)
@@ -2086,11 +2204,11 @@ class Display:
 
     def end_epoch(self, epoch, history):
         self.close()
-        values = (f"{history[m][-1]:{f}}" for m, f in zip(METRICS, FORMATS, strict=True))
+        cells = [format(history[name][-1], form) for name, form in METRIC_FORMATS.items()]
+        train_loss, train_acc, test_loss, test_acc, seconds, rate = cells
         print(
-            "epoch {}/{}  train loss {} accuracy {}  test loss {} accuracy {}  {} s  {} images/s".format(
-                epoch, self.epochs, *values
-            ),
+            f"epoch {epoch}/{self.epochs}  train loss {train_loss} accuracy {train_acc}  "
+            f"test loss {test_loss} accuracy {test_acc}  {seconds} s  {rate} images/s",
             flush=True,
         )
 
@@ -2100,27 +2218,170 @@ class Display:
             self.bar = None
 
 
-def table(header, rows):
-    """A plain-text table: rows of strings, right-aligned in columns as wide as they need."""
+def format_table(header: tuple, rows: list) -> str:
+    """A plain-text table: rows of strings, right-aligned in columns as wide as needed."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM as a request: the loop ends after the current batch.
+
+    A context manager. `requested` is the signal's name, or None; a second signal acts as always.
+    """
+
+    def __init__(self):
+        self.requested = None
+
+    def __enter__(self):
+        self._handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _request(self, number, _):
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._handlers[number])
+
+
+class Checkpoint:
+    """The file from which --resume continues bit for bit: model, optimizer, position, sums.
+
+    An .npz file without pickles; `params` is the flat array of all parameters. Without --checkpoint,
+    and on ranks other than 0, save() does nothing and due() is False.
+    """
+
+    def __init__(self, args: argparse.Namespace, log: RunLog, model, optimizer, rank: int = 0):
+        self.path = args.checkpoint
+        self.interval = args.checkpoint_every
+        self.log = log
+        self.model = model
+        self.optimizer = optimizer
+        self.is_writer = bool(self.path) and rank == 0
+        self._saved = time.monotonic()
+        if args.resume and not self.path:
+            raise InputError("--resume needs --checkpoint FILE, the file to resume from")
+
+    def due(self) -> bool:
+        """True if the last save is longer ago than --checkpoint-every."""
+        return self.is_writer and time.monotonic() - self._saved >= self.interval
+
+    def save(self):
+        """Write the file. A reader finds the old one or the new one, never a part of one."""
+        if not self.is_writer:
+            return
+        meta = {"identity": self.log.fingerprint, **self.log.state_dict()}
+        with self.log.paused(), atomic_write(self.path) as file:
+            self._write(file, meta)
+        self._saved = time.monotonic()
+
+    def load(self) -> bool:
+        """Continue from the file; without one say so, and return False. InputError if it is no use."""
+        if not Path(self.path).exists():
+            print(f"no checkpoint {self.path} yet: training starts from the beginning", flush=True)
+            return False
+        try:
+            meta, state = self._read()
+            fingerprint = meta["identity"]
+        except Exception as error:  # zip, NumPy, PyTorch and JSON each have their own errors
+            raise InputError(
+                f"--resume: {self.path} is not a valid checkpoint ({error}): start without --resume"
+            ) from None
+        for name, value in self.log.fingerprint.items():
+            if fingerprint.get(name) != value:
+                raise InputError(
+                    f"--resume: {self.path} was made with {name} {fingerprint.get(name)}, this run "
+                    f"has {value}: repeat that run's options, or start without --resume"
+                )
+        try:
+            self._apply(state)
+        except (KeyError, ValueError, RuntimeError):
+            raise InputError(
+                f"--resume: {self.path} is a checkpoint of another model: start without --resume"
+            ) from None
+        self.log.load_state_dict(meta)
+        return True
+
+    def _write(self, file, meta):
+        arrays = {**self.model.state_dict(), **self.optimizer.state_dict()}
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+
+    def _read(self):
+        with np.load(self.path, allow_pickle=False) as file:
+            arrays = dict(file)
+        return json.loads(str(arrays.pop("meta"))), arrays
+
+    def _apply(self, arrays):
+        own = {**self.model.state_dict(), **self.optimizer.state_dict()}
+        if {name: array.shape for name, array in own.items()} != {
+            name: array.shape for name, array in arrays.items()
+        }:
+            raise ValueError("other arrays")
+        self.model.load_state_dict(arrays)
+        self.optimizer.load_state_dict(arrays)
+
+
+class TorchCheckpoint(Checkpoint):
+    """The same in PyTorch's own format: a dict of state dicts, which torch.load(…, weights_only=True)
+    opens in any program. parts: what has a state_dict(), by name: model=…, optimizer=…."""
+
+    def __init__(self, args: argparse.Namespace, log: RunLog, rank: int = 0, **parts):
+        super().__init__(args, log, None, None, rank)
+        self.parts = parts
+
+    def _write(self, file, meta):
+        import torch
+
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"meta": meta, **state}, file)
+
+    def _read(self):
+        import torch
+
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        return state.pop("meta"), state
+
+    def _apply(self, state):
+        if state.keys() != self.parts.keys():
+            raise ValueError("other parts")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def save_and_stop(checkpoint: Checkpoint, log: RunLog, stop: StopSignal):
+    """Save the checkpoint and raise Interrupted, with the command that continues."""
+    checkpoint.save()
+    place = f"after epoch {log.epoch - 1}"
+    if log.batch:
+        place = f"after batch {log.batch} of epoch {log.epoch}"
+    message = f"interrupted by {stop.requested or 'a signal'} {place}"
+    if checkpoint.path:
+        message += f"; continue with --checkpoint {checkpoint.path} --resume"
+    raise Interrupted(message)
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a file beside `path` that takes its place, synced, when the block ends without an error."""
+    """Open a file beside `path` that replaces it, synced, when the block ends without an error."""
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not path.is_file():  # a device, such as /dev/null
         with open(path, mode) as file:
             yield file
         return
-    part = path.with_name(
-        f".{path.name}.part"
-    )  # the same name each time: what a killed process left is written over
+    part = path.with_name(f".{path.name}.part")  # one name: what a killed process left is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode) as file:
@@ -2136,11 +2397,12 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-def check_outputs(paths):
-    """Raise InputError unless a file can be made at each path (None is passed over) and no two are the same."""
+def check_outputs(paths: list):
+    """Raise InputError unless a file can be made at each path (or None), and no two are the same."""
     paths = [Path(path) for path in paths if path]
-    for path in paths:
-        if [os.path.realpath(p) for p in paths].count(os.path.realpath(path)) > 1:
+    targets = [os.path.realpath(path) for path in paths]
+    for path, target in zip(paths, targets, strict=True):
+        if targets.count(target) > 1:
             raise InputError(
                 f"{path} would be written twice: give --log (with its .json), --save-metrics and "
                 "--checkpoint names of their own"
@@ -2151,298 +2413,193 @@ def check_outputs(paths):
                 folder = folder.parent
             if path.is_dir():
                 raise IsADirectoryError(21, "it is a folder")
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".try-") as scratch:
-                (Path(scratch) / f".{path.name}.part").touch()
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".try-") as temporary:
+                (Path(temporary) / f".{path.name}.part").touch()
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}): choose another place"
             ) from None
 
 
-def process_age():
-    """Seconds since this process was started."""
-    try:
-        started = int(
-            Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-        )  # ticks since boot, proc(5)
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):  # not Linux
-        import psutil
-
-        return time.time() - psutil.Process().create_time()
+# --------------------------------------------------------------------------------------------------
+# Machine
+# --------------------------------------------------------------------------------------------------
 
 
-def peak_rss():
-    """The process's largest resident set so far, in bytes; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def environment():
-    """The machine and software that a result depends on, for the sidecar of a log."""
-    import psutil
-
-    commit, here = None, Path(__file__).resolve().parent
-    with contextlib.suppress(
-        OSError, subprocess.TimeoutExpired
-    ):  # not `describe --dirty`, which locks the index
-        git = [
-            "git",
-            "--no-optional-locks",
-            "-C",
-            str(here),
-            "status",
-            "--porcelain=v2",
-            "--branch",
-            "--untracked-files=no",
-        ]
-        status = subprocess.run(
-            git, capture_output=True, text=True, errors="replace", timeout=10
-        ).stdout
-        if found := re.match(r"# branch\.oid ([0-9a-f]{40})$", status, re.MULTILINE):
-            commit = found[1] + "-dirty" * any(
-                not line.startswith("#") for line in status.splitlines()
-            )
-    names = ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy")
-    versions = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
-    return {
-        "host": platform.node(),
-        "cpu": cpu_model(),
-        "cores": available_cores(),
-        "memory_mb": psutil.virtual_memory().total / MIB,
-        "blas": blas_info(),
-        "git_commit": commit,
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-def cpu_model():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def available_cores():
+def available_cores() -> list[int]:
     """The cores that this process may run on, from its affinity mask where the system has one."""
-    return (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))  # macOS
 
 
-def limit_blas_threads(threads):
+def limit_blas_threads(threads: int):
     """Set the threads of every BLAS that is loaded, whatever the environment says."""
     import threadpoolctl
 
     threadpoolctl.threadpool_limits(threads, user_api="blas")
 
 
-def blas_info():
-    """[{library, version, kernel, threads}] of every BLAS that is loaded; kernel: the processor it was chosen for."""
+def blas_info() -> list[dict]:
+    """Library, version, kernel and threads of every BLAS that is loaded.
+
+    kernel: the processor that its code was written for.
+    """
     import threadpoolctl
 
     return [
         {
-            "library": b["internal_api"],
-            "version": b["version"],
-            "kernel": b.get("architecture"),
-            "threads": b["num_threads"],
+            "library": blas["internal_api"],
+            "version": blas["version"],
+            "kernel": blas.get("architecture"),
+            "threads": blas["num_threads"],
         }
-        for b in threadpoolctl.threadpool_info()
-        if b["user_api"] == "blas"
+        for blas in threadpoolctl.threadpool_info()
+        if blas["user_api"] == "blas"
     ]
 
 
-def blas_warning():
-    """A line for the user if OpenBLAS runs kernels for an older processor than this one; else None."""
-    old = {
-        "Prescott",
-        "Core2",
-        "Penryn",
-        "Nehalem",
-        "Sandybridge",
-        "Haswell",
-        "Zen",
-        "Barcelona",
-        "Bulldozer",
-    }
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+def blas_warning() -> str | None:
+    """A line for the user if OpenBLAS runs kernels for an older processor than this one."""
+    old = "Prescott Core2 Penryn Nehalem Sandybridge Haswell Zen Barcelona Bulldozer".split()
+    if not {"avx512f", "avx512vl"} <= cpu_flags():
+        return None
     for blas in blas_info():
-        if blas["kernel"] in old and "avx512f" in flags and "avx512vl" in flags:
+        if blas["kernel"] in old:
+            remedy = ": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else ""
             return (
-                f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, which is up to "
-                "twice as fast"
-                + (": unset OPENBLAS_CORETYPE" if "OPENBLAS_CORETYPE" in os.environ else "")
+                f"warning: BLAS uses its {blas['kernel']} kernels, but this processor has AVX-512, "
+                f"which is up to twice as fast{remedy}"
             )
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# PyTorch: what its scripts share
-# ----------------------------------------------------------------------------------------------------------------------
+def cpu_flags() -> set[str]:
+    """The instruction sets of this processor, as Linux names them."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        return set(found[1].split()) if found else set()
+    return set()
 
 
-def keep_freed_memory():
-    """Let glibc's malloc keep and reuse what was freed, for all threads alike.
-
-    By default it returns large blocks to the system, and more of them in threads than in the main one; each time they
-    are taken again, the kernel clears their pages, which can cost half of a float32 step. See mallopt(3).
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in (
-            (-8, 1),
-            (-3, 2**30),
-            (-1, 2**31 - 1),
-        ):  # ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD
-            libc.mallopt(parameter, value)
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
-def make_torch_resnet(name, cifar_stem=True):
-    """torchvision's ResNet of that name: (N, 3, H, W) → logits (N, 10).
+def process_age() -> float:
+    """Seconds since this process was started."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot, see proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):  # macOS
+        import psutil
 
-    The CIFAR stem is a 3×3 convolution with stride 1 and no pooling: He et al., "Deep Residual Learning", 2015, §4.2.
-    ResNet-50 starts with a scale of zero in each block's last normalisation (Goyal et al., "Accurate, Large Minibatch
-    SGD", 2017, §5.1); without it the loss rises to three times its start before it falls, at the default learning rate.
-    """
-    from torch import nn
-
-    model = getattr(import_torchvision().models, name)(
-        num_classes=10, zero_init_residual=name == "resnet50"
-    )
-    if cifar_stem:
-        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-    return model
+        return time.time() - psutil.Process().create_time()
 
 
-def make_torch_optimizer(model, args):
-    """SGD or Adam, its state made at once, so that a checkpoint holds the same arrays before and after a step.
-
-    Fused: one pass over a tensor instead of one for each operation, a quarter of the time on a CPU.
-    """
-    import torch
-
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            args.lr,
-            args.momentum,
-            weight_decay=args.weight_decay,
-            nesterov=getattr(args, "nesterov", False),
-            fused=True,
-        )
-    for p in model.parameters():
-        like_p = ("exp_avg", "exp_avg_sq") if args.optimizer == "adam" else ("momentum_buffer",)
-        optimizer.state[p] = {
-            name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in like_p
-        }
-        if args.optimizer == "adam":
-            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
-    return optimizer
+def peak_rss() -> int:
+    """The process's largest resident set so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def get_torch_state(model, optimizer):
-    """The tensors that a checkpoint needs besides the parameters: {name: tensor}."""
-    tensors = {f"buffer_{name}": buffer for name, buffer in model.named_buffers()}
-    for i, p in enumerate(model.parameters()):
-        tensors.update(
-            {f"optimizer_{name}_{i}": tensor for name, tensor in optimizer.state[p].items()}
-        )
-    return tensors
+def environment() -> dict:
+    """The machine and software that a result depends on."""
+    import psutil
 
-
-def get_torch_arrays(model, optimizer):
-    """What a checkpoint holds of a PyTorch model and its optimizer: {name: array}; "params" is one flat array."""
-    arrays = {
-        name: tensor.cpu().numpy() for name, tensor in get_torch_state(model, optimizer).items()
+    versions = {"python": platform.python_version()}
+    for name in ("numpy", "scipy", "numba", "mpi4py", "torch", "torchvision", "cupy"):
+        if name in sys.modules:
+            versions[name] = sys.modules[name].__version__
+    return {
+        "host": platform.node(),
+        "cpu": cpu_model(),
+        "cores": available_cores(),
+        "memory_mb": psutil.virtual_memory().total / MIB,
+        "blas": blas_info(),
+        "git_commit": git_commit(),
+        "versions": versions,
     }
-    arrays["params"] = np.concatenate(
-        [p.detach().cpu().numpy().reshape(-1) for p in model.parameters()]
-    )
-    return arrays
 
 
-def set_torch_arrays(model, optimizer, arrays):
-    """Put back what get_torch_arrays() returned."""
-    import torch
-
-    params, start = torch.from_numpy(arrays["params"]), 0
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(
-                params[start : start + p.numel()].view(p.shape)
-            )  # in place: p keeps its device and memory format
-            start += p.numel()
-    for name, tensor in get_torch_state(model, optimizer).items():
-        tensor.copy_(torch.from_numpy(arrays[name]))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MPI ranks: what the scripts need besides their lesson. comm: an mpi4py communicator.
-# ----------------------------------------------------------------------------------------------------------------------
+def git_commit() -> str | None:
+    """The commit of this file's repository, with "-dirty" if tracked files have changed."""
+    here = str(Path(__file__).resolve().parent)
+    command = "git --no-optional-locks -C".split()  # `git describe --dirty` would lock the index
+    command += [here, *"status --porcelain=v2 --branch --untracked-files=no".split()]
+    try:
+        status = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    commit = re.search(r"^# branch\.oid ([0-9a-f]{40})$", status.stdout, re.MULTILINE)
+    if not commit:
+        return None
+    is_dirty = any(not line.startswith("#") for line in status.stdout.splitlines())
+    return commit[1] + ("-dirty" if is_dirty else "")
 
 
-def share(n, rank, size):
-    """This rank's slice of n items: the first n % size ranks have one more than the others. It may be empty."""
+# --------------------------------------------------------------------------------------------------
+# MPI: what the scripts with ranks share. comm is an mpi4py communicator.
+# --------------------------------------------------------------------------------------------------
+
+
+def shard(n: int, rank: int, size: int) -> slice:
+    """This rank's slice of n items, which may be empty: the first n % size ranks have one more."""
     start = rank * (n // size) + min(rank, n % size)
     return slice(start, start + n // size + (rank < n % size))
 
 
 def check_launcher(comm):
-    """Raise InputError if mpirun belongs to another MPI than mpi4py, so that every rank believes that it is alone."""
+    """Raise InputError if mpirun belongs to another MPI than mpi4py: every rank would be alone."""
     from mpi4py import MPI
 
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
         if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
             library = MPI.Get_library_version().split("\n")[0].strip("\0")
             raise InputError(
-                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another MPI "
-                f"than mpi4py, which uses {library}. Take the mpirun beside python: .venv/bin/mpirun"
+                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another "
+                f"MPI than mpi4py, which uses {library}. Use the mpirun beside python: .venv/bin/mpirun"
             )
 
 
-def stop_all_on_error(comm):
-    """Let an exception on one rank end the job: its traceback, with the rank's number, then MPI_Abort.
+def abort_on_exception(comm):
+    """Make an uncaught exception, or an early signal, on one rank end the whole job.
 
-    So too a signal while no Run takes care of it: ranks that wait in MPI for this one would not see theirs.
+    Without this the other ranks wait for ever in their next MPI call. Python prints the traceback,
+    here with the rank's number, and MPI_Abort ends all ranks.
     """
 
-    def hook(_, error, __):
-        lines = "".join(
-            f"[rank {comm.rank}] {line}\n" for line in describe_error(error).splitlines()
-        )
-        print(lines, end="", file=sys.__stderr__, flush=True)
+    def print_and_abort(_, error, __):
+        for line in describe_error(error).splitlines():
+            print(f"[rank {comm.rank}] {line}", file=sys.__stderr__)
+        sys.__stderr__.flush()
         comm.Abort(1)
 
-    def stop(*_):
-        print("interrupted", file=sys.stderr, flush=True)
+    def abort(*_):
+        if comm.rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
         comm.Abort(130)
 
-    sys.excepthook = hook
+    sys.excepthook = print_and_abort
     if comm.size > 1:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+            signal.signal(number, abort)
 
 
-def together(comm, action):
-    """Call action() on every rank and return its result; an error of input on any rank is raised on all of them."""
-    result, problem = None, None
+def collective(comm, action: Callable):
+    """Call action() on every rank and return its result.
+
+    If it raises InputError or OSError on any rank, all ranks raise InputError.
+    """
+    result = None
+    problem = None
     try:
         result = action()
     except (InputError, OSError) as error:
@@ -2453,80 +2610,245 @@ def together(comm, action):
     return result
 
 
-def load_on_all(args, comm):
-    """The data on every rank; rank 0 first, which downloads and prepares files that the others then find."""
+def load_data_collectively(args: argparse.Namespace, comm) -> Dataset:
+    """The data on every rank. Rank 0 is first: it downloads and prepares what the others then find."""
 
     def load(dataset):
         return load_cifar10(args.data_dir, dataset, args.subset, args.seed)
 
-    data = together(comm, lambda: None if comm.rank else load(args.dataset))
-    name = comm.bcast(data and data.name)
-    data = together(comm, lambda: data or load(name))
+    data = collective(comm, lambda: load(args.dataset) if comm.rank == 0 else None)
+    name = comm.bcast(data.name if comm.rank == 0 else None)
+    data = collective(comm, lambda: data if comm.rank == 0 else load(name))
+
     found = comm.allgather((socket.gethostname(), data.fingerprint))
     for rank, (host, fingerprint) in enumerate(found):
-        if fingerprint != found[0][1]:
+        if fingerprint != data.fingerprint:
             raise InputError(
                 f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir"
             )
     return data
 
 
-def resume_on_all(run, model, optimizer, comm):
-    """Give all ranks what rank 0 has read from the checkpoint."""
-    position = (run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps)
-    run.epoch, run.batch, run.sums, run.history, run.totals, optimizer.steps = comm.bcast(position)
-    for array in (model.params, *model.state(), *optimizer.slots.values()):
-        comm.Bcast(array)
-
-
-def check_equal(model, comm, epoch):
-    """Raise TrainingError unless all ranks hold the same weights and running statistics, bit for bit."""
-    for what, arrays in (("weights", [model.params]), ("running statistics", model.state())):
-        digest = hashlib.blake2b(digest_size=16)
-        for array in arrays:
-            digest.update(array.data)
-        digests = comm.allgather(digest.digest())
-        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if different:
-            raise TrainingError(
-                f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0"
-            )
-
-
-def report_communication(run, comm):
-    """Put the mean over the ranks into the log's column, and least, mean and greatest into the sidecar."""
-    seconds = comm.allgather(run.sums.get("communication", 0.0))
-    run.sums["communication"] = sum(seconds) / comm.size
-    totals = run.totals.setdefault("communication_seconds", {"min": 0.0, "mean": 0.0, "max": 0.0})
-    for name, value in (
-        ("min", min(seconds)),
-        ("mean", sum(seconds) / comm.size),
-        ("max", max(seconds)),
-    ):
-        totals[name] += value
-
-
 @contextlib.contextmanager
-def running_on_all(run, model, optimizer, comm):
-    """Enter `run` on all ranks, with what rank 0 has read from a checkpoint, and end it on all of them."""
-    resume_on_all(run, model, optimizer, comm)
+def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model, optimizer, comm):
+    """Enter stop and log on all ranks, with the state that rank 0 has loaded, and end on all ranks."""
+    state = comm.bcast((log.state_dict(), optimizer.steps))
+    log.load_state_dict(state[0])
+    optimizer.steps = state[1]
+    for array in (model.params, *model.buffers(), *optimizer.state.values()):
+        comm.Bcast(array)
     try:
         with contextlib.ExitStack() as stack:
-            together(
-                comm, lambda: stack.enter_context(run)
-            )  # rank 0 opens the log, which may be refused
+            collective(comm, lambda: stack.enter_context(log))  # rank 0 opens files, which may fail
+            stack.enter_context(stop)
             yield
-    except Interrupted as stopped:
-        if not run.args.checkpoint or run.signal == "SIGINT":
+    except Interrupted as interrupted:
+        if not checkpoint.path or stop.requested == "SIGINT":
             raise
-        print(stopped, flush=True)  # SIGTERM is how clusters say that the time is over: no failure
+        # SIGTERM is how clusters end a job whose time is over. It is saved: no failure.
+        if comm.rank == 0:
+            print(interrupted, flush=True)
     except OSError as error:  # on this rank alone: the others would wait for ever
         print(f"error: {error}", file=sys.stderr, flush=True)
         comm.Abort(1)
 
 
-def add_rank_options(parser):
-    """The options that the MPI scripts have in common beside those of make_parser()."""
+def assert_replicas_identical(model: Model, comm, epoch: int):
+    """Raise TrainingError unless all ranks hold the same weights and running statistics, bit for bit."""
+    for what, arrays in (("weights", [model.params]), ("running statistics", model.buffers())):
+        digest = hashlib.blake2b(digest_size=16)
+        for array in arrays:
+            digest.update(array.data)
+        digests = comm.allgather(digest.digest())
+        for rank, other in enumerate(digests):
+            if other != digests[0]:
+                raise TrainingError(
+                    f"after epoch {epoch} the {what} of rank {rank} are not those of rank 0"
+                )
+
+
+def log_communication(log: RunLog, comm):
+    """Replace the epoch's seconds of communication by the mean over the ranks; keep min and max too."""
+    seconds = comm.allgather(log.sums.get("communication", 0.0))
+    mean = sum(seconds) / comm.size
+    log.sums["communication"] = mean
+    totals = log.totals.setdefault("communication_seconds", {"min": 0.0, "mean": 0.0, "max": 0.0})
+    totals["min"] += min(seconds)
+    totals["mean"] += mean
+    totals["max"] += max(seconds)
+
+
+def gather_from_all(comm, array: np.ndarray) -> np.ndarray:
+    """The arrays of all ranks, stacked: (ranks, ...)."""
+    gathered = np.empty((comm.size, *array.shape), array.dtype)
+    comm.Allgather(array, gathered)
+    return gathered
+
+
+class OverlapReducer:
+    """Sums the gradients of all ranks by messages while the backward pass goes on.
+
+    start(grad_slice) begins when a layer's gradients are complete; after wait() `total` has the sums
+    over all ranks. Each rank then updates all weights itself. overlap=False: start() waits.
+    """
+
+    name = "overlap"
+    shards = None  # the slices that this rank updates: all
+
+    def __init__(self, comm, model: Model, overlap: bool = True):
+        self.comm = comm
+        self.overlap = overlap
+        self.total = model.grads
+        self.requests = []
+
+    def start(self, grad_slice: slice):
+        from mpi4py import MPI
+
+        self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[grad_slice]))
+        if self.overlap:
+            MPI.Request.Testall(
+                self.requests
+            )  # MPI moves data only while one of its functions runs
+        else:
+            self.wait()
+
+    def wait(self):
+        from mpi4py import MPI
+
+        MPI.Request.Waitall(self.requests)
+        self.requests.clear()
+
+    def finish(self):
+        """Called after the update; every rank has updated all weights itself."""
+
+
+class SharedMemoryReducer:
+    """Sums gradients and updates weights in memory that the ranks of a machine share.
+
+    Nothing is sent within a machine, and nothing is computed twice. One window of shared memory holds
+
+        gradients of rank 0 | weights | optimizer state | gradients of rank 1 | gradients of rank 2 | …
+
+    (Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming with MPI plus shared
+    memory", 2013). Each layer's slice of the gradients is divided into shards, one for each rank of
+    the machine: a rank sums its shard over all ranks' gradients and then updates its shard of the
+    weights (Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+    models", 2020). Where there are several machines, with equal numbers of ranks, the ranks with the
+    same shard sum it over the machines by messages in between.
+
+    Ranks wait for each other twice a step: before summing a slice, until all have written their
+    gradients; after the update, until all shards of the weights are written.
+    """
+
+    name = "shared"
+
+    def __init__(self, comm, model: Model, optimizer: Optimizer, overlap: bool = True):
+        from mpi4py import MPI
+
+        self.overlap = overlap
+        self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.same_shard = comm.Split(self.machine.rank)  # one rank of each machine
+        self.shards = [self._shard(layer_slice) for layer_slice in model.slices]
+        self.total = model.grads  # private: only this rank's shards of it are used
+        self.requests = []
+        self.unsummed = []  # (slice, request): complete here, and not yet known to be on all ranks
+
+        # All arrays have the same size, rounded up to whole cache lines.
+        private = [model.params, *optimizer.state.values()]
+        size = -(-model.grads.nbytes // 64) * 64
+        own_size = size * (1 + len(private)) if self.machine.rank == 0 else size
+        itemsize = model.grads.itemsize
+        self.window = MPI.Win.Allocate_shared(own_size, itemsize, comm=self.machine)
+        self.window.Lock_all(MPI.MODE_NOCHECK)
+        memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
+
+        def array_at(rank, offset):
+            n = model.grads.size
+            return np.frombuffer(memory[rank], model.grads.dtype, n, offset=offset)
+
+        self.grads = [array_at(rank, 0) for rank in range(self.machine.size)]
+        shared = [array_at(0, size * (1 + i)) for i in range(len(private))]
+
+        # A page of memory is placed near the core that first writes to it: each rank writes its shards.
+        for own_shard in self.shards:
+            for target, source in zip(shared, private, strict=True):
+                target[own_shard] = source[own_shard]
+        self.finish()
+        model.use_memory(shared[0], self.grads[self.machine.rank])
+        optimizer.state = dict(zip(optimizer.state, shared[1:], strict=True))
+
+    def start(self, grad_slice: slice):
+        """This rank's gradients of a layer are complete: sum each slice that is complete on all."""
+        self.window.Sync()  # the other ranks see what this one has written
+        self.unsummed.append((grad_slice, self.machine.Ibarrier()))
+        if not self.overlap:
+            self.wait()
+        while self.unsummed and self.unsummed[0][1].Test():
+            self._sum_first()
+
+    def wait(self):
+        from mpi4py import MPI
+
+        while self.unsummed:
+            self.unsummed[0][1].Wait()
+            self._sum_first()
+        MPI.Request.Waitall(self.requests)
+        self.requests.clear()
+
+    def finish(self):
+        """Wait until all shards of the weights are written. Then no gradients are read any more."""
+        self.window.Sync()
+        self.machine.Barrier()
+        self.window.Sync()
+
+    def _sum_first(self):
+        """Sum this rank's shard of the first slice in `unsummed`, which is complete on all ranks."""
+        from mpi4py import MPI
+
+        grad_slice, _ = self.unsummed.pop(0)
+        own_shard = self._shard(grad_slice)
+        self.window.Sync()
+        self.total[own_shard] = self.grads[0][own_shard]
+        for grads in self.grads[1:]:
+            self.total[own_shard] += grads[own_shard]
+        if self.same_shard.size > 1:
+            request = self.same_shard.Iallreduce(MPI.IN_PLACE, self.total[own_shard])
+            self.requests.append(request)
+
+    def _shard(self, layer_slice):
+        own = shard(layer_slice.stop - layer_slice.start, self.machine.rank, self.machine.size)
+        return slice(layer_slice.start + own.start, layer_slice.start + own.stop)
+
+
+def can_share_memory(comm) -> bool:
+    """True if every machine has the same number of ranks, which SharedMemoryReducer needs."""
+    from mpi4py import MPI
+
+    sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
+    return min(sizes) == max(sizes)
+
+
+def choose_reduce(args: argparse.Namespace, comm) -> str:
+    """--reduce, with auto replaced: shared where the ranks of a machine can share memory."""
+    from mpi4py import MPI
+
+    can_share = can_share_memory(comm)
+    if args.reduce == "shared" and not can_share:
+        raise InputError(
+            "--reduce shared: the machines have different numbers of ranks: use --reduce overlap"
+        )
+    if args.reduce == "auto":
+        ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+        return "shared" if can_share and ranks_here > 1 else "overlap"
+    return args.reduce
+
+
+def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
+    """The options that the MPI scripts share. reduce: the values of --reduce, except auto."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank:
+        parser.print_help = lambda file=None: None  # one help text, not one from each rank
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     add(
@@ -2536,38 +2858,226 @@ def add_rank_options(parser):
         help="images per step of all ranks together (default: ranks x --batch-size)",
     )
     add(
+        "--reduce",
+        type=lambda name: "overlap" if name == "messages" else name,  # its name in old commands
+        choices=("auto", *reduce),
+        default="auto",
+        help="how gradients are summed; auto: in shared memory where the ranks of a machine can, else "
+        "by messages that overlap the backward pass (default: %(default)s)",
+    )
+    add(
         "--no-overlap",
         dest="overlap",
         action="store_false",
         help="wait for the sum of each slice before the backward pass goes on",
     )
-    add(
-        "--reduce",
-        choices=("auto", "shared", "messages"),
-        default="auto",
-        help="let the ranks of a machine share weights and gradients, or sum gradients by messages; auto: shared where "
-        "the machines have equal numbers of ranks (default: %(default)s)",
+
+
+# --------------------------------------------------------------------------------------------------
+# PyTorch: what its scripts share
+# --------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory():
+    """Let glibc's malloc keep and reuse freed memory, for all threads alike.
+
+    By default it returns large blocks to the system; each time they are taken again, the kernel
+    clears their pages, which can cost half of a float32 step. See mallopt(3).
+    """
+    import ctypes
+
+    arena_max, mmap_threshold, trim_threshold = -8, -3, -1
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(arena_max, 1)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def make_torch_resnet(name: str, cifar_stem: bool = True):
+    """torchvision's ResNet of that name: (N, 3, H, W) → logits (N, 10).
+
+    The CIFAR stem is a 3×3 convolution with stride 1 and no pooling: He et al., "Deep Residual
+    Learning", 2015, section 4.2. ResNet-50 starts with a scale of zero in each block's last
+    normalisation (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1); otherwise its
+    loss rises to three times the start before it falls, at the default learning rate.
+    """
+    from torch import nn
+
+    models = import_torchvision().models
+    model = getattr(models, name)(num_classes=10, zero_init_residual=name == "resnet50")
+    if cifar_stem:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def make_torch_optimizer(model, args: argparse.Namespace):
+    """SGD or Adam, fused: one pass over a tensor, a quarter of the time of single operations."""
+    import torch
+
+    if args.optimizer == "adam":
+        return torch.optim.Adam(
+            model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=getattr(args, "nesterov", False),
+        fused=True,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Child processes, for the scripts that start others
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 
-def find_mpirun():
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and whose default --lr depends on --optimizer."""
+
+    def __init__(self, script: str, doc: str):
+        super().__init__(
+            prog=f"{script}.py",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        if getattr(args, "lr", 0) is None:
+            args.lr = 0.001 if args.optimizer == "adam" else 0.01
+        return args
+
+
+def number(kind, low, high, exclusive: bool = False) -> Callable:
+    """An argparse type: a finite number from low to high (exclusive: between them)."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        is_inside = low < value < high if exclusive else low <= value <= high
+        if not is_inside:
+            word = "a whole number" if kind is int else "a number"
+            bounds = (
+                f"more than {low} and less than {high}" if exclusive else f"from {low} to {high}"
+            )
+            message = f"{text!r} is not {word} {bounds}".replace(" to inf", " up")
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return parse
+
+
+def make_parser(
+    script: str, doc: str, models: tuple = ("cnn",), batch_size: int = 32, epochs: int | None = 10
+) -> Parser:
+    """The options that all training scripts share."""
+    parser = Parser(script, doc)
+    add = parser.add_argument
+    count = number(int, 1, 10**6)
+    fraction = number(float, 0, 1)
+    positive = number(float, 0, math.inf, exclusive=True)
+
+    add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
+    add("--epochs", type=count, default=epochs, help="default: %(default)s")
+    add(
+        "--batch-size",
+        type=count,
+        default=batch_size,
+        help="images per step (default: %(default)s)",
+    )
+    add("--lr", type=positive, help="learning rate (default: 0.01, adam: 0.001)")
+    add("--momentum", type=fraction, default=0.9, help="SGD momentum (default: %(default)s)")
+    add("--weight-decay", type=fraction, default=0.0, help="default: %(default)s")
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
+
+    add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
+    dataset = (
+        "auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)"
+    )
+    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto", help=dataset)
+    subset = number(int, 1, 50_000)
+    add("--subset", type=subset, metavar="N", help="the first N training and N/5 test images")
+    seed = number(int, 0, 2**32 - 1)
+    add("--seed", type=seed, default=42, help="seed for weights and data order (default: 42)")
+
+    log = f"results/{script}.csv"
+    add("--log", metavar="FILE", default=log, help="default: %(default)s; with a .json beside it")
+    metrics = f"results/{script}_metrics.npz"
+    add("--save-metrics", metavar="FILE", default=metrics, help="default: %(default)s")
+    checkpoint = "save here at the end of each epoch and when interrupted"
+    add("--checkpoint", metavar="FILE", help=checkpoint)
+    every = "save during an epoch too, this often (default: %(default)s)"
+    seconds = number(float, 0, 10**9)
+    add("--checkpoint-every", type=seconds, default=60, metavar="SECONDS", help=every)
+    resume = "resume from --checkpoint, exactly as if never interrupted"
+    add("--resume", action="store_true", help=resume)
+    add("--quiet", action="store_true", help="print errors and the last line only")
+    return parser
+
+
+def describe_error(error: BaseException) -> str:
+    """What to print of an uncaught error: one line where memory ran out, otherwise its traceback.
+
+    NumPy and CuPy raise MemoryError, PyTorch and CUDA RuntimeError.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        reason = f" ({text})" if text else ""
+        return f"error: out of memory: use a smaller --batch-size or --subset{reason}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def run_main(main: Callable, rank: int = 0):
+    """Call main() and end the process with the exit status that the README promises.
+
+    rank: of several processes that raise the same error only rank 0 prints it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the program that started this one
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            # A file name that the terminal cannot show must not end a run.
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except (InputError, TrainingError, OSError) as error:
+        line = f"error: {' '.join(str(error).split())}"
+        status = 2 if isinstance(error, InputError) else 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        line = str(error) or "interrupted"
+        status = 130
+    if rank == 0:
+        print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def find_mpirun() -> str:
     """The mpirun beside this Python, which belongs to its mpi4py, else the first in PATH."""
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    beside_python = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if not mpirun:
-        raise InputError("there is no mpirun: run make setup")
+        raise InputError("mpirun is not installed: run make setup")
     return mpirun
 
 
-def stop_processes(processes, patience=3.0):
-    """End processes (Popen) and all that they have started: SIGTERM, which mpirun hands on to its ranks, then SIGKILL.
+def stop_processes(processes: list, timeout: float = 3.0):
+    """End processes (Popen) and all that they have started: SIGTERM, then SIGKILL.
 
-    patience: seconds that they have for each.
+    mpirun hands SIGTERM on to its ranks. timeout: seconds that they have after each signal.
     """
     import psutil
 
@@ -2577,169 +3087,10 @@ def stop_processes(processes, patience=3.0):
             parent = psutil.Process(process.pid)
             family += [parent, *parent.children(recursive=True)]
         process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=patience)
+    _, alive = psutil.wait_procs(family, timeout=timeout)
     for relative in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             relative.kill()
-    psutil.wait_procs(alive, timeout=patience)
+    psutil.wait_procs(alive, timeout=timeout)
     for process in processes:
         process.wait()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and a default learning rate that depends on the optimizer."""
-
-    def __init__(self, script, doc):
-        super().__init__(
-            prog=f"{script}.py",
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-    def parse_args(self, args=None, namespace=None):
-        args = super().parse_args(args, namespace)
-        if getattr(args, "lr", 0) is None:
-            args.lr = 0.001 if args.optimizer == "adam" else 0.01
-        return args
-
-
-def number(kind, low, high, exclusive=False):
-    """An argparse type: a finite number of that kind from low to high (`exclusive`: more than low, less than high)."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value < high if exclusive else low <= value <= high):
-            bounds = (
-                f"more than {low} and less than {high}" if exclusive else f"from {low} to {high}"
-            )
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {word} {bounds}".replace(" to inf", " up")
-            )
-        return value
-
-    return parse
-
-
-def make_parser(script, doc, models=("cnn",), batch_size=32, epochs=10):
-    """The options that all training scripts have in common."""
-    parser = Parser(script, doc)
-    add = parser.add_argument
-    add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
-    add("--epochs", type=number(int, 1, 10**6), default=epochs, help="default: %(default)s")
-    add(
-        "--batch-size",
-        type=number(int, 1, 10**6),
-        default=batch_size,
-        help="images per step (default: %(default)s)",
-    )
-    add(
-        "--lr",
-        type=number(float, 0, math.inf, exclusive=True),
-        help="learning rate (default: 0.01, adam: 0.001)",
-    )
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd (default: %(default)s)")
-    add("--weight-decay", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
-    add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add(
-        "--dataset",
-        choices=("auto", "cifar10", "synthetic"),
-        default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
-    )
-    add(
-        "--subset",
-        type=number(int, 1, 50_000),
-        metavar="N",
-        help="first N training and N/5 test images",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=42,
-        help="of weights and data order (default: 42)",
-    )
-    add(
-        "--save-metrics",
-        metavar="FILE",
-        default=f"results/{script}_metrics.npz",
-        help="default: %(default)s",
-    )
-    add(
-        "--log",
-        metavar="FILE",
-        default=f"results/{script}.csv",
-        help="default: %(default)s; with a .json beside it",
-    )
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="save here at the end of each epoch and when interrupted",
-    )
-    add(
-        "--checkpoint-every",
-        type=number(float, 0, 10**9),
-        default=60,
-        metavar="SECONDS",
-        help="save during an epoch too, this often (default: %(default)s)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from --checkpoint, exactly as if never interrupted",
-    )
-    add("--quiet", action="store_true", help="print errors and the last line only")
-    return parser
-
-
-def describe_error(error):
-    """What an error that nobody catches prints: one line where memory ran out, else its traceback.
-
-    NumPy and CuPy raise a MemoryError, PyTorch and CUDA a RuntimeError.
-    """
-    if isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "allocate memory")
-    ):
-        problem = " ".join(str(error).split()) or "not told how much was asked for"
-        return f"error: the memory does not suffice: give a smaller --batch-size or --subset ({problem})"
-    return "".join(traceback.format_exception(error)).rstrip()
-
-
-def run_main(main):
-    """Call main() and end the process with the exit status that the README promises."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(
-                errors="backslashreplace"
-            )  # a name must not end a run where it is printed
-    sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for name in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # SIGTERM like Ctrl-C, which a shell's background jobs ignore at first
-        signal.signal(name, signal.default_int_handler)
-    try:
-        sys.exit(main())
-    except (InputError, TrainingError, OSError) as error:
-        print(
-            "error:", " ".join(str(error).split()), file=sys.stderr
-        )  # one line, also of a message with several
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except (Interrupted, KeyboardInterrupt) as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(130)

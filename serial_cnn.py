@@ -1,10 +1,20 @@
-"""Train a CNN or ResNet-18 on CIFAR-10 on one core with NumPy alone: the baseline of every speed-up in this repository.
+"""Train a CNN or ResNet-18 on CIFAR-10 on one core with NumPy: the baseline of every speed-up.
 
-A fair baseline is a fast one. The layers (common.py) work through the batch in pieces that stay in the cache, fuse
-convolution, bias, ReLU and pooling, and reuse every buffer; BLAS is held to one thread, whatever the environment says.
-The parallel scripts follow this loop line by line: `diff serial_cnn.py parallel_cnn_mpi.py` shows the parallelism.
+A fair baseline is a fast one, so this script climbs a ladder: --conv chooses how the convolutions
+are computed, from loops that anyone can read to the fastest way known here. All rungs are the same
+function; each is one idea faster than the one before.
+
+    loops       a Python loop over the positions of the output        (LoopConv2D, below)
+    im2col      all windows of the batch in one matrix, one product   (Im2colConv2D, below)
+    blocked     the same for a few images at a time, in the cache     (Conv2D in common.py)
+    fused       convolution, bias, ReLU and pooling in one pass       (ConvReLUPool in common.py)
+    winograd    a quarter of the multiplications; the default         (WinogradReLUPool in common.py)
+
+BLAS is held to one thread, whatever the environment says. parallel_cnn_mpi.py has the same training
+loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
 
     python serial_cnn.py
+    python serial_cnn.py --conv loops --epochs 1 --subset 2000
     python serial_cnn.py --epochs 2 --subset 5000 --batch-size 64 --lr 0.02
     python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000 --epochs 1
     python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
@@ -13,89 +23,260 @@ The parallel scripts follow this loop line by line: `diff serial_cnn.py parallel
 
 import math
 import sys
-import time
 
 import numpy as np
 
 from common import (
     MODELS,
-    Run,
+    BasicBlock,
+    BatchNorm2D,
+    Checkpoint,
+    Conv2D,
+    ConvReLUPool,
+    Dense,
+    Flatten,
+    GlobalAvgPool,
+    MaxPool2D,
+    Model,
+    ReLU,
+    RunLog,
+    StopSignal,
+    WinogradConv2D,
+    WinogradReLUPool,
     blas_warning,
     count_correct,
     epoch_order,
     evaluate,
-    get_arrays,
     limit_blas_threads,
     load_batch,
     load_cifar10,
-    make_model,
     make_optimizer,
     make_parser,
+    require_finite,
     run_main,
-    set_arrays,
+    save_and_stop,
     softmax_cross_entropy,
 )
 
-
-def train_step(model, optimizer, x, labels):
-    """One step on one batch. Returns the summed loss, the logits and the seconds of the forward and backward pass."""
-    started = time.perf_counter()
-    logits = model.forward(x)
-    loss, dlogits = softmax_cross_entropy(logits, labels)
-    forward = time.perf_counter()
-    model.backward(dlogits)
-    backward = time.perf_counter()
-    optimizer.step(len(labels))
-    return loss, logits, forward - started, backward - forward
+# --------------------------------------------------------------------------------------------------
+# The first two rungs of the ladder: a convolution, forward and backward, in plain NumPy
+# --------------------------------------------------------------------------------------------------
 
 
-def train(model, optimizer, data, args, run):
-    """Train for args.epochs epochs on data; everything measured goes to run."""
-    n, size = len(data.y_train), args.batch_size
-    for epoch in range(run.epoch, args.epochs + 1):
+class LoopConv2D(Conv2D):
+    """Rung 1, the definition: a loop over the positions (i, j) of the output.
+
+    The window of the input at (i, j), for all images at once, times the weights. Python and NumPy
+    start several operations for each position, on small arrays: that overhead is most of the time.
+    """
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → out (N, OH, OW, C_out)"""
+        k = self.kernel_size
+        s = self.stride
+        p = self.padding
+        n, h, w, _ = x.shape
+        c_out = self.b.size
+        out_h = (h + 2 * p - k) // s + 1
+        out_w = (w + 2 * p - k) // s + 1
+
+        self.padded = np.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
+        W = self.W.reshape(-1, c_out)  # (K·K·C_in, C_out)
+        out = np.empty((n, out_h, out_w, c_out), x.dtype)
+        for i in range(out_h):
+            for j in range(out_w):
+                window = self.padded[:, i * s : i * s + k, j * s : j * s + k]  # (N, K, K, C_in)
+                out[:, i, j] = window.reshape(n, -1) @ W + self.b
+        return out
+
+    def backward(self, dout):
+        """dout (N, OH, OW, C_out) → dx (N, H, W, C_in); sets dW and db.
+
+        out[i, j] = window(i, j) @ W + b, so by the chain rule every position adds
+        window(i, j)ᵀ @ dout[i, j] to dW, and dout[i, j] @ Wᵀ to the gradient of its window.
+        """
+        k = self.kernel_size
+        s = self.stride
+        p = self.padding
+        n, out_h, out_w, c_out = dout.shape
+
+        W = self.W.reshape(-1, c_out)
+        dW = np.zeros_like(W)
+        dpadded = np.zeros_like(self.padded)
+        for i in range(out_h):
+            for j in range(out_w):
+                window = self.padded[:, i * s : i * s + k, j * s : j * s + k]
+                dW += window.reshape(n, -1).T @ dout[:, i, j]
+                dwindow = (dout[:, i, j] @ W.T).reshape(window.shape)
+                dpadded[:, i * s : i * s + k, j * s : j * s + k] += dwindow
+
+        self.dW[...] = dW.reshape(self.W.shape)
+        self.db[...] = dout.sum(axis=(0, 1, 2))
+        _, padded_h, padded_w, _ = dpadded.shape
+        return dpadded[:, p : padded_h - p, p : padded_w - p]  # without the padding
+
+
+class Im2colConv2D(Conv2D):
+    """Rung 2: copy every window of the batch into a row of one matrix, then one product.
+
+    Faster because one large product replaces a thousand small ones: BLAS runs near the peak of the
+    core. It costs memory: the matrix is K² times as large as the input (38 MB for the CNN's second
+    layer at batch 32), so it goes out to main memory and comes back.
+    """
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → out (N, OH, OW, C_out)"""
+        self.x_shape = x.shape
+        windows = self._windows(x)  # (N, OH, OW, K, K, C_in), a view
+        n, out_h, out_w = windows.shape[:3]
+        c_out = self.b.size
+
+        self.col = windows.reshape(n * out_h * out_w, -1)  # (N·OH·OW, K·K·C_in), the copy
+        out = self.col @ self.W.reshape(-1, c_out)
+        if self.has_bias:
+            out += self.b
+        return out.reshape(n, out_h, out_w, c_out)
+
+    def backward(self, dout):
+        """dout (N, OH, OW, C_out) → dx (N, H, W, C_in); sets dW and db."""
+        k = self.kernel_size
+        s = self.stride
+        p = self.padding
+        n, out_h, out_w, c_out = dout.shape
+        _, h, w, c_in = self.x_shape
+        dy = dout.reshape(-1, c_out)  # (N·OH·OW, C_out)
+
+        self.dW[...] = (self.col.T @ dy).reshape(self.W.shape)
+        if self.has_bias:
+            self.db[...] = dy.sum(axis=0)
+        if not self.requires_input_grad:
+            return None
+
+        # Every window's gradient goes back to where the window was copied from (col2im): for each
+        # place (i, j) in the kernel, one addition for all windows at once.
+        dcol = dy @ self.W.reshape(-1, c_out).T
+        dwindows = dcol.reshape(n, out_h, out_w, k, k, c_in)
+        dpadded = np.zeros((n, h + 2 * p, w + 2 * p, c_in), dout.dtype)
+        for i in range(k):
+            for j in range(k):
+                dpadded[:, i : i + s * out_h : s, j : j + s * out_w : s] += dwindows[:, :, :, i, j]
+        return dpadded[:, p : p + h, p : p + w]
+
+
+CONV_RUNGS = ("loops", "im2col", "blocked", "fused", "winograd")
+
+
+def make_layers(model, conv, rng, dtype):
+    """The layers of --model with the convolutions of --conv; all rungs start with the same weights."""
+    options = {"rng": rng, "dtype": dtype}
+    plain = {"loops": LoopConv2D, "im2col": Im2colConv2D, "blocked": Conv2D, "fused": Conv2D}
+
+    if model == "cnn":
+        # Rungs 1 to 3 compute convolution, ReLU and pooling one after the other. Rungs 4 and 5 do it
+        # in one pass, while a few images are in the cache: less traffic to memory.
+        if conv == "winograd":
+            features = [ConvReLUPool(3, 32, **options), WinogradReLUPool(32, 64, **options)]
+        elif conv == "fused":
+            features = [ConvReLUPool(3, 32, **options), ConvReLUPool(32, 64, **options)]
+        else:
+            Conv = plain[conv]
+            first = [Conv(3, 32, **options), ReLU(), MaxPool2D(2)]
+            second = [Conv(32, 64, **options), ReLU(), MaxPool2D(2)]
+            features = first + second
+        dense = [Dense(64 * 8 * 8, 256, **options), ReLU(), Dense(256, 10, **options)]
+        return [*features, Flatten(), *dense]
+
+    # ResNet-18 has no pooling after its convolutions, so "fused" is "blocked" here. Winograd's
+    # filtering needs stride 1: the few other convolutions are blocked.
+    Conv = plain.get(conv, WinogradConv2D)
+    OtherConv = plain.get(conv, Conv2D)
+    layers = [OtherConv(3, 64, bias=False, **options), BatchNorm2D(64, dtype=dtype), ReLU()]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for stride in (1 if width == 64 else 2, 1):
+            block = BasicBlock(channels, width, stride, conv=Conv, other_conv=OtherConv, **options)
+            layers.append(block)
+            channels = width
+    return [*layers, GlobalAvgPool(), Dense(512, 10, **options)]
+
+
+def make_model(args):
+    """The network that --model and --conv name. Put your own layers here."""
+    rng = np.random.default_rng(args.seed)
+    return Model(make_layers(args.model, args.conv, rng, np.dtype(args.dtype)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def train(model, optimizer, data, args, log, checkpoint, stop):
+    """Train until epoch args.epochs is done, from where the log's position is."""
+    n = len(data.y_train)
+    batches = math.ceil(n / args.batch_size)
+    for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
-        run.start_epoch(epoch, math.ceil(n / size))
-        for batch in range(run.batch, math.ceil(n / size)):
-            started = time.perf_counter()
-            x, labels = load_batch(
-                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], args.dtype
-            )
-            loading = time.perf_counter() - started
-            loss, logits, forward, backward = train_step(model, optimizer, x, labels)
-            correct = count_correct(logits, labels)
-            run.end_batch(len(labels), loss, *correct, loading, forward=forward, backward=backward)
-        run.end_training()
-        run.end_epoch(*evaluate(model, data.x_test, data.y_test))
+        log.start_epoch(epoch, batches)
+        for batch in range(log.batch, batches):
+            with log.timed("loading"):
+                index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
+                x, labels = load_batch(data.x_train, data.y_train, index, args.dtype)
+
+            with log.timed("forward"):
+                logits = model.forward(x)
+                loss, dlogits = softmax_cross_entropy(logits, labels)
+
+            with log.timed("backward"):
+                model.backward(dlogits)
+
+            with log.timed("update"):
+                optimizer.step(len(labels))  # divides the summed gradients by the number of images
+
+            log.end_batch(len(labels), loss, *count_correct(logits, labels))
+            require_finite(loss, "loss", log)
+            if stop.requested:
+                save_and_stop(checkpoint, log, stop)
+            if checkpoint.due():
+                checkpoint.save()
+
+        log.end_training()
+        loss, top1, top5, loading = evaluate(model, data.x_test, data.y_test)
+        log.end_epoch(loss, top1, top5, loading)
+        require_finite(loss, "validation loss", log)
+        checkpoint.save()
+        if stop.requested and epoch < args.epochs:
+            save_and_stop(checkpoint, log, stop)
 
 
 def parse_args(argv=None):
     parser = make_parser("serial_cnn", __doc__, MODELS)
-    parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s"
-    )
+    add = parser.add_argument
+    add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
+    conv = "how convolutions are computed (default: %(default)s)"
+    add("--conv", choices=CONV_RUNGS, default="winograd", help=conv)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     limit_blas_threads(1)
-    if warning := blas_warning():
+    warning = blas_warning()
+    if warning:
         print(warning, file=sys.stderr)
+
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    model = make_model(args.model, args.seed, np.dtype(args.dtype))
+    model = make_model(args)
     optimizer = make_optimizer(model, args)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # run stops at the first loss that is not finite
-        with Run(
-            args,
-            "serial_cnn",
-            data,
-            lambda: get_arrays(model, optimizer),
-            lambda arrays: set_arrays(model, optimizer, arrays),
-        ) as run:
-            train(model, optimizer, data, args, run)
-            run.finish()
+    log = RunLog(args, "serial_cnn", data)
+    checkpoint = Checkpoint(args, log, model, optimizer)
+    if args.resume:
+        checkpoint.load()
+
+    # Overflows need no warning: the run stops at the first loss that is not finite.
+    with np.errstate(over="ignore", invalid="ignore"), StopSignal() as stop, log:
+        train(model, optimizer, data, args, log, checkpoint, stop)
+        log.finish()
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start_stopping(folder, script, *args, at="common.Run.end_batch", when, times=1, env=None):
+def start_stopping(folder, script, *args, at="common.RunLog.end_batch", when, times=1, env=None):
     """Start a script that stops itself (SIGSTOP) where it is to be met, however long the test takes to come there.
 
     at: the function before which it stops; when: a condition on its `args`; times: so often. A signal that is sent
@@ -124,13 +124,20 @@ import sys, time
 sys.path.insert(0, {repo!r})
 import {module} as script
 
-class Run(script.Run):
+class StopSignal(script.StopSignal):
+    def __init__(self):
+        super().__init__()
+        StopSignal.instance = self
+
+class RunLog(script.RunLog):
     def end_batch(self, *args, **options):
         super().end_batch(*args, **options)
-        while self.rank == 0 and (self.epoch, self.batch) == ({epoch}, {batch}) and not self.signal:
+        stop = StopSignal.instance
+        while self.rank == 0 and (self.epoch, self.batch) == ({epoch}, {batch}) and not stop.requested:
             time.sleep(0.01)
 
-script.Run = Run
+script.StopSignal = StopSignal
+script.RunLog = RunLog
 script.run_main(script.main)
 """
 

@@ -1354,6 +1354,44 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     return int(top1), int(top5)
 
 
+def check_gradient(layer: Layer, x: np.ndarray, tolerance: float = 1e-6) -> float:
+    """Compare a layer's backward() with central differences, entry by entry, in float64.
+
+    The derivative is that of sum(forward(x) * R) for a random R. Make the layer with
+    dtype=np.float64 and x small: every entry takes two forward passes. Returns the largest error,
+    relative to the largest entry of its array. Raises ValueError that names the worst entry if the
+    error is above the tolerance.
+    """
+    eps = 1e-6
+    R = np.random.default_rng(0).standard_normal(layer.forward(x).shape)
+    checked = [("dx", x, np.array(layer.backward(R)))]
+    for leaf in layer.leaves():
+        for name in leaf.param_names:
+            gradient = np.array(getattr(leaf, "d" + name))
+            checked.append((f"{type(leaf).__name__}.d{name}", getattr(leaf, name), gradient))
+
+    largest = 0.0
+    for name, array, gradient in checked:
+        expected = np.empty_like(array)
+        for place in np.ndindex(array.shape):
+            value = array[place]
+            array[place] = value + eps
+            above = (layer.forward(x) * R).sum()
+            array[place] = value - eps
+            below = (layer.forward(x) * R).sum()
+            array[place] = value
+            expected[place] = (above - below) / (2 * eps)
+        error = abs(gradient - expected) / max(abs(expected).max(), 1e-3)
+        worst = np.unravel_index(error.argmax(), error.shape)
+        if not error[worst] <= tolerance:  # NaN fails too
+            raise ValueError(
+                f"{type(layer).__name__}: {name}[{', '.join(map(str, worst))}] is "
+                f"{gradient[worst]:.6g}, central differences give {expected[worst]:.6g}"
+            )
+        largest = max(largest, float(error[worst]))
+    return largest
+
+
 # --------------------------------------------------------------------------------------------------
 # Models
 # --------------------------------------------------------------------------------------------------
@@ -1693,8 +1731,9 @@ class RunLog:
     0 writes files and shows progress; the others count along.
 
     `epoch` and `batch` are the position: the next batch to train is number `batch` (from 0) of
-    `epoch` (from 1). `sums` are the totals of the current epoch, `history` the metrics of all
-    epochs, `totals` those of the run. info: further entries of the .json.
+    `epoch` (from 1). script: the script's __file__. `sums` are the totals of the current epoch,
+    `history` the metrics of all epochs, `totals` those of the run. info: further entries of the
+    .json.
     """
 
     def __init__(
@@ -1707,7 +1746,7 @@ class RunLog:
         gpu_uuid: str | None = None,
     ):
         self.args = args
-        self.script = script
+        self.script = Path(script).stem
         self.data = data
         self.info = info or {}
         self.rank = rank
@@ -2955,7 +2994,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script: str, doc: str):
         super().__init__(
-            prog=f"{script}.py",
+            prog=f"{Path(script).stem}.py",
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -2995,7 +3034,12 @@ def number(kind, low, high, exclusive: bool = False) -> Callable:
 def make_parser(
     script: str, doc: str, models: tuple = ("cnn",), batch_size: int = 32, epochs: int | None = 10
 ) -> Parser:
-    """The options that all training scripts share."""
+    """The options that all training scripts share.
+
+    script: its __file__. The log is named after it, so that a copy does not overwrite the
+    original's.
+    """
+    script = Path(script).stem
     parser = Parser(script, doc)
     add = parser.add_argument
     count = number(int, 1, 10**6)

@@ -437,7 +437,7 @@ def summarize(trainings, style):
 
 
 def parse_args(argv=None):
-    parser = Parser("demo", __doc__)
+    parser = Parser(__file__, __doc__)
 
     def add(option, help_text, **settings):
         parser.add_argument(option, help=f"{help_text} (default: %(default)s)", **settings)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: scripts run as their users run them, the real images where there are any."""
+"""Fixtures of all tests: scripts run as their users run them, the real images if there are any."""
 
 import os
 import subprocess
@@ -24,9 +24,10 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text; runs in an empty folder.
+    """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text.
 
-    status: the exit status that is expected, None for any. env: changes to the environment.
+    The script runs in an empty folder. status: the exit status that is expected, None for any.
+    env: changes to the environment.
     """
 
     def run(script, *args, status=0, env=None, timeout=300):

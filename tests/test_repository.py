@@ -85,7 +85,7 @@ NOT_RUN_HERE = {  # what the lines begin with, and why
     "make lint": "continuous integration has it",
     "make measure": "takes an hour",
     "make setup": "installs the packages that run this test",
-    "mpirun -np 2 python experiments/bench_worker.py": "reads from stdin: tests/test_bench.py has it",
+    "mpirun -np 2 python experiments/bench_worker.py": "reads stdin: tests/test_bench.py has it",
 }
 
 

@@ -552,7 +552,7 @@ def test_damaged_logs_are_named_and_the_rest_goes_on(results, capsys):
 def test_no_results_is_one_error_line(tmp_path, index, said):
     if index:
         (tmp_path / "index.json").write_text(index)
-    _, err = finish(start(tmp_path, "analyze_results.py", "--results-dir", "."), status=2)
+    _, err = finish(start(tmp_path, "experiments/analyze_results.py", "--results-dir", "."), status=2)
     assert_one_error_line(err)
     assert said in err
     assert not (tmp_path / "analysis").exists()
@@ -562,7 +562,7 @@ def test_no_results_is_one_error_line(tmp_path, index, said):
 def test_a_named_file_that_is_no_log_is_one_error_line(tmp_path, content):
     if content is not None:
         (tmp_path / "x.csv").write_bytes(content.encode("latin1"))
-    _, err = finish(start(tmp_path, "analyze_results.py", "x.csv"), status=2)
+    _, err = finish(start(tmp_path, "experiments/analyze_results.py", "x.csv"), status=2)
     assert_one_error_line(err)
     assert "x.csv" in err
 
@@ -657,7 +657,7 @@ def test_real_experiment(tmp_path, cache):
     options = ("--dataset", "synthetic", "--epochs", 2, "--subset", 64, "--batch-size", 16)
     for only in ("serial", "mpi-2"):
         command = (
-            "run_experiments.py",
+            "experiments/run_experiments.py",
             "--only",
             only,
             "--repeats",
@@ -666,7 +666,7 @@ def test_real_experiment(tmp_path, cache):
             *options,
         )
         finish(start(tmp_path, *command, env=cache), timeout=200)
-    out, err = finish(start(tmp_path, "analyze_results.py"))
+    out, err = finish(start(tmp_path, "experiments/analyze_results.py"))
     assert err == ""
     assert "written: results/analysis" in out
     content = json.loads((tmp_path / "results/analysis/analysis.json").read_text())

@@ -70,10 +70,7 @@ def read_log(path: Path, warn: Warn) -> pd.DataFrame:
     cut_off = lines.pop() if lines else ""
     complete = [line for line in lines if line.count(",") == len(LOG_COLUMNS) - 1]
 
-    # round_trip parses floats exactly as Python does. The default is faster, but may be off by one
-    # in the last place.
-    csv_file = io.StringIO("\n".join([header, *complete]))
-    cells = pd.read_csv(csv_file, float_precision="round_trip")
+    cells = pd.read_csv(io.StringIO("\n".join([header, *complete])))
 
     # A cell that is not a number becomes NaN, as if it were empty: tell such rows from whole ones.
     rows = pd.DataFrame({name: pd.to_numeric(cells[name], errors="coerce") for name in cells})

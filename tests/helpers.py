@@ -135,7 +135,7 @@ class RunLog(script.RunLog):
 
 script.StopSignal = StopSignal
 script.RunLog = RunLog
-script.run_main(script.main)
+script.run_main(script.main, script.MPI.COMM_WORLD.rank if hasattr(script, "MPI") else 0)
 """
 
 

@@ -534,7 +534,7 @@ def end_of_last_run(runs: list[Run]) -> str | None:
 
 
 def parse_args(argv=None):
-    parser = Parser("analyze_results", __doc__)
+    parser = Parser(__file__, __doc__)
     parser.add_argument(
         "logs",
         nargs="*",

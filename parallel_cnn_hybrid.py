@@ -444,41 +444,39 @@ def im2col_for_pooling(x, planes, col):
 def conv_pool_forward(x, W, b, out, argmax, planes, cols, ys):
     """x (N, H, W, C), W (9·C, F) → out, argmax (N, H/2, W/2, F).
 
-    An image's y (H·W, F) is written and read while it is in the cache of its thread's core.
+    An image's y (4, H/2, W/2, F), the convolution, is written and read in its thread's cache.
     """
-    n, oh, ow, _ = out.shape
-    area = oh * ow
+    n, oh, ow, channels = out.shape
     for i in prange(n):
         t = get_thread_id()
         y = ys[t]
         im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t].T, W, y)
-        for row in range(area):
-            h, w = divmod(row, ow)
-            y0 = y[row]
-            y1 = y[row + area]
-            y2 = y[row + 2 * area]
-            y3 = y[row + 3 * area]
-            relu_pool(y0, y1, y2, y3, b, out[i, h, w], argmax[i, h, w])
+        np.dot(cols[t].T, W, y.reshape(-1, channels))
+        for h in range(oh):
+            for w in range(ow):
+                y0 = y[0, h, w]
+                y1 = y[1, h, w]
+                y2 = y[2, h, w]
+                y3 = y[3, h, w]
+                relu_pool(y0, y1, y2, y3, b, out[i, h, w], argmax[i, h, w])
 
 
 @kernel(parallel=True)
 def conv_pool_backward(x, dout, argmax, dWs, dbs, planes, cols, ys, products):
     """Add each image's dW (9·C, F) and db (F,) to its thread's sums, dWs[t] and dbs[t]."""
-    n, oh, ow, _ = dout.shape
-    area = oh * ow
+    n, oh, ow, channels = dout.shape
     for i in prange(n):
         t = get_thread_id()
         dy = ys[t]
-        for row in range(area):
-            h, w = divmod(row, ow)
-            dy0 = dy[row]
-            dy1 = dy[row + area]
-            dy2 = dy[row + 2 * area]
-            dy3 = dy[row + 3 * area]
-            relu_pool_gradient(dout[i, h, w], argmax[i, h, w], dy0, dy1, dy2, dy3, dbs[t])
+        for h in range(oh):
+            for w in range(ow):
+                dy0 = dy[0, h, w]
+                dy1 = dy[1, h, w]
+                dy2 = dy[2, h, w]
+                dy3 = dy[3, h, w]
+                relu_pool_gradient(dout[i, h, w], argmax[i, h, w], dy0, dy1, dy2, dy3, dbs[t])
         im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t], dy, products[t])
+        np.dot(cols[t], dy.reshape(-1, channels), products[t])
         dWs[t] += products[t]
 
 
@@ -507,7 +505,7 @@ class ThreadedConvReLUPool(ConvReLUPool):
         self.thread_buffers = (
             self.workspace("planes", (threads, c, 2, h + 2, w // 2 + 1), x.dtype),
             self.workspace("cols", (threads, 9 * c, h * w), x.dtype),
-            self.workspace("ys", (threads, h * w, f), x.dtype),
+            self.workspace("ys", (threads, 4, h // 2, w // 2, f), x.dtype),
         )
         W = self.W.reshape(-1, f)
         conv_pool_forward(x, W, self.b, self.out, self.argmax, *self.thread_buffers)
@@ -543,19 +541,24 @@ class ThreadedConvReLUPool(ConvReLUPool):
 # Images are shared among threads in the transforms (d → V, M → y), the 36 products (V → M) between
 # them: then no thread needs the whole of U, nor a dU of its own.
 #
-# The transforms work on one 6×6 tile of BLOCK channels, 9 KiB at most, first on its rows, then on
-# its columns. A tile is a flat array: row h, column w, channel c at h·ROW + w·BLOCK + c.
+# The transforms work on one tile of BLOCK channels, first on its rows, then on its columns. So the
+# kernels take views of the arrays whose axes count tiles and blocks of channels:
+#
+#   x       (N, H, W, C/BLOCK, BLOCK)
+#   V, M    (6, 6, N, H/4, W/4, C/BLOCK, BLOCK)    the place in the tile, the tile, the channel
+#   y       (N, H/4, 4, W/4, 4, F/BLOCK, BLOCK)    pooled: 2 in the place of 4
+#   tile    (6, 6, BLOCK)                          9 KiB at most: in the fastest cache
 # --------------------------------------------------------------------------------------------------
 
-BLOCK = 32  # channels in a tile
-ROW = 6 * BLOCK
+BLOCK = 32
+ROW = 6 * BLOCK  # from one row of a flat tile to the next; from one column to the next: BLOCK
 A = float(WINOGRAD_POINTS[1])  # the points are 0, A, -A, B, -B and infinity
 B = float(WINOGRAD_POINTS[3])
 
 
-# The four transforms of one row or column of a tile, in place: n values that lie `step` apart. The
-# matrices' rows for A and -A have the same even powers and opposite odd ones, likewise those for B
-# and -B: so written out, each pair shares its sums, and a transform takes a quarter of the operations.
+# The four transforms, in place, of one row or column of a flat tile: six positions that begin at
+# `start`, `step` apart. The matrices' rows for A and -A have equal even and opposite odd powers, so
+# each such pair shares its sums: a quarter of the operations of a product with the matrix.
 
 
 @inlined
@@ -646,208 +649,185 @@ def transform_output_gradient(tile, start, step):
         tile[i + 5 * step] = y3
 
 
-# Between the arrays and tiles. V, M: (36, rows, C); a tile is one row of the 36 matrices. x: an image
-# (H, W, C); the tile begins at (top, left). c: the first of the tile's channels.
-
-
-def require_whole_blocks(*channels):
-    for c in channels:
-        if c % BLOCK:
-            raise ValueError(f"{c} channels: the threaded convolutions take multiples of {BLOCK}")
+# The same for both directions of a tile.
 
 
 @inlined
-def position(tile, h, w):
-    """A view of the channels at row h, column w of a tile."""
-    start = h * ROW + w * BLOCK
-    return tile[start : start + BLOCK]
+def input_tile(tile):
+    """V = Bᵀ d B"""
+    flat = tile.reshape(-1)
+    for h in range(6):
+        transform_input(flat, h * ROW, BLOCK)
+    for w in range(6):
+        transform_input(flat, w * BLOCK, ROW)
 
 
 @inlined
-def read_matrices(matrices, row, c, tile):
-    for k in range(36):
-        copy(matrices[k, row, c : c + BLOCK], tile[k * BLOCK : (k + 1) * BLOCK])
+def input_tile_gradient(tile):
+    """dd = B dV Bᵀ"""
+    flat = tile.reshape(-1)
+    for w in range(6):
+        transform_input_gradient(flat, w * BLOCK, ROW)
+    for h in range(6):
+        transform_input_gradient(flat, h * ROW, BLOCK)
 
 
 @inlined
-def write_matrices(tile, matrices, row, c):
-    for k in range(36):
-        copy(tile[k * BLOCK : (k + 1) * BLOCK], matrices[k, row, c : c + BLOCK])
+def output_tile(tile):
+    """y = Aᵀ M A, the upper left 4×4 positions"""
+    flat = tile.reshape(-1)
+    for h in range(6):
+        transform_output(flat, h * ROW, BLOCK)
+    for w in range(4):
+        transform_output(flat, w * BLOCK, ROW)
 
 
 @inlined
-def read_image(x, top, left, c, tile):
-    """tile = d, the 6×6 positions of x, 0 outside the image."""
-    height, width, _ = x.shape
+def output_tile_gradient(tile):
+    """dM = A dy Aᵀ"""
+    flat = tile.reshape(-1)
+    for w in range(4):
+        transform_output_gradient(flat, w * BLOCK, ROW)
+    for h in range(6):
+        transform_output_gradient(flat, h * ROW, BLOCK)
+
+
+@inlined
+def read_matrices(matrices, i, row, col, block, tile):
     for h in range(6):
         for w in range(6):
-            d = position(tile, h, w)
-            if 0 <= top + h < height and 0 <= left + w < width:
-                copy(x[top + h, left + w, c : c + BLOCK], d)
-            else:
-                d[:] = 0
+            copy(matrices[h, w, i, row, col, block], tile[h, w])
 
 
 @inlined
-def add_to_image(tile, dx, top, left, c):
-    """read_image transposed: what lies within the image is added to dx."""
-    height, width, _ = dx.shape
+def write_matrices(tile, matrices, i, row, col, block):
     for h in range(6):
         for w in range(6):
-            if 0 <= top + h < height and 0 <= left + w < width:
-                add(position(tile, h, w), dx[top + h, left + w, c : c + BLOCK])
+            copy(tile[h, w], matrices[h, w, i, row, col, block])
 
 
-@inlined
-def output_tile(M, row, f, tile):
-    """y = Aᵀ M A, in the upper left 4×4 positions of the tile."""
-    read_matrices(M, row, f, tile)
-    for h in range(6):
-        transform_output(tile, h * ROW, BLOCK)
-    for w in range(4):
-        transform_output(tile, w * BLOCK, ROW)
-
-
-@inlined
-def output_tile_gradient(tile, dM, row, f):
-    """dM = A dy Aᵀ: output_tile transposed."""
-    for w in range(4):
-        transform_output_gradient(tile, w * BLOCK, ROW)
-    for h in range(6):
-        transform_output_gradient(tile, h * ROW, BLOCK)
-    write_matrices(tile, dM, row, f)
-
-
-# The kernels: a loop over images for the threads; in it loops over the image's tiles, which are rows
-# of V and M, and over blocks of channels.
-
-
-@inlined
-def tile_place(t, width):
-    """Top and left of an image's tile t: its output is at (top, left), its input 1 above and left."""
-    h, w = divmod(t, width // 4)
-    return 4 * h, 4 * w
+# The kernels: the threads share the images; the loops inside are over tiles and blocks of channels.
+# An input tile begins one position above and left of its output tile: that is the padding.
 
 
 @kernel(parallel=True)
 def transform_images(x, V, tiles):
-    """d → V = Bᵀ d B: x (N, H, W, C), padded by 1, → V (36, N·H/4·W/4, C)."""
-    n, height, width, channels = x.shape
-    tiles_per_image = (height // 4) * (width // 4)
+    """d → V = Bᵀ d B"""
+    n, height, width, blocks, _ = x.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, width)
-            for c in range(0, channels, BLOCK):
-                read_image(x[i], top - 1, left - 1, c, tile)
-                for h in range(6):
-                    transform_input(tile, h * ROW, BLOCK)
-                for w in range(6):
-                    transform_input(tile, w * BLOCK, ROW)
-                write_matrices(tile, V, i * tiles_per_image + t, c)
+        for row in range(height // 4):
+            for col in range(width // 4):
+                for block in range(blocks):
+                    for h in range(6):
+                        for w in range(6):
+                            y = 4 * row + h - 1
+                            z = 4 * col + w - 1
+                            if 0 <= y < height and 0 <= z < width:
+                                copy(x[i, y, z, block], tile[h, w])
+                            else:
+                                tile[h, w] = 0
+                    input_tile(tile)
+                    write_matrices(tile, V, i, row, col, block)
 
 
 @kernel(parallel=True)
 def transform_images_gradient(dV, dx, tiles):
-    """dd = B dV Bᵀ: dV (36, N·H/4·W/4, C) → dx (N, H, W, C), the overlapping tiles added up."""
-    n, height, width, channels = dx.shape
-    tiles_per_image = (height // 4) * (width // 4)
+    """dd = B dV Bᵀ, and dx = the sum of the overlapping tiles dd."""
+    n, height, width, blocks, _ = dx.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
         dx[i] = 0
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, width)
-            for c in range(0, channels, BLOCK):
-                read_matrices(dV, i * tiles_per_image + t, c, tile)
-                for w in range(6):
-                    transform_input_gradient(tile, w * BLOCK, ROW)
-                for h in range(6):
-                    transform_input_gradient(tile, h * ROW, BLOCK)
-                add_to_image(tile, dx[i], top - 1, left - 1, c)
+        for row in range(height // 4):
+            for col in range(width // 4):
+                for block in range(blocks):
+                    read_matrices(dV, i, row, col, block, tile)
+                    input_tile_gradient(tile)
+                    for h in range(6):
+                        for w in range(6):
+                            y = 4 * row + h - 1
+                            z = 4 * col + w - 1
+                            if 0 <= y < height and 0 <= z < width:
+                                add(tile[h, w], dx[i, y, z, block])
 
 
 @kernel(parallel=True)
 def transform_products(M, out, tiles):
-    """M → y = Aᵀ M A: M (36, N·H/4·W/4, F) → out (N, H, W, F)."""
-    n, height, width, channels = out.shape
-    tiles_per_image = (height // 4) * (width // 4)
+    """M → y = Aᵀ M A"""
+    n, rows, _, cols, _, blocks, _ = out.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, width)
-            for f in range(0, channels, BLOCK):
-                output_tile(M, i * tiles_per_image + t, f, tile)
-                for h in range(4):
-                    for w in range(4):
-                        copy(position(tile, h, w), out[i, top + h, left + w, f : f + BLOCK])
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    read_matrices(M, i, row, col, block, tile)
+                    output_tile(tile)
+                    for h in range(4):
+                        for w in range(4):
+                            copy(tile[h, w], out[i, row, h, col, w, block])
 
 
 @kernel(parallel=True)
 def transform_products_gradient(dout, dM, tiles):
-    """dM = A dy Aᵀ: dout (N, H, W, F) → dM (36, N·H/4·W/4, F)."""
-    n, height, width, channels = dout.shape
-    tiles_per_image = (height // 4) * (width // 4)
+    """dM = A dy Aᵀ"""
+    n, rows, _, cols, _, blocks, _ = dout.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, width)
-            for f in range(0, channels, BLOCK):
-                for h in range(4):
-                    for w in range(4):
-                        copy(dout[i, top + h, left + w, f : f + BLOCK], position(tile, h, w))
-                output_tile_gradient(tile, dM, i * tiles_per_image + t, f)
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    for h in range(4):
+                        for w in range(4):
+                            copy(dout[i, row, h, col, w, block], tile[h, w])
+                    output_tile_gradient(tile)
+                    write_matrices(tile, dM, i, row, col, block)
 
 
 @kernel(parallel=True)
 def pool_products(M, b, out, argmax, tiles):
-    """transform_products with bias, ReLU and pooling: out, argmax (N, H/2, W/2, F).
+    """transform_products with bias b (F/BLOCK, BLOCK), ReLU and pooling.
 
-    A 4×4 tile of y is four pooling windows; only what they become leaves the cache.
+    The 4×4 positions of y are 2×2 pooling windows; only their maxima leave the cache.
     """
-    n, oh, ow, channels = out.shape
-    tiles_per_image = (oh // 2) * (ow // 2)
+    n, rows, _, cols, _, blocks, _ = out.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, 2 * ow)
-            for f in range(0, channels, BLOCK):
-                output_tile(M, i * tiles_per_image + t, f, tile)
-                for h in range(0, 4, 2):
-                    for w in range(0, 4, 2):
-                        relu_pool(
-                            position(tile, h, w),
-                            position(tile, h, w + 1),
-                            position(tile, h + 1, w),
-                            position(tile, h + 1, w + 1),
-                            b[f : f + BLOCK],
-                            out[i, (top + h) // 2, (left + w) // 2, f : f + BLOCK],
-                            argmax[i, (top + h) // 2, (left + w) // 2, f : f + BLOCK],
-                        )
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    read_matrices(M, i, row, col, block, tile)
+                    output_tile(tile)
+                    for h in range(2):
+                        for w in range(2):
+                            y0 = tile[2 * h, 2 * w]
+                            y1 = tile[2 * h, 2 * w + 1]
+                            y2 = tile[2 * h + 1, 2 * w]
+                            y3 = tile[2 * h + 1, 2 * w + 1]
+                            place = (i, row, h, col, w, block)
+                            relu_pool(y0, y1, y2, y3, b[block], out[place], argmax[place])
 
 
 @kernel(parallel=True)
 def pool_products_gradient(dout, argmax, dM, dbs, tiles):
-    """pool_products transposed: dout, argmax (N, H/2, W/2, F) → dM, and each image's db (N, F)."""
-    n, oh, ow, channels = dout.shape
-    tiles_per_image = (oh // 2) * (ow // 2)
+    """pool_products transposed; dbs (N, F/BLOCK, BLOCK): each image's db."""
+    n, rows, _, cols, _, blocks, _ = dout.shape
     for i in prange(n):
         tile = tiles[get_thread_id()]
         dbs[i] = 0
-        for t in range(tiles_per_image):
-            top, left = tile_place(t, 2 * ow)
-            for f in range(0, channels, BLOCK):
-                for h in range(0, 4, 2):
-                    for w in range(0, 4, 2):
-                        relu_pool_gradient(
-                            dout[i, (top + h) // 2, (left + w) // 2, f : f + BLOCK],
-                            argmax[i, (top + h) // 2, (left + w) // 2, f : f + BLOCK],
-                            position(tile, h, w),
-                            position(tile, h, w + 1),
-                            position(tile, h + 1, w),
-                            position(tile, h + 1, w + 1),
-                            dbs[i, f : f + BLOCK],
-                        )
-                output_tile_gradient(tile, dM, i * tiles_per_image + t, f)
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    db = dbs[i, block]
+                    for h in range(2):
+                        for w in range(2):
+                            dy0 = tile[2 * h, 2 * w]
+                            dy1 = tile[2 * h, 2 * w + 1]
+                            dy2 = tile[2 * h + 1, 2 * w]
+                            dy3 = tile[2 * h + 1, 2 * w + 1]
+                            place = (i, row, h, col, w, block)
+                            relu_pool_gradient(dout[place], argmax[place], dy0, dy1, dy2, dy3, db)
+                    output_tile_gradient(tile)
+                    write_matrices(tile, dM, i, row, col, block)
 
 
 @kernel(parallel=True)
@@ -888,11 +868,24 @@ def multiply_gradient(V, dM, U, dV, dU, products, first):
         np.dot(dM[k], U[k].T, dV[k])
 
 
+def by_block(x):
+    """A view of x (..., C) as (..., C/BLOCK, BLOCK)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
+def by_tile(y, tile_size):
+    """A view of y (N, H, W, C) as (N, rows, tile_size, columns, tile_size, C/BLOCK, BLOCK)."""
+    n, h, w, c = y.shape
+    return by_block(y.reshape(n, h // tile_size, tile_size, w // tile_size, tile_size, c))
+
+
 class ThreadedWinogradConv2D(WinogradConv2D):
     """common.WinogradConv2D with threads. in_channels, out_channels: multiples of BLOCK."""
 
     def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
-        require_whole_blocks(in_channels, out_channels)
+        for c in (in_channels, out_channels):
+            if c % BLOCK:
+                raise ValueError(f"{c} channels: {type(self).__name__} takes multiples of {BLOCK}")
         super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
 
     def forward(self, x):
@@ -902,41 +895,39 @@ class ThreadedWinogradConv2D(WinogradConv2D):
             raise ValueError(
                 f"{type(self).__name__} takes images of 4n x 4m pixels, not {h}x{w}: use Conv2D"
             )
-        f = self.b.size
         self.x_shape = x.shape
-        self.tiles_per_image = (h // 4) * (w // 4)
-        self.tiles = self.workspace("tiles", (numba.get_num_threads(), 36 * BLOCK), x.dtype)
+        self.tiles = self.workspace("tiles", (numba.get_num_threads(), 6, 6, BLOCK), x.dtype)
 
         # vec(G g Gᵀ) = (G ⊗ G) vec(g)
         self.G2 = np.kron(WINOGRAD_G, WINOGRAD_G).astype(x.dtype)
-        self.U = self.workspace("U", (36, c, f), x.dtype)
+        self.U = self.workspace("U", (36, c, self.b.size), x.dtype)
         transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
 
-        # V is kept for backward(), chunk by chunk: of an image it is not one block of memory.
-        self.V = self.workspace("V", (n, 36 * self.tiles_per_image * c), x.dtype)
+        # Kept for backward(). Each chunk's part is 36 matrices of its own.
+        self.V = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
         self._allocate_output(x)
         for chunk in self._chunks():
-            V = self.V[chunk].reshape(36, -1, c)
-            M = self._products(chunk)
-            transform_images(x[chunk], V, self.tiles)
+            V, V_by_tile = self._matrices(self.V[chunk], c)
+            M, M_by_tile = self._products(chunk)
+            transform_images(by_block(x[chunk]), V_by_tile, self.tiles)
             multiply(V, self.U, M)
-            self._transform_output(M, chunk)
+            self._transform_output(M_by_tile, chunk)
         return self.out
 
     def backward(self, dout):
-        """dout, of the shape that forward() returned, → dx (N, H, W, C_in)."""
+        """dout, of the shape that forward() returned, → dx (N, H, W, C_in); sets dW and db."""
         c = self.x_shape[3]
-        f = self.b.size
         dx = self.workspace("dx", self.x_shape, dout.dtype)
         dU = self.workspace("dU", self.U.shape, dout.dtype)
-        products = self.workspace("products", (len(self.tiles), c, f), dout.dtype)
+        products = self.workspace("products", (len(self.tiles), *self.U.shape[1:]), dout.dtype)
         for chunk in self._chunks():
-            V = self.V[chunk].reshape(36, -1, c)
-            dV = self.workspace("dV", self.V[chunk].shape, dout.dtype).reshape(V.shape)
-            dM = self._products(chunk)
-            self._transform_output_gradient(dout, dM, chunk)
+            V, _ = self._matrices(self.V[chunk], c)
+            dV = self.workspace("dV", self.V[chunk].shape, dout.dtype)
+            dV, dV_by_tile = self._matrices(dV, c)
+            dM, dM_by_tile = self._products(chunk)
+            self._transform_output_gradient(dout, dM_by_tile, chunk)
             multiply_gradient(V, dM, self.U, dV, dU, products, chunk.start == 0)
-            transform_images_gradient(dV, dx[chunk], self.tiles)
+            transform_images_gradient(dV_by_tile, by_block(dx[chunk]), self.tiles)
         transform_weights(self.G2.T.copy(), dU.reshape(36, -1), self.dW.reshape(9, -1))
         self._bias_gradient(dout)
         return dx
@@ -946,19 +937,27 @@ class ThreadedWinogradConv2D(WinogradConv2D):
 
         A chunk's V and M fill the caches, or are as large as U, which each chunk reads again.
         """
-        n, _, _, c = self.x_shape
+        n, h, w, c = self.x_shape
         threads = len(self.tiles)
-        bytes_per_image = 36 * self.tiles_per_image * (c + self.b.size) * self.V.itemsize
+        bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
         bytes_per_thread = max(CACHE_BYTES, self.U.nbytes / threads)
         chunk_size = threads * math.ceil(bytes_per_thread / bytes_per_image)
         starts = range(0, max(n, 1), chunk_size)
         return [slice(start, min(start + chunk_size, n)) for start in starts]
 
+    def _matrices(self, memory, channels):
+        """Two views of V, M or their gradients of n images: (36, tiles, channels), and by tile."""
+        n = len(memory)
+        _, h, w, _ = self.x_shape
+        by_place = memory.reshape(6, 6, n, h // 4, w // 4, channels)
+        return memory.reshape(36, -1, channels), by_block(by_place)
+
     def _products(self, chunk):
-        """The workspace for the chunk's M or dM (36, rows, F): used, then free for the next one."""
+        """M or dM of a chunk, in a workspace that the next chunk overwrites."""
+        _, h, w, _ = self.x_shape
         f = self.b.size
-        shape = (chunk.stop - chunk.start, 36 * self.tiles_per_image * f)
-        return self.workspace("M", shape, self.V.dtype).reshape(36, -1, f)
+        shape = (chunk.stop - chunk.start, 36 * (h // 4) * (w // 4) * f)
+        return self._matrices(self.workspace("M", shape, self.V.dtype), f)
 
     # The steps that ThreadedWinogradReLUPool replaces.
 
@@ -966,12 +965,13 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         self.out = self.workspace("out", (*x.shape[:3], self.b.size), x.dtype)
 
     def _transform_output(self, M, chunk):
-        transform_products(M, self.out[chunk], self.tiles)
+        out = self.out[chunk]
+        transform_products(M, by_tile(out, 4), self.tiles)
         if self.has_bias:
-            self.out[chunk] += self.b
+            out += self.b
 
     def _transform_output_gradient(self, dout, dM, chunk):
-        transform_products_gradient(dout[chunk], dM, self.tiles)
+        transform_products_gradient(by_tile(dout[chunk], 4), dM, self.tiles)
 
     def _bias_gradient(self, dout):
         if self.has_bias:
@@ -988,14 +988,18 @@ class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
         n, h, w, _ = x.shape
         f = self.b.size
         self.out = self.workspace("out", (n, h // 2, w // 2, f), x.dtype)
-        self.argmax = self.workspace("argmax", self.out.shape, np.uint8)
+        self.argmax = self.workspace("argmax", (n, h // 2, w // 2, f), np.uint8)
         self.dbs = self.workspace("dbs", (n, f), x.dtype)
 
     def _transform_output(self, M, chunk):
-        pool_products(M, self.b, self.out[chunk], self.argmax[chunk], self.tiles)
+        out = by_tile(self.out[chunk], 2)
+        argmax = by_tile(self.argmax[chunk], 2)
+        pool_products(M, by_block(self.b), out, argmax, self.tiles)
 
     def _transform_output_gradient(self, dout, dM, chunk):
-        pool_products_gradient(dout[chunk], self.argmax[chunk], dM, self.dbs[chunk], self.tiles)
+        dout = by_tile(dout[chunk], 2)
+        argmax = by_tile(self.argmax[chunk], 2)
+        pool_products_gradient(dout, argmax, dM, by_block(self.dbs[chunk]), self.tiles)
 
     def _bias_gradient(self, dout):
         self.dbs.sum(axis=0, out=self.db)

@@ -696,14 +696,13 @@ def output_tile_gradient(tile):
 def read_matrices(matrices, i, row, col, block, tile):
     for h in range(6):
         for w in range(6):
-            copy(matrices[h, w, i, row, col, block], tile[h, w])
+            copy(matrices[6 * h + w, i, row, col, block], tile[h, w])
 
 
 @inlined
 def write_matrices(tile, matrices, i, row, col, block):
-    for h in range(6):
-        for w in range(6):
-            copy(tile[h, w], matrices[h, w, i, row, col, block])
+    for k in range(36):
+        copy(tile[k // 6, k % 6], matrices[k, i, row, col, block])
 
 
 # The kernels: the threads share the images; the loops inside are over tiles and blocks of channels.
@@ -718,13 +717,13 @@ def transform_images(x, V, tiles):
         tile = tiles[get_thread_id()]
         for row in range(height // 4):
             for col in range(width // 4):
+                top = 4 * row - 1
+                left = 4 * col - 1
                 for block in range(blocks):
                     for h in range(6):
                         for w in range(6):
-                            y = 4 * row + h - 1
-                            z = 4 * col + w - 1
-                            if 0 <= y < height and 0 <= z < width:
-                                copy(x[i, y, z, block], tile[h, w])
+                            if 0 <= top + h < height and 0 <= left + w < width:
+                                copy(x[i, top + h, left + w, block], tile[h, w])
                             else:
                                 tile[h, w] = 0
                     input_tile(tile)
@@ -740,15 +739,15 @@ def transform_images_gradient(dV, dx, tiles):
         dx[i] = 0
         for row in range(height // 4):
             for col in range(width // 4):
+                top = 4 * row - 1
+                left = 4 * col - 1
                 for block in range(blocks):
                     read_matrices(dV, i, row, col, block, tile)
                     input_tile_gradient(tile)
                     for h in range(6):
                         for w in range(6):
-                            y = 4 * row + h - 1
-                            z = 4 * col + w - 1
-                            if 0 <= y < height and 0 <= z < width:
-                                add(tile[h, w], dx[i, y, z, block])
+                            if 0 <= top + h < height and 0 <= left + w < width:
+                                add(tile[h, w], dx[i, top + h, left + w, block])
 
 
 @kernel(parallel=True)
@@ -949,7 +948,7 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         """Two views of V, M or their gradients of n images: (36, tiles, channels), and by tile."""
         n = len(memory)
         _, h, w, _ = self.x_shape
-        by_place = memory.reshape(6, 6, n, h // 4, w // 4, channels)
+        by_place = memory.reshape(36, n, h // 4, w // 4, channels)
         return memory.reshape(36, -1, channels), by_block(by_place)
 
     def _products(self, chunk):

@@ -245,110 +245,106 @@ class ThreadedDense(Dense):
 
 
 @inlined
-def im2col(x, kernel_size, stride, padding, oh, ow, col):
-    """x (N, H, W, C) → col (N·OH·OW, K·K·C), a row per window, 0 outside the image.
+def im2col(x, stride, padding, padded, col):
+    """An image x (H, W, C) → col (OH, OW, K, K·C), its windows: K lines of K·C neighbouring values.
 
-    A window is K lines of K·C neighbouring values: each line is one copy.
+    padded (H + 2 padding, (W + 2 padding)·C): a workspace for the image with zeros around it.
     """
-    n, height, width, channels = x.shape
-    row = 0
-    for i in range(n):
-        for top in range(-padding, stride * oh - padding, stride):
-            for left in range(-padding, stride * ow - padding, stride):
-                first = max(left, 0)
-                last = min(left + kernel_size, width)
-                for h in range(top, top + kernel_size):
-                    start = (h - top) * kernel_size * channels
-                    line = col[row, start : start + kernel_size * channels]
-                    whole = first == left and last == left + kernel_size
-                    if not (0 <= h < height and whole):
-                        line[:] = 0
-                    if 0 <= h < height:
-                        copy(
-                            x[i, h].reshape(-1)[first * channels : last * channels],
-                            line[(first - left) * channels : (last - left) * channels],
-                        )
-                row += 1
+    height, width, channels = x.shape
+    oh, ow, kernel_size, line = col.shape
+    padded[...] = 0
+    for h in range(height):
+        inner = padded[padding + h, padding * channels : (padding + width) * channels]
+        copy(x[h].reshape(-1), inner)
+    for i in range(oh):
+        for j in range(ow):
+            left = stride * j * channels
+            for k in range(kernel_size):
+                copy(padded[stride * i + k, left : left + line], col[i, j, k])
 
 
 @inlined
-def col2im(col, kernel_size, stride, padding, oh, ow, dx):
-    """im2col transposed: dx (N, H, W, C) = the sum of the gradients of all windows."""
-    n, height, width, channels = dx.shape
-    dx[...] = 0
-    row = 0
-    for i in range(n):
-        for top in range(-padding, stride * oh - padding, stride):
-            for left in range(-padding, stride * ow - padding, stride):
-                first = max(left, 0)
-                last = min(left + kernel_size, width)
-                for h in range(max(top, 0), min(top + kernel_size, height)):
-                    start = (h - top) * kernel_size * channels
-                    line = col[row, start : start + kernel_size * channels]
-                    add(
-                        line[(first - left) * channels : (last - left) * channels],
-                        dx[i, h].reshape(-1)[first * channels : last * channels],
-                    )
-                row += 1
+def col2im(col, stride, padding, padded, dx):
+    """im2col transposed: each window's gradient is added to where im2col read the window."""
+    height, width, channels = dx.shape
+    oh, ow, kernel_size, line = col.shape
+    padded[...] = 0
+    for i in range(oh):
+        for j in range(ow):
+            left = stride * j * channels
+            for k in range(kernel_size):
+                add(col[i, j, k], padded[stride * i + k, left : left + line])
+    for h in range(height):
+        inner = padded[padding + h, padding * channels : (padding + width) * channels]
+        copy(inner, dx[h].reshape(-1))
 
 
 @kernel(parallel=True)
-def conv_forward(x, W, out, kernel_size, stride, padding, chunk_size, cols):
-    """x (N, H, W, C), W (K·K·C, F) → out (N, OH, OW, F), in chunks of chunk_size images.
+def conv_forward(x, W, out, stride, padding, paddeds, cols):
+    """x (N, H, W, C), W (K·K·C, F) → out (N, OH, OW, F), in chunks of len(cols[t]) images.
 
-    The matrix of a chunk, cols[t], is made and used while it is in the cache of the thread's core.
+    The matrix of a chunk, cols[t], is written and read while it is in the cache of a thread's core.
     """
     n, oh, ow, channels = out.shape
+    chunk_size = cols.shape[1]
     for chunk in prange(-(-n // chunk_size)):
+        t = get_thread_id()
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
-        col = cols[get_thread_id(), : (stop - start) * oh * ow]
-        im2col(x[start:stop], kernel_size, stride, padding, oh, ow, col)
+        for i in range(start, stop):
+            im2col(x[i], stride, padding, paddeds[t], cols[t, i - start])
+        col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         np.dot(col, W, out[start:stop].reshape(-1, channels))
 
 
 @kernel(parallel=True)
-def conv_backward(x, dout, W, dx, dWs, kernel_size, stride, padding, chunk_size, cols, products):
+def conv_backward(x, dout, W, dx, dWs, stride, padding, paddeds, cols, products):
     """Add each chunk's dW (K·K·C, F) to its thread's sum, dWs[t]; set dx, unless that is empty.
 
     im2col is repeated here: that is cheaper than to keep the matrix, K² times as large as x.
     """
     n, oh, ow, channels = dout.shape
+    chunk_size = cols.shape[1]
     for chunk in prange(-(-n // chunk_size)):
         t = get_thread_id()
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
-        col = cols[t, : (stop - start) * oh * ow]
+        for i in range(start, stop):
+            im2col(x[i], stride, padding, paddeds[t], cols[t, i - start])
+        col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         dy = dout[start:stop].reshape(-1, channels)
-        im2col(x[start:stop], kernel_size, stride, padding, oh, ow, col)
         np.dot(col.T, dy, products[t])
         dWs[t] += products[t]
         if len(dx):
             np.dot(dy, W.T, col)
-            col2im(col, kernel_size, stride, padding, oh, ow, dx[start:stop])
+            for i in range(start, stop):
+                col2im(cols[t, i - start], stride, padding, paddeds[t], dx[i])
 
 
 class ThreadedConv2D(Conv2D):
     """common.Conv2D with threads: any kernel size, stride and padding."""
 
-    MIN_ROWS = 512  # of a matrix product, if there are enough images: smaller ones are slower
+    MIN_ROWS = 512  # of a matrix product, if there are enough images: BLAS is slow on small ones
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, OH, OW, C_out)"""
         n, h, w, c = x.shape
+        k = self.kernel_size
+        padded_h = h + 2 * self.padding
+        padded_w = w + 2 * self.padding
+        oh = (padded_h - k) // self.stride + 1
+        ow = (padded_w - k) // self.stride + 1
         threads = numba.get_num_threads()
-        oh = (h + 2 * self.padding - self.kernel_size) // self.stride + 1
-        ow = (w + 2 * self.padding - self.kernel_size) // self.stride + 1
 
         # Enough images for MIN_ROWS rows, but at least one chunk for every thread.
         chunk_size = max(1, min(-(-self.MIN_ROWS // (oh * ow)), -(-n // threads)))
-        col_shape = (chunk_size * oh * ow, self.kernel_size**2 * c)
-        cols = self.workspace("cols", (threads, *col_shape), x.dtype)
+        self.paddeds = self.workspace("paddeds", (threads, padded_h, padded_w * c), x.dtype)
+        self.cols = self.workspace("cols", (threads, chunk_size, oh, ow, k, k * c), x.dtype)
 
         self.x = x
-        self.geometry = (self.kernel_size, self.stride, self.padding, chunk_size, cols)
         out = self.workspace("out", (n, oh, ow, self.b.size), x.dtype)
-        conv_forward(x, self.W.reshape(-1, self.b.size), out, *self.geometry)
+        W = self.W.reshape(-1, self.b.size)
+        conv_forward(x, W, out, self.stride, self.padding, self.paddeds, self.cols)
         if self.has_bias:
             out += self.b
         return out
@@ -356,14 +352,15 @@ class ThreadedConv2D(Conv2D):
     def backward(self, dout):
         """dout (N, OH, OW, C_out) → dx (N, H, W, C_in), or None if nobody needs it."""
         W = self.W.reshape(-1, self.b.size)
-        threads = numba.get_num_threads()
+        threads = len(self.cols)
         dWs = self.workspace("dWs", (threads, *W.shape), dout.dtype)
         products = self.workspace("products", (threads, *W.shape), dout.dtype)
         n = len(self.x) if self.requires_input_grad else 0
         dx = self.workspace("dx", (n, *self.x.shape[1:]), dout.dtype)
 
         dWs.fill(0)
-        conv_backward(self.x, dout, W, dx, dWs, *self.geometry, products)
+        geometry = (self.stride, self.padding, self.paddeds, self.cols)
+        conv_backward(self.x, dout, W, dx, dWs, *geometry, products)
         dWs.sum(axis=0, out=self.dW.reshape(W.shape))
         if self.has_bias:
             dout.sum(axis=(0, 1, 2), out=self.db)

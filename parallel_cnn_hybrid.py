@@ -245,22 +245,24 @@ class ThreadedDense(Dense):
 
 
 @inlined
-def im2col(x, stride, padding, padded, col):
-    """An image x (H, W, C) → col (OH, OW, K, K·C), its windows: K lines of K·C neighbouring values.
-
-    padded (H + 2 padding, (W + 2 padding)·C): a workspace for the image with zeros around it.
-    """
+def pad(x, padding, padded):
+    """x (H, W, C) → padded (H + 2 padding, (W + 2 padding)·C): the image with zeros around it."""
     height, width, channels = x.shape
-    oh, ow, kernel_size, line = col.shape
     padded[...] = 0
     for h in range(height):
         inner = padded[padding + h, padding * channels : (padding + width) * channels]
         copy(x[h].reshape(-1), inner)
-    for i in range(oh):
-        for j in range(ow):
-            left = stride * j * channels
+
+
+@inlined
+def copy_windows(padded, channels, top, left, stride, col):
+    """col (OH, OW, K, K·C) = the windows from (top, left) on: K lines of K·C neighbouring values."""
+    oh, ow, kernel_size, line = col.shape
+    for h in range(oh):
+        for w in range(ow):
+            start = (left + stride * w) * channels
             for k in range(kernel_size):
-                copy(padded[stride * i + k, left : left + line], col[i, j, k])
+                copy(padded[top + stride * h + k, start : start + line], col[h, w, k])
 
 
 @inlined
@@ -292,7 +294,8 @@ def conv_forward(x, W, out, stride, padding, paddeds, cols):
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
         for i in range(start, stop):
-            im2col(x[i], stride, padding, paddeds[t], cols[t, i - start])
+            pad(x[i], padding, paddeds[t])
+            copy_windows(paddeds[t], x.shape[3], 0, 0, stride, cols[t, i - start])
         col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         np.dot(col, W, out[start:stop].reshape(-1, channels))
 
@@ -310,7 +313,8 @@ def conv_backward(x, dout, W, dx, dWs, stride, padding, paddeds, cols, products)
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
         for i in range(start, stop):
-            im2col(x[i], stride, padding, paddeds[t], cols[t, i - start])
+            pad(x[i], padding, paddeds[t])
+            copy_windows(paddeds[t], x.shape[3], 0, 0, stride, cols[t, i - start])
         col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         dy = dout[start:stop].reshape(-1, channels)
         np.dot(col.T, dy, products[t])
@@ -410,35 +414,16 @@ def relu_pool_gradient(dout, argmax, dy0, dy1, dy2, dy3, db):
 
 
 @inlined
-def im2col_for_pooling(x, planes, col):
-    """x (H, W, C) → col (9·C, H·W): a row for each place in a 3×3 window, a column per position.
-
-    The positions come in four groups of H/2·W/2, the upper left ones of all pooling windows first,
-    since pool() reads the four groups side by side. planes (C, 2, H + 2, W/2 + 1): the image padded
-    by 1, its even and odd columns apart, so that every second column is a row to copy.
-    """
-    height, width, channels = x.shape
-    ow = width // 2
-    for h in range(height):
-        for w in range(width):
-            for c in range(channels):
-                planes[c, (w + 1) % 2, h + 1, (w + 1) // 2] = x[h, w, c]
-    for kh in range(3):
-        for kw in range(3):
-            for c in range(channels):
-                row = col[(3 * kh + kw) * channels + c]
-                start = 0
-                for i in range(2):
-                    for j in range(2):
-                        odd = (kw + j) % 2
-                        first = (kw + j) // 2
-                        for h in range(i + kh, height + kh, 2):
-                            copy(planes[c, odd, h, first : first + ow], row[start : start + ow])
-                            start += ow
+def im2col_for_pooling(x, padded, col):
+    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): apart, the four positions of all pooling windows."""
+    pad(x, 1, padded)
+    for i in range(2):
+        for j in range(2):
+            copy_windows(padded, x.shape[2], i, j, 2, col[2 * i + j])
 
 
 @kernel(parallel=True)
-def conv_pool_forward(x, W, b, out, argmax, planes, cols, ys):
+def conv_pool_forward(x, W, b, out, argmax, paddeds, cols, ys):
     """x (N, H, W, C), W (9·C, F) → out, argmax (N, H/2, W/2, F).
 
     An image's y (4, H/2, W/2, F), the convolution, is written and read in its thread's cache.
@@ -447,8 +432,8 @@ def conv_pool_forward(x, W, b, out, argmax, planes, cols, ys):
     for i in prange(n):
         t = get_thread_id()
         y = ys[t]
-        im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t].T, W, y.reshape(-1, channels))
+        im2col_for_pooling(x[i], paddeds[t], cols[t])
+        np.dot(cols[t].reshape(4 * oh * ow, len(W)), W, y.reshape(-1, channels))
         for h in range(oh):
             for w in range(ow):
                 y0 = y[0, h, w]
@@ -459,7 +444,7 @@ def conv_pool_forward(x, W, b, out, argmax, planes, cols, ys):
 
 
 @kernel(parallel=True)
-def conv_pool_backward(x, dout, argmax, dWs, dbs, planes, cols, ys, products):
+def conv_pool_backward(x, dout, argmax, dWs, dbs, paddeds, cols, ys, products):
     """Add each image's dW (9·C, F) and db (F,) to its thread's sums, dWs[t] and dbs[t]."""
     n, oh, ow, channels = dout.shape
     for i in prange(n):
@@ -472,8 +457,9 @@ def conv_pool_backward(x, dout, argmax, dWs, dbs, planes, cols, ys, products):
                 dy2 = dy[2, h, w]
                 dy3 = dy[3, h, w]
                 relu_pool_gradient(dout[i, h, w], argmax[i, h, w], dy0, dy1, dy2, dy3, dbs[t])
-        im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t], dy.reshape(-1, channels), products[t])
+        im2col_for_pooling(x[i], paddeds[t], cols[t])
+        col = cols[t].reshape(4 * oh * ow, len(products[t]))
+        np.dot(col.T, dy.reshape(-1, channels), products[t])
         dWs[t] += products[t]
 
 
@@ -500,8 +486,8 @@ class ThreadedConvReLUPool(ConvReLUPool):
         self.out = self.workspace("out", (n, h // 2, w // 2, f), x.dtype)
         self.argmax = self.workspace("argmax", (n, h // 2, w // 2, f), np.uint8)
         self.thread_buffers = (
-            self.workspace("planes", (threads, c, 2, h + 2, w // 2 + 1), x.dtype),
-            self.workspace("cols", (threads, 9 * c, h * w), x.dtype),
+            self.workspace("paddeds", (threads, h + 2, (w + 2) * c), x.dtype),
+            self.workspace("cols", (threads, 4, h // 2, w // 2, 3, 3 * c), x.dtype),
             self.workspace("ys", (threads, 4, h // 2, w // 2, f), x.dtype),
         )
         W = self.W.reshape(-1, f)

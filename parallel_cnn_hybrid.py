@@ -73,11 +73,11 @@ from common import (
 # --------------------------------------------------------------------------------------------------
 # How threads share the work
 #
-# Numba compiles a kernel to machine code. `prange` divides its iterations among OpenMP threads: each
-# takes one contiguous range. No two iterations may write to the same place, since nothing orders
-# threads before the loop's end. So each thread works in a workspace of its own, `…s[get_thread_id()]`
-# (arrays with one entry per thread have plural names), which also stays in the cache of its core.
-# What threads add up, a weight's gradient, they add up apart; the layer sums over the threads.
+# Numba compiles a kernel to machine code. `prange` divides its iterations among OpenMP threads, a
+# contiguous range for each. Nothing orders the threads before the end of the loop, so no two
+# iterations may write to the same place: every thread has a workspace of its own, which also stays
+# in the cache of its core. (Arrays with one entry per thread have plural names: `cols` has `col`s.)
+# What all images add to, a weight's gradient, each thread sums apart; the layer adds those sums up.
 # --------------------------------------------------------------------------------------------------
 
 # No fastmath: Numba optimises the body of a prange twice, by itself and within its function, and a
@@ -87,8 +87,8 @@ kernel = functools.partial(njit, cache=True)
 inlined = kernel(forceinline=True)
 
 
-# Rows of channels: short loops over neighbouring values, which the compiler turns into vector
-# instructions. `inlined` functions become part of the kernel that calls them.
+# Loops over neighbouring values, the channels of one position: the compiler makes vector
+# instructions of them. An `inlined` function becomes part of the kernel that calls it.
 
 
 @inlined
@@ -116,7 +116,7 @@ def add_scaled(factor, source, target):
 
 @kernel(parallel=True)
 def sgd_update(w, g, velocity, scale, lr, momentum, weight_decay):
-    """common.SGD's update of w from summed gradients g. One pass reads and writes memory once."""
+    """common.SGD's update of w from the summed gradients g, all in one pass over memory."""
     for i in prange(w.size):
         velocity[i] = momentum * velocity[i] + (g[i] * scale + weight_decay * w[i])
         w[i] -= lr * velocity[i]
@@ -138,7 +138,7 @@ class ThreadedSGD(SGD):
 
 @kernel(parallel=True)
 def adam_update(w, g, m, v, scale, lr, beta1, beta2, v_correction, eps, weight_decay):
-    """common.Adam's update of w from summed gradients g; lr includes the bias correction of m."""
+    """common.Adam's update of w; lr includes the bias correction of m."""
     one = w.dtype.type(1)
     for i in prange(w.size):
         gradient = g[i] * scale + weight_decay * w[i]
@@ -167,8 +167,8 @@ class ThreadedAdam(Adam):
 # --------------------------------------------------------------------------------------------------
 # Dense layers: threads share the input features, not the images
 #
-# The CNN's first dense layer has 98 % of its parameters. With the images shared, every thread would
-# read all of W and sum up a dW of its own; with the features shared, each reads its rows of W once.
+# The CNN's first dense layer has 98 % of its parameters. If threads shared the images, each would
+# read all of W and have a dW of its own, 4 MB. So each has its rows of W and dW instead.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +240,7 @@ class ThreadedDense(Dense):
 
 
 # --------------------------------------------------------------------------------------------------
-# Any convolution, by im2col: a few images at a time become the rows of one matrix product
+# Any convolution, by im2col: the windows of a few images are the rows of one matrix
 # --------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +256,7 @@ def pad(x, padding, padded):
 
 @inlined
 def copy_windows(padded, channels, top, left, stride, col):
-    """col (OH, OW, K, K·C) = the windows from (top, left) on: K lines of K·C neighbouring values."""
+    """col (OH, OW, K, K·C) = the windows from (top, left) on, each K lines of K·C values."""
     oh, ow, kernel_size, line = col.shape
     for h in range(oh):
         for w in range(ow):
@@ -267,7 +267,7 @@ def copy_windows(padded, channels, top, left, stride, col):
 
 @inlined
 def col2im(col, stride, padding, padded, dx):
-    """im2col transposed: each window's gradient is added to where im2col read the window."""
+    """pad and copy_windows transposed: dx (H, W, C) = the sum of the windows' gradients col."""
     height, width, channels = dx.shape
     oh, ow, kernel_size, line = col.shape
     padded[...] = 0
@@ -282,10 +282,11 @@ def col2im(col, stride, padding, padded, dx):
 
 
 @kernel(parallel=True)
-def conv_forward(x, W, out, stride, padding, paddeds, cols):
-    """x (N, H, W, C), W (K·K·C, F) → out (N, OH, OW, F), in chunks of len(cols[t]) images.
+def conv_forward(x, W, out, stride, padding, padded_images, cols):
+    """x (N, H, W, C), W (K·K·C, F) → out (N, OH, OW, F).
 
-    The matrix of a chunk, cols[t], is written and read while it is in the cache of a thread's core.
+    Threads share chunks of images, as many as cols[t] (chunk size, OH, OW, K, K·C) has room for:
+    so the matrix of a chunk is still in the cache when it is multiplied.
     """
     n, oh, ow, channels = out.shape
     chunk_size = cols.shape[1]
@@ -294,17 +295,17 @@ def conv_forward(x, W, out, stride, padding, paddeds, cols):
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
         for i in range(start, stop):
-            pad(x[i], padding, paddeds[t])
-            copy_windows(paddeds[t], x.shape[3], 0, 0, stride, cols[t, i - start])
+            pad(x[i], padding, padded_images[t])
+            copy_windows(padded_images[t], x.shape[3], 0, 0, stride, cols[t, i - start])
         col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         np.dot(col, W, out[start:stop].reshape(-1, channels))
 
 
 @kernel(parallel=True)
-def conv_backward(x, dout, W, dx, dWs, stride, padding, paddeds, cols, products):
+def conv_backward(x, dout, W, dx, dWs, stride, padding, padded_images, cols, products):
     """Add each chunk's dW (K·K·C, F) to its thread's sum, dWs[t]; set dx, unless that is empty.
 
-    im2col is repeated here: that is cheaper than to keep the matrix, K² times as large as x.
+    The matrix is made again, which is cheaper than to fetch one K² times as large as x from memory.
     """
     n, oh, ow, channels = dout.shape
     chunk_size = cols.shape[1]
@@ -313,8 +314,8 @@ def conv_backward(x, dout, W, dx, dWs, stride, padding, paddeds, cols, products)
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
         for i in range(start, stop):
-            pad(x[i], padding, paddeds[t])
-            copy_windows(paddeds[t], x.shape[3], 0, 0, stride, cols[t, i - start])
+            pad(x[i], padding, padded_images[t])
+            copy_windows(padded_images[t], x.shape[3], 0, 0, stride, cols[t, i - start])
         col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
         dy = dout[start:stop].reshape(-1, channels)
         np.dot(col.T, dy, products[t])
@@ -322,7 +323,7 @@ def conv_backward(x, dout, W, dx, dWs, stride, padding, paddeds, cols, products)
         if len(dx):
             np.dot(dy, W.T, col)
             for i in range(start, stop):
-                col2im(cols[t, i - start], stride, padding, paddeds[t], dx[i])
+                col2im(cols[t, i - start], stride, padding, padded_images[t], dx[i])
 
 
 class ThreadedConv2D(Conv2D):
@@ -342,13 +343,15 @@ class ThreadedConv2D(Conv2D):
 
         # Enough images for MIN_ROWS rows, but at least one chunk for every thread.
         chunk_size = max(1, min(-(-self.MIN_ROWS // (oh * ow)), -(-n // threads)))
-        self.paddeds = self.workspace("paddeds", (threads, padded_h, padded_w * c), x.dtype)
+        self.padded_images = self.workspace(
+            "padded_images", (threads, padded_h, padded_w * c), x.dtype
+        )
         self.cols = self.workspace("cols", (threads, chunk_size, oh, ow, k, k * c), x.dtype)
 
         self.x = x
         out = self.workspace("out", (n, oh, ow, self.b.size), x.dtype)
         W = self.W.reshape(-1, self.b.size)
-        conv_forward(x, W, out, self.stride, self.padding, self.paddeds, self.cols)
+        conv_forward(x, W, out, self.stride, self.padding, self.padded_images, self.cols)
         if self.has_bias:
             out += self.b
         return out
@@ -363,7 +366,7 @@ class ThreadedConv2D(Conv2D):
         dx = self.workspace("dx", (n, *self.x.shape[1:]), dout.dtype)
 
         dWs.fill(0)
-        geometry = (self.stride, self.padding, self.paddeds, self.cols)
+        geometry = (self.stride, self.padding, self.padded_images, self.cols)
         conv_backward(self.x, dout, W, dx, dWs, *geometry, products)
         dWs.sum(axis=0, out=self.dW.reshape(W.shape))
         if self.has_bias:
@@ -378,32 +381,30 @@ class ThreadedConv2D(Conv2D):
 # needs no more of y than which of four was the maximum.
 # --------------------------------------------------------------------------------------------------
 
-CLOSED = (
-    4  # argmax where ReLU is closed; otherwise 0 to 3, row by row, which of four was the maximum
-)
+CLOSED = 4  # argmax where ReLU is closed; otherwise 0 to 3, row by row
 
 
 @inlined
 def relu_pool(y0, y1, y2, y3, b, out, argmax):
-    """out = ReLU(max(y0, y1, y2, y3) + b), and argmax: the first of equal ones, as in PyTorch.
+    """out = ReLU(max(y0, y1, y2, y3) + b); argmax: which it was, of equal ones the first.
 
-    y0, y1 are the upper, y2, y3 the lower positions of a pooling window. All (channels,).
+    y0 and y1 are the upper, y2 and y3 the lower positions of a pooling window. All (channels,).
     """
     for c in range(out.size):
         upper = max(y0[c], y1[c])
         lower = max(y2[c], y3[c])
         upper_argmax = 0 if y0[c] >= y1[c] else 1
         lower_argmax = 2 if y2[c] >= y3[c] else 3
-        first = upper_argmax if upper >= lower else lower_argmax
+        largest = upper_argmax if upper >= lower else lower_argmax
         value = max(upper, lower) + b[c]
         is_closed = value <= 0  # False for NaN, which goes on to the loss
         out[c] = 0 if is_closed else value
-        argmax[c] = CLOSED if is_closed else first
+        argmax[c] = CLOSED if is_closed else largest
 
 
 @inlined
 def relu_pool_gradient(dout, argmax, dy0, dy1, dy2, dy3, db):
-    """relu_pool transposed: dout goes to the position that argmax names; db += dout unless closed."""
+    """relu_pool transposed: dout goes to the position of the maximum, and to db, unless closed."""
     zero = dout.dtype.type(0)
     for c in range(dout.size):
         dy0[c] = dout[c] if argmax[c] == 0 else zero
@@ -415,7 +416,7 @@ def relu_pool_gradient(dout, argmax, dy0, dy1, dy2, dy3, db):
 
 @inlined
 def im2col_for_pooling(x, padded, col):
-    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): apart, the four positions of all pooling windows."""
+    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): first the upper left positions of all pools, …"""
     pad(x, 1, padded)
     for i in range(2):
         for j in range(2):
@@ -423,16 +424,16 @@ def im2col_for_pooling(x, padded, col):
 
 
 @kernel(parallel=True)
-def conv_pool_forward(x, W, b, out, argmax, paddeds, cols, ys):
+def conv_pool_forward(x, W, b, out, argmax, padded_images, cols, ys):
     """x (N, H, W, C), W (9·C, F) → out, argmax (N, H/2, W/2, F).
 
-    An image's y (4, H/2, W/2, F), the convolution, is written and read in its thread's cache.
+    The convolution of an image, y (4, H/2, W/2, F), is pooled while it is in the cache.
     """
     n, oh, ow, channels = out.shape
     for i in prange(n):
         t = get_thread_id()
         y = ys[t]
-        im2col_for_pooling(x[i], paddeds[t], cols[t])
+        im2col_for_pooling(x[i], padded_images[t], cols[t])
         np.dot(cols[t].reshape(4 * oh * ow, len(W)), W, y.reshape(-1, channels))
         for h in range(oh):
             for w in range(ow):
@@ -444,7 +445,7 @@ def conv_pool_forward(x, W, b, out, argmax, paddeds, cols, ys):
 
 
 @kernel(parallel=True)
-def conv_pool_backward(x, dout, argmax, dWs, dbs, paddeds, cols, ys, products):
+def conv_pool_backward(x, dout, argmax, dWs, dbs, padded_images, cols, ys, products):
     """Add each image's dW (9·C, F) and db (F,) to its thread's sums, dWs[t] and dbs[t]."""
     n, oh, ow, channels = dout.shape
     for i in prange(n):
@@ -457,7 +458,7 @@ def conv_pool_backward(x, dout, argmax, dWs, dbs, paddeds, cols, ys, products):
                 dy2 = dy[2, h, w]
                 dy3 = dy[3, h, w]
                 relu_pool_gradient(dout[i, h, w], argmax[i, h, w], dy0, dy1, dy2, dy3, dbs[t])
-        im2col_for_pooling(x[i], paddeds[t], cols[t])
+        im2col_for_pooling(x[i], padded_images[t], cols[t])
         col = cols[t].reshape(4 * oh * ow, len(products[t]))
         np.dot(col.T, dy.reshape(-1, channels), products[t])
         dWs[t] += products[t]
@@ -486,7 +487,7 @@ class ThreadedConvReLUPool(ConvReLUPool):
         self.out = self.workspace("out", (n, h // 2, w // 2, f), x.dtype)
         self.argmax = self.workspace("argmax", (n, h // 2, w // 2, f), np.uint8)
         self.thread_buffers = (
-            self.workspace("paddeds", (threads, h + 2, (w + 2) * c), x.dtype),
+            self.workspace("padded_images", (threads, h + 2, (w + 2) * c), x.dtype),
             self.workspace("cols", (threads, 4, h // 2, w // 2, 3, 3 * c), x.dtype),
             self.workspace("ys", (threads, 4, h // 2, w // 2, f), x.dtype),
         )
@@ -510,38 +511,36 @@ class ThreadedConvReLUPool(ConvReLUPool):
 
 
 # --------------------------------------------------------------------------------------------------
-# Winograd's convolution F(4×4, 3×3), explained and cited at common.WinogradConv2D
+# Winograd's convolution F(4×4, 3×3): see WinogradConv2D in common.py for the idea and the paper
 #
-#   input d     6×6 tiles, 4 apart    V = Bᵀ d B    36 matrices (rows, C), a row per tile
-#   weights g   3×3                   U = G g Gᵀ    36 matrices (C, F)
-#                                     M = V U       36 matrices (rows, F)
-#   output y    4×4 tiles             y = Aᵀ M A
+#   forward     d    6×6 tiles of x, 4 apart     V = Bᵀ d B    36 matrices (tiles, C)
+#               w    3×3 weights                 U = G w Gᵀ    36 matrices (C, F)
+#                                                M = V U       36 matrices (tiles, F)
+#               y    4×4 tiles of the output     y = Aᵀ M A
+#   backward    dM = A dy Aᵀ     dV = dM Uᵀ    dd = B dV Bᵀ, which adds up to dx where tiles overlap
+#                                dU = Vᵀ dM    dw = Gᵀ dU G
 #
-# and backward, each step transposed:
+# Threads share the images in d → V and M → y, and the 36 matrices in V → M: so no thread needs all
+# of U, nor a dU of its own.
 #
-#   dM = A dy Aᵀ    dV = dM Uᵀ    dU = Vᵀ dM    dd = B dV Bᵀ, added up where tiles overlap    dg = Gᵀ dU G
-#
-# Images are shared among threads in the transforms (d → V, M → y), the 36 products (V → M) between
-# them: then no thread needs the whole of U, nor a dU of its own.
-#
-# The transforms work on one tile of BLOCK channels, first on its rows, then on its columns. So the
-# kernels take views of the arrays whose axes count tiles and blocks of channels:
+# The transforms work on one tile at a time, and BLOCK of its channels: at most 9 KiB, in the fastest
+# cache. The kernels take views whose axes count tiles and blocks of channels:
 #
 #   x       (N, H, W, C/BLOCK, BLOCK)
-#   V, M    (6, 6, N, H/4, W/4, C/BLOCK, BLOCK)    the place in the tile, the tile, the channel
-#   y       (N, H/4, 4, W/4, 4, F/BLOCK, BLOCK)    pooled: 2 in the place of 4
-#   tile    (6, 6, BLOCK)                          9 KiB at most: in the fastest cache
+#   V, M    (36, N, H/4, W/4, C/BLOCK, BLOCK)      position (h, w) of a tile is in matrix 6·h + w
+#   y       (N, H/4, 4, W/4, 4, F/BLOCK, BLOCK)    when pooled, 2 in the place of 4
+#   tile    (6, 6, BLOCK)
 # --------------------------------------------------------------------------------------------------
 
 BLOCK = 32
-ROW = 6 * BLOCK  # from one row of a flat tile to the next; from one column to the next: BLOCK
+ROW = 6 * BLOCK  # between the rows of a flat tile; between its columns: BLOCK
 A = float(WINOGRAD_POINTS[1])  # the points are 0, A, -A, B, -B and infinity
 B = float(WINOGRAD_POINTS[3])
 
 
-# The four transforms, in place, of one row or column of a flat tile: six positions that begin at
-# `start`, `step` apart. The matrices' rows for A and -A have equal even and opposite odd powers, so
-# each such pair shares its sums: a quarter of the operations of a product with the matrix.
+# The four transforms of one row or column of a flat tile, in place: it begins at `start`, its values
+# are `step` apart. Points A and -A have equal even powers and opposite odd ones, so their two sums
+# have the same terms, added or subtracted: a quarter of the operations of a product with the matrix.
 
 
 @inlined
@@ -632,7 +631,7 @@ def transform_output_gradient(tile, start, step):
         tile[i + 5 * step] = y3
 
 
-# The same for both directions of a tile.
+# A whole tile: its rows and its columns.
 
 
 @inlined
@@ -657,7 +656,7 @@ def input_tile_gradient(tile):
 
 @inlined
 def output_tile(tile):
-    """y = Aᵀ M A, the upper left 4×4 positions"""
+    """y = Aᵀ M A, in the upper left 4×4 positions"""
     flat = tile.reshape(-1)
     for h in range(6):
         transform_output(flat, h * ROW, BLOCK)
@@ -688,8 +687,8 @@ def write_matrices(tile, matrices, i, row, col, block):
         copy(tile[k // 6, k % 6], matrices[k, i, row, col, block])
 
 
-# The kernels: the threads share the images; the loops inside are over tiles and blocks of channels.
-# An input tile begins one position above and left of its output tile: that is the padding.
+# The kernels: threads share the images; inside are loops over tiles and blocks of channels. An input
+# tile begins one position above and left of its output tile: that is the padding.
 
 
 @kernel(parallel=True)
@@ -988,11 +987,10 @@ class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
 
 
 # --------------------------------------------------------------------------------------------------
-# Batch normalisation, and with it, in the same pass over memory, what follows in a residual block:
-# the sum with the shortcut and ReLU
+# Batch normalisation, with what follows it in a residual block: the sum with the shortcut, ReLU
 #
-# The sums over a channel are taken image by image and then over the images: so they do not depend
-# on which thread had which images.
+# A pass over memory costs more than the arithmetic: so as much as possible is done in each. Sums
+# over a channel are taken image by image, then over the images, whichever thread had them.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1000,8 +998,8 @@ class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
 def moments(x, means, squares):
     """x (N, H, W, C) → each image's means and sums of squared deviations from them, (N, C) both.
 
-    Two passes over an image, which is in the cache by the second: a variance from the sum of squares
-    would lose its digits where the mean is large.
+    Two passes over an image, which the second finds in the cache: a variance computed from the sum
+    of squares would lose its digits where the mean is large.
     """
     n, height, width, channels = x.shape
     for i in prange(n):
@@ -1072,12 +1070,13 @@ def normalize_input_gradient(dout, x, mean, out, has_relu, scale, slope, shift, 
 
 
 class ThreadedBatchNorm2D(BatchNorm2D):
-    """common.BatchNorm2D with threads: the four passes over the images that it calls.
+    """common.BatchNorm2D with threads: its four passes over the images.
 
-    forward(x, shortcut) adds the shortcut to the result; backward() then sets `dshortcut`.
+    forward(x, shortcut) adds the shortcut; backward() then sets its gradient, `dshortcut`.
+    has_relu: ReLU of the result.
     """
 
-    relu = False  # True: the result is ReLU's
+    has_relu = False
 
     def forward(self, x, shortcut=None):
         self.shortcut = x[:0] if shortcut is None else shortcut
@@ -1098,14 +1097,14 @@ class ThreadedBatchNorm2D(BatchNorm2D):
         self.mean = mean
         self.out = self.workspace("out", x.shape, x.dtype)
         scale = self.gamma * self.inv_std
-        normalize(x, mean, scale, self.beta, self.shortcut, self.relu, self.out)
+        normalize(x, mean, scale, self.beta, self.shortcut, self.has_relu, self.out)
         return self.out
 
     def _param_gradients(self, dout):
         n, _, _, c = dout.shape
         products = self.workspace("products", (n, c), dout.dtype)
         sums = self.workspace("sums", (n, c), dout.dtype)
-        normalize_param_gradients(dout, self.x, self.mean, self.out, self.relu, products, sums)
+        normalize_param_gradients(dout, self.x, self.mean, self.out, self.has_relu, products, sums)
         return products.sum(axis=0) * self.inv_std, sums.sum(axis=0)
 
     def _input_gradient(self, dout, mean_dgamma, mean_dbeta):
@@ -1114,13 +1113,13 @@ class ThreadedBatchNorm2D(BatchNorm2D):
         scale = self.gamma * self.inv_std
         slope = scale * self.inv_std * mean_dgamma
         shift = scale * mean_dbeta
-        saved = (self.x, self.mean, self.out, self.relu)
+        saved = (self.x, self.mean, self.out, self.has_relu)
         normalize_input_gradient(dout, *saved, scale, slope, shift, dx, self.dshortcut)
         return dx
 
 
 class ThreadedNormReLU(ThreadedBatchNorm2D):
-    relu = True
+    has_relu = True
 
 
 @kernel(parallel=True)
@@ -1147,8 +1146,8 @@ class ThreadedBasicBlock(BasicBlock):
             dtype=dtype,
         )
         self.conv1, self.norm1, _, self.conv2, self.norm2 = self.branch
-        self.norm1.relu = True
-        self.norm2.relu = True
+        self.norm1.has_relu = True
+        self.norm2.has_relu = True
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, H/stride, W/stride, C_out)"""
@@ -1348,7 +1347,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     threads = "threads per rank (default: $OMP_NUM_THREADS, else its share of the cores)"
     add("--num-threads", type=number(int, 1, 1024), metavar="N", help=threads)
-    add("--force-threads", action="store_true", help="even if that is more than its share")
+    force = "use --num-threads even if that is more than a rank's share of the cores"
+    add("--force-threads", action="store_true", help=force)
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
         args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size

@@ -1717,10 +1717,14 @@ METRICS = tuple(METRIC_FORMATS)
 TRACED_BATCHES = range(2, 7)  # of the first epoch: the first ones still fill caches
 MIB = 2**20
 
-# What a step computes: a run resumes only with the values that its checkpoint was made with.
-FINGERPRINT_OPTIONS = (
-    "model dtype optimizer lr momentum weight_decay seed batch_size subset amp augment nesterov "
-    "schedule schedule_epochs warmup label_smoothing micro_batches image_size"
+# A run resumes only with the options that its checkpoint was made with, except these, which do not
+# change what a step computes. An option that a copied script adds is compared too.
+FREE_OPTIONS = (
+    "epochs data_dir dataset log save_metrics checkpoint checkpoint_every resume quiet trace "
+    "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
+    "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
+    "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
+    "default_run"
 ).split()
 
 
@@ -1865,10 +1869,10 @@ class RunLog:
     def _check_same_run(self):
         """Raise InputError if the log is of another run than the checkpoint."""
         try:
-            fingerprint = json.loads(self.json_path.read_text())["identity"]
+            theirs = dict(json.loads(self.json_path.read_text())["identity"])
         except (OSError, ValueError, LookupError, TypeError):  # nothing is known
             return
-        if fingerprint != self.fingerprint:
+        if fingerprint_difference(self.fingerprint, theirs):
             raise InputError(
                 f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
                 "give --log the file that belongs to it, or a new one"
@@ -2162,17 +2166,23 @@ class RunLog:
 
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
     """The options and data that decide what a run computes; the .json has it as "identity"."""
-    fingerprint = {
-        "augment": "off"
-    }  # of scripts without the option, whose checkpoints agree with it
-    for name in FINGERPRINT_OPTIONS:
-        if hasattr(args, name):
-            fingerprint[name] = getattr(args, name)
+    fingerprint = {"augment": "off"}  # of scripts without the option
+    for name, value in vars(args).items():
+        if name not in FREE_OPTIONS:
+            fingerprint[name] = value
     if hasattr(args, "global_batch_size"):  # the images of a step, however many ranks share it
         fingerprint["batch_size"] = args.global_batch_size
     fingerprint["dataset"] = data.name
     fingerprint["fingerprint"] = data.fingerprint
     return fingerprint
+
+
+def fingerprint_difference(ours: dict, theirs: dict) -> str | None:
+    """The first name that both have with different values; None if there is none."""
+    for name, value in ours.items():
+        if name in theirs and theirs[name] != value:
+            return name
+    return None
 
 
 def require_finite(loss: float, what: str, log: RunLog):
@@ -2408,17 +2418,18 @@ class Checkpoint:
             return False
         try:
             meta, state = self._read()
-            fingerprint = meta["identity"]
+            theirs = dict(meta["identity"])
         except Exception as error:  # zip, NumPy, PyTorch and JSON each have their own errors
             raise InputError(
                 f"--resume: {self.path} is not a valid checkpoint ({error}): start without --resume"
             ) from None
-        for name, value in self.log.fingerprint.items():
-            if fingerprint.get(name) != value:
-                raise InputError(
-                    f"--resume: {self.path} was made with {name} {fingerprint.get(name)}, this run "
-                    f"has {value}: repeat that run's options, or start without --resume"
-                )
+        name = fingerprint_difference(self.log.fingerprint, theirs)
+        if name:
+            raise InputError(
+                f"--resume: {self.path} was made with {name} {theirs[name]}, this run has "
+                f"{self.log.fingerprint[name]}: repeat that run's options, or start without "
+                "--resume"
+            )
         try:
             self._apply(state)
         except (KeyError, ValueError, RuntimeError):
@@ -3216,10 +3227,10 @@ def make_parser(
         default=batch_size,
         help="images per step (default: %(default)s)",
     )
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
     add("--lr", type=positive, help="learning rate (default: 0.01, adam: 0.001)")
     add("--momentum", type=fraction, default=0.9, help="SGD momentum (default: %(default)s)")
     add("--weight-decay", type=fraction, default=0.0, help="default: %(default)s")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
 
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
     dataset = (

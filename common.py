@@ -1675,7 +1675,7 @@ MIB = 2**20
 # What a step computes: a run resumes only with the values that its checkpoint was made with.
 FINGERPRINT_OPTIONS = (
     "model dtype optimizer lr momentum weight_decay seed batch_size subset amp augment nesterov "
-    "schedule schedule_epochs warmup label_smoothing micro_batches image_size"
+    "schedule schedule_epochs warmup label_smoothing micro_batches image_size loader memory_format"
 ).split()
 
 

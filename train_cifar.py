@@ -674,8 +674,8 @@ def download(source: S3Shards, workers: "WorkerPool") -> tuple[InMemorySource, d
 def export(args: argparse.Namespace) -> None:
     """Put the data set into args.export, s3://bucket/prefix or a folder.
 
-    It gets pictures, shards and a manifest. What is there already and is the same stays, so an upload that was interrupted continues when it
-    is repeated.
+    It gets pictures, shards and a manifest. What is there already and is the same stays, so an
+    upload that was interrupted continues when it is repeated.
     """
     from obstore.store import LocalStore
 
@@ -1013,7 +1013,7 @@ def whole_batches(source, indices, augmentation, context, waiting=None) -> Itera
 
 
 def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
-    """A worker's part: for a CPU everything, for a GPU reading. Returns arguments of finish_batch().
+    """A worker's part: all work for a CPU, reading for a GPU. Returns arguments of finish_batch().
 
     aug_params: of draw_augmentation(), for all images of the source, or None.
     """

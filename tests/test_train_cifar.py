@@ -1,4 +1,4 @@
-"""train_cifar.py: networks, sources, training beside plain PyTorch, ladder, log, resume, refusals."""
+"""train_cifar.py: networks, sources, training beside plain PyTorch, ladder, log, resume, errors."""
 
 import csv
 import json
@@ -154,7 +154,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
 
 
 def test_batches_for_a_gpu_are_those_for_a_cpu():
-    """The part that runs on a GPU, here on the CPU: uint8 images, augmented after they were moved."""
+    """The part that runs on a GPU, here on the CPU: uint8 images, augmented after the move."""
     images, labels, *_ = make_synthetic(50)
     index = np.arange(40)[::-1].copy()
     aug_params = common.draw_augmentation(50, 1, 1)

@@ -11,13 +11,13 @@ shards gives the same images in the same order with the same augmentation, whate
     python train_cifar.py --model cnn --batch-size 32 --amp off --augment off --epochs 10
     python train_cifar.py --model resnet50 --epochs 30 --batch-size 128 --lr 0.05 --device cuda
     python train_cifar.py --epochs 2 --subset 5000 --checkpoint results/resnet.pt --resume
-    torchrun --standalone --nproc-per-node 2 train_cifar.py --model resnet18 --subset 5000
+    torchrun --standalone --nproc-per-node 2 train_cifar.py --model cnn --epochs 1
     python train_cifar.py --load-only --subset 5000 --epochs 3
     python train_cifar.py --export results/pictures --subset 5000
     python train_cifar.py --source disk --data-dir results/pictures --workers 2 --epochs 1
 
-The ladder from the script as tutorials write it to the default, one option a rung; --compile is one
-more, which pays on a GPU:
+The ladder from the script as tutorials write it to the default, one option a rung. --compile is one
+more; whether it pays depends on the machine.
 
     python train_cifar.py --model resnet18 --loader torchvision --memory-format nchw --amp off
     python train_cifar.py --model resnet18 --loader torchvision --amp off  # + channels_last memory
@@ -1034,10 +1034,12 @@ def finish_batch(images, labels, aug_params, context):
     labels = torch.as_tensor(labels).to(context.device, non_blocking=True)
     if x.dtype is torch.uint8:
         x = augment_and_normalize(x, aug_params)
+    x = x.permute(0, 3, 1, 2)  # a view: NHWC in memory is what PyTorch calls channels_last
+    x = x.contiguous(memory_format=context.memory_format)
+    labels = labels.long()
     if x.is_cuda:
         torch.cuda.synchronize()  # so that all this counts as loading
-    x = x.permute(0, 3, 1, 2)  # a view: NHWC in memory is what PyTorch calls channels_last
-    return x.contiguous(memory_format=context.memory_format), labels.long()
+    return x, labels
 
 
 def augment_and_normalize(images: torch.Tensor, aug_params=None) -> torch.Tensor:

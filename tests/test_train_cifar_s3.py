@@ -21,6 +21,7 @@ import numpy as np
 import obstore
 import psutil
 import pytest
+import s3_server
 import torch
 from helpers import (
     REPO,

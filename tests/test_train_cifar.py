@@ -516,7 +516,7 @@ def test_checkpoint_of_an_older_version_is_refused(run_here):
     np.savez("old.npz", params=np.zeros(3), meta=np.array("{}"))
     argv = (*TINY, "--checkpoint", "old.npz", "--resume")
     line = refused(train_cifar.main, *argv)
-    assert "old.npz is not a valid checkpoint" in line
+    assert "old.npz is not a valid checkpoint (it is an .npz file" in line
     assert "start without --resume" in line
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import obstore
 import psutil
 import pytest
-import s3_server
 import torch
 from helpers import (
     REPO,
@@ -34,9 +33,9 @@ from helpers import (
     wait_until,
 )
 
+import s3_server
 import train_cifar
 from common import InputError, make_synthetic
-from experiments import s3_server
 from train_cifar import (
     AHEAD,
     KEPT_SHARDS,

@@ -50,6 +50,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -2477,6 +2478,9 @@ class TorchCheckpoint(Checkpoint):
     def _read(self):
         import torch
 
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(self.path) as file:
+            if "meta.npy" in file.namelist():
+                raise ValueError("it is an .npz file, as scripts without PyTorch write them")
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         return state.pop("meta"), state
 

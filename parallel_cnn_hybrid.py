@@ -54,6 +54,7 @@ from common import (
     epoch_order,
     evaluate,
     gather_from_all,
+    gather_trace,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -523,8 +524,8 @@ class ThreadedConvReLUPool(ConvReLUPool):
 # Threads share the images in d → V and M → y, and the 36 matrices in V → M: so no thread needs all
 # of U, nor a dU of its own.
 #
-# The transforms work on one tile at a time, and BLOCK of its channels: at most 9 KiB, in the fastest
-# cache. The kernels take views whose axes count tiles and blocks of channels:
+# The transforms work on one tile at a time, and BLOCK of its channels: 9 KiB at most, which fit into
+# the fastest cache. The kernels take views whose axes count tiles and blocks of channels:
 #
 #   x       (N, H, W, C/BLOCK, BLOCK)
 #   V, M    (36, N, H/4, W/4, C/BLOCK, BLOCK)      position (h, w) of a tile is in matrix 6·h + w
@@ -538,9 +539,9 @@ A = float(WINOGRAD_POINTS[1])  # the points are 0, A, -A, B, -B and infinity
 B = float(WINOGRAD_POINTS[3])
 
 
-# The four transforms of one row or column of a flat tile, in place: it begins at `start`, its values
-# are `step` apart. Points A and -A have equal even powers and opposite odd ones, so their two sums
-# have the same terms, added or subtracted: a quarter of the operations of a product with the matrix.
+# The four transforms of one row or column of a flat tile, in place: it begins at `start`, `step` is
+# between its values. The points A and -A have equal even powers and opposite odd ones, so their two
+# sums are even + odd and even - odd: a quarter of the operations of a product with the matrix.
 
 
 @inlined
@@ -1274,7 +1275,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
     batches = math.ceil(n / args.global_batch_size)
 
     def reduce_slice(grad_slice):  # backward() calls it as soon as a layer's gradients are complete
-        with log.timed("communication"):
+        with log.timed("communication", grad_slice):
             reducer.start(grad_slice)
 
     def gather(array):  # batch normalisation needs the statistics of the global batch
@@ -1282,13 +1283,14 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
             return gather_from_all(comm, array)
 
     model.gather_statistics(gather)
+    log.trace_layers(model)
 
     for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
         log.start_epoch(epoch, batches)
         for batch in range(log.batch, batches):
             with log.timed("loading"):
-                # The same order on all ranks: each takes its shard of the batch, perhaps an empty one.
+                # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
                 x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)
@@ -1297,8 +1299,8 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
                 logits = model.forward(x)
                 loss, dlogits = softmax_cross_entropy(logits, labels)
 
-            # Loss, correct answers and whether a rank was sent a signal, summed over the ranks: a few
-            # bytes that travel during the backward pass.
+            # Loss, correct answers and whether a rank was sent a signal, summed over the ranks: a
+            # few bytes that travel during the backward pass.
             sums = np.array(
                 [loss, *count_correct(logits, labels), bool(stop.requested)], np.float64
             )
@@ -1342,7 +1344,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
 
 
 def parse_args(argv=None):
-    parser = make_parser("parallel_cnn_hybrid", __doc__, MODELS)
+    parser = make_parser(__file__, __doc__, MODELS)
     add_mpi_options(parser, ("overlap", "shared"))
     add = parser.add_argument
     threads = "threads per rank (default: $OMP_NUM_THREADS, else its share of the cores)"
@@ -1386,7 +1388,7 @@ def main(argv=None):
         "compile_seconds": compile_seconds,
         "threading_layer": numba.threading_layer(),
     }
-    log = collective(comm, lambda: RunLog(args, "parallel_cnn_hybrid", data, info, comm.rank))
+    log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
     checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)
     if args.resume:
         collective(comm, lambda: checkpoint.load() if comm.rank == 0 else None)
@@ -1396,6 +1398,7 @@ def main(argv=None):
     with np.errstate(over="ignore", invalid="ignore"):
         with collective_run(log, checkpoint, stop, model, optimizer, comm):
             train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer)
+            gather_trace(log, comm)
             log.finish()
 
 

@@ -524,8 +524,8 @@ class ThreadedConvReLUPool(ConvReLUPool):
 # Threads share the images in d → V and M → y, and the 36 matrices in V → M: so no thread needs all
 # of U, nor a dU of its own.
 #
-# The transforms work on one tile at a time, and BLOCK of its channels: 9 KiB at most, which fit into
-# the fastest cache. The kernels take views whose axes count tiles and blocks of channels:
+# The transforms work on one tile at a time, and BLOCK of its channels: at most 9 KiB, which fit
+# into the fastest cache. The kernels take views whose axes count tiles and blocks of channels:
 #
 #   x       (N, H, W, C/BLOCK, BLOCK)
 #   V, M    (36, N, H/4, W/4, C/BLOCK, BLOCK)      position (h, w) of a tile is in matrix 6·h + w
@@ -688,8 +688,8 @@ def write_matrices(tile, matrices, i, row, col, block):
         copy(tile[k // 6, k % 6], matrices[k, i, row, col, block])
 
 
-# The kernels: threads share the images; inside are loops over tiles and blocks of channels. An input
-# tile begins one position above and left of its output tile: that is the padding.
+# The kernels: threads share the images; inside are loops over tiles and blocks of channels. An
+# input tile begins one position above and left of its output tile: that is the padding.
 
 
 @kernel(parallel=True)

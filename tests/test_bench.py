@@ -40,20 +40,30 @@ def make_step(work, data):
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def test_quick_run_writes_table_and_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "QUICK_SAMPLE_SECONDS", 0.05)
-    only = "serial_cnn.py, CNN, batch 32"
-    bench.main(["--quick", "--only", only, "--dataset", "synthetic"])
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+@pytest.fixture
+def run_quick(tmp_path, monkeypatch, capsys):
+    """run_quick(name) → the one row whose name has that, from samples of 0.05 s."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(bench, "QUICK_SAMPLE_SECONDS", 0.05)
+        bench.main(["--quick", "--only", name, "--dataset", "synthetic"])
+        (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+        out, _ = capsys.readouterr()
+        assert row["name"] in out
+        assert "kernels" in out  # the BLAS kernel in use is named
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
+        assert row["n"] >= 7
+        assert row["unit"] == "images/s"
+        return row
+
+    return run
+
+
+def test_quick_run_writes_table_and_json(run_quick):
+    row = run_quick("serial_cnn.py, CNN, batch 32")
     assert set(row) == KEYS | {"of_sgemm"}
-    assert row["n"] >= 7
-    assert row["unit"] == "images/s"
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
     assert row["ratio_min"] * 0.5 < row["ours"] / row["baseline"] < row["ratio_max"] * 2
-    out, _ = capsys.readouterr()
-    assert row["name"] in out
-    assert "kernels" in out  # the BLAS kernel in use is named
 
 
 @two_cores
@@ -61,7 +71,6 @@ def test_quick_run_writes_table_and_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("serial_cnn.py, CNN, batch 32", {"of_sgemm"}),
         ("weak scaling: 32 per rank, 2 ranks", {"cores", "efficiency", "communication"}),
         ("2 independent copies", {"cores", "efficiency", "communication"}),
         ("beside DDP (gloo), 32 per rank, 2 ranks", {"communication"}),
@@ -70,16 +79,13 @@ def test_quick_run_writes_table_and_json(tmp_path, monkeypatch, capsys):
         ("train_cifar.py --load-only", set()),
     ],
 )
-def test_rows_of_each_kind(run_script, tmp_path, name, more):
-    done = run_script("experiments/bench.py", "--quick", "--only", name, "--dataset", "synthetic")
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+def test_rows_of_each_kind(run_quick, name, more):
+    row = run_quick(name)
     assert set(row) == KEYS | more
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
     if "communication" in more:
         assert (row["communication"] == 0) == ("independent" in name)
         assert row["communication"] < 1
     assert row.get("efficiency", row["ratio"] / 2) == row["ratio"] / 2
-    assert row["name"] in done.stdout
 
 
 def test_the_scripts_accept_the_options_of_every_row():
@@ -273,31 +279,24 @@ def test_gpu_rows_are_left_out_with_a_reason():
 @pytest.mark.skipif(
     bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA"
 )
-def test_gpu_row(run_script, tmp_path):
-    only = "gpu_scratch.py, CNN, batch 64"
-    options = ("--quick", "--only", only, "--dataset", "synthetic")
-    run_script("experiments/bench.py", *options, timeout=600)
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
-    assert set(row) == KEYS
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+def test_gpu_row(run_quick):
+    assert set(run_quick("gpu_scratch.py, CNN, batch 64")) == KEYS
 
 
 # -- loading and refusals --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_loading_of_every_source(run_script, tmp_path):
-    options = ("--loading", "1 workers", "--quick", "--dataset", "synthetic")
-    done = run_script("experiments/bench.py", *options)
-    rows = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
-    sources = ["memory", "disk", "S3, single objects", "S3, shards"]
-    assert [row["name"] for row in rows] == [f"{source}, 1 workers" for source in sources]
-    for row in rows:
-        assert row["name"] in done.stdout
-        assert 0 < row["min"] <= row["images_per_s"] <= row["max"]
-        assert row["n"] == 3
-        for waiting, total in zip(row["waiting_s"], row["total_s"], strict=True):
-            assert 0 <= waiting <= total
+def test_loading(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--loading", "memory, 1", "--quick", "--dataset", "synthetic"])
+    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+    assert row["name"] == "memory, 1 workers"
+    assert row["name"] in capsys.readouterr().out
+    assert 0 < row["min"] <= row["images_per_s"] <= row["max"]
+    assert row["n"] == 3
+    for waiting, total in zip(row["waiting_s"], row["total_s"], strict=True):
+        assert 0 <= waiting <= total
 
 
 @pytest.mark.parametrize(

@@ -310,11 +310,12 @@ def _through_cache(data_dir, source, build):
 def _open_cache(folder):
     """The memory-mapped arrays in a cache folder and their fingerprint; None if it is not whole."""
     try:
-        maps = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAY_NAMES]
+        paths = [folder / f"{name}.npy" for name in _ARRAY_NAMES]
+        maps = [np.lib.format.open_memmap(path, mode="r") for path in paths]
         fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return [np.asarray(array) for array in maps], fingerprint
+    return [np.asarray(array) for array in maps], fingerprint  # plain arrays index faster
 
 
 def _write_cache(folder, arrays, meta):
@@ -1706,10 +1707,10 @@ class RunLog:
         self.info = info or {}
         self.rank = rank
         self.fingerprint = run_fingerprint(args, data)
+        if not Path(args.log).name:
+            raise InputError(f"--log {args.log!r}: give a file name")
         self.json_path = Path(args.log).with_suffix(".json")
         if rank == 0:
-            if not Path(args.log).name:
-                raise InputError(f"--log {args.log!r}: give a file name")
             check_outputs([args.log, self.json_path, args.save_metrics, args.checkpoint])
 
         self.epoch = 1

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
 from common import InputError
 
@@ -180,21 +180,15 @@ def files_in(folder):
 
 
 def refused(main, *argv):
-    """Call a script's main() in this process; returns the one line with which it refuses argv.
+    """Call a script's main() in this process; returns the line with which it refuses argv.
 
-    An InputError is what run_main() prints as `error: …` with exit status 2; argparse does the same itself.
+    run_main() prints an InputError as this line, with exit status 2.
     """
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            main([str(word) for word in argv])
-    except InputError as error:
-        return f"error: {error}"
-    except SystemExit as error:
-        assert error.code == 2, f"exit status {error.code}"
-        assert_one_error_line(stderr.getvalue())
-        return stderr.getvalue().removesuffix("\n")
-    raise AssertionError(f"not refused: {argv}")
+    with pytest.raises(InputError) as refusal:
+        main([str(word) for word in argv])
+    line = f"error: {' '.join(str(refusal.value).split())}"
+    assert_one_error_line(line + "\n")
+    return line
 
 
 def assert_one_error_line(stderr):

@@ -11,10 +11,9 @@ import select
 import shutil
 import subprocess
 
+import make_report
 import pytest
 from helpers import REPO, assert_one_error_line
-
-import make_report
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="

@@ -300,9 +300,9 @@ def test_a_signal_before_the_training_ends_all_ranks(tmp_path):
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
 from mpi4py import MPI
-from common import run_main, stop_all_on_error
+from common import run_main, abort_on_exception
 def main():
-    stop_all_on_error(MPI.COMM_WORLD)
+    abort_on_exception(MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank:
         os.kill(os.getpid(), signal.SIGTERM)
     MPI.COMM_WORLD.Barrier()

@@ -92,6 +92,9 @@ DEFAULT_RUN = {"subset": 128, "epochs": 1, "rounds": 3}
 # Lesson 1: two groups of cores
 # --------------------------------------------------------------------------------------------------
 
+# The cores to divide are those of the affinity mask of this process, not those of the machine:
+# taskset, a container or a batch system may have given it a few only.
+
 
 class CoreSplit(NamedTuple):
     """The core numbers of the two groups, and those that are left to the system."""
@@ -137,6 +140,7 @@ def split_cores(cores, proportion=(1, 1)) -> CoreSplit:
     if len(cores) > 4:
         usable = cores[:-2]
 
+    # Neighbouring numbers stay together: they often share a cache or a memory bank.
     forward = math.floor(len(usable) * proportion[0] / sum(proportion) + 0.5)
     forward = min(max(forward, 1), len(usable) - 1)
     return CoreSplit(usable[:forward], usable[forward:], cores[len(usable) :])
@@ -155,6 +159,7 @@ def balance(split, forward_seconds, backward_seconds) -> CoreSplit:
     def longer_phase(forward):
         return max(forward_work / forward, backward_work / (len(usable) - forward))
 
+    # There are few divisions: try all of them.
     forward = min(range(1, len(usable)), key=longer_phase)
     return CoreSplit(usable[:forward], usable[forward:], split.reserved)
 
@@ -173,6 +178,11 @@ def format_cores(cores) -> str:
 # --------------------------------------------------------------------------------------------------
 # Lesson 2: threads that stay on their cores
 # --------------------------------------------------------------------------------------------------
+
+# PyTorch divides an operation among the threads of an OpenMP pool. Where these threads run is up to
+# the kernel, unless each is pinned; and which of them a Python thread uses is up to OpenMP: each
+# Python thread that computes gets a pool of its own. So one Python thread per group, its pool
+# pinned once, is all it takes to bind a phase to cores.
 
 
 def can_pin() -> bool:
@@ -231,7 +241,7 @@ def start_openmp_pool(size) -> set[int]:
 
     Returns their ids. Each Python thread that computes has an OpenMP pool of its own.
     """
-    running = thread_ids()
+    running = thread_ids()  # before the pool exists
 
     # The first call of a thread into OpenMP takes over the thread count that any other thread has
     # set last. Make that call now, so that it cannot come later and undo the count of this thread.
@@ -271,6 +281,8 @@ class CoreGroup:
         if not can_pin():
             return
         check_affinity(self.threads, self.cores)
+
+        # With fewer threads a core would be idle and the figures would say nothing.
         alive = len(self.threads & thread_ids())
         if alive != len(self.cores):
             raise TrainingError(
@@ -307,8 +319,11 @@ class Placement:
         self._num_threads_before = torch.get_num_threads()
         groups = self.split.groups()
         try:
+            # First everything that exists already: the main thread, monitors, pools of libraries.
             pin(thread_ids(), self.split.reserved or groups["all"])
             torch.set_num_threads(1)
+
+            # The groups pin their own threads. A group that has no cores has no thread.
             for name, cores in groups.items():
                 if cores:
                     self.groups[name] = CoreGroup(name, cores)
@@ -321,6 +336,8 @@ class Placement:
     def __exit__(self, *_):
         for group in self.groups.values():
             group.close()
+
+        # A thread that was started meanwhile has inherited its cores: it gets the main thread's.
         main_before = self._affinities_before.get(threading.main_thread().native_id)
         for thread in thread_ids():
             with contextlib.suppress(ProcessLookupError):
@@ -343,6 +360,23 @@ class Placement:
 # --------------------------------------------------------------------------------------------------
 # Lesson 3: one training step in four modes
 # --------------------------------------------------------------------------------------------------
+
+# A batch of four micro-batches; time goes from left to right. F forward, B backward, U update,
+# dots: the group waits. Backward takes twice as long as forward; on all cores (mode all) both take
+# half as long as on one group. Where there are two lines, they are the two groups.
+#
+#     all        F1B1--F2B2--F3B3--F4B4--U
+#
+#     split      F1--........F2--........F3--........F4--.........
+#                ....B1------....B2------....B3------....B4------U
+#
+#     pipelined  F1--F2--....F3--....F4--.............
+#                ....B1------B2------B3------B4------U
+#
+#     replicas   F1--B1------F2--B2------U
+#                F3--B3------F4--B4------U
+#
+# Cores in proportion to the phases, here --split 1:2, close most of the gaps of pipelined.
 
 
 class Step(NamedTuple):
@@ -374,7 +408,7 @@ class Trainer:
             "pipelined": self.step_pipelined,
             "replicas": self.step_replicas,
         }
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # the micro-batches add their gradients to what is there
         return steps[mode](x, labels)
 
     # all: every core works on every operation, as in any other PyTorch script.
@@ -402,6 +436,8 @@ class Trainer:
         if self.replica is None:
             self.replica = self.make_replica()
         self.replica.zero_grad()
+
+        # Two replicas need two micro-batches at least.
         micro_batches = split_micro_batches(x, labels, max(self.micro_batches, 2))
         half = math.ceil(len(micro_batches) / 2)
         first, second = gather(
@@ -412,6 +448,8 @@ class Trainer:
                 self.forward_and_backward, self.replica, micro_batches[half:], len(labels)
             ),
         )
+
+        # Both groups have ended: now the update, which needs the gradients of both.
         outputs = first[0] + second[0]
         forward = (first[1] + second[1]) / 2
         backward = (first[2] + second[2]) / 2
@@ -435,6 +473,9 @@ class Trainer:
         end of their backward pass. 1: the phases take turns. 2: they overlap.
         """
         micro_batches = split_micro_batches(x, labels, self.micro_batches)
+
+        # The semaphore counts how many forward passes may begin: each one takes a permit, and the
+        # end of its backward pass gives it back. The queue is the way from group to group.
         semaphore = threading.Semaphore(in_flight)
         losses = queue.SimpleQueue()
         (outputs, forward), (backward, update) = gather(
@@ -485,6 +526,8 @@ class Trainer:
                     started = time.perf_counter()
                     logits, loss = forward_pass(self.model, x, labels, batch_size)
                     seconds += time.perf_counter() - started
+
+                    # Keep the values only: the graph is freed as soon as backward is done with it.
                     outputs.append((logits.detach(), loss.detach()))
                     losses.put(loss)
         except BaseException as error:
@@ -516,6 +559,7 @@ class Trainer:
 
         Its running statistics are not used, as in DistributedDataParallel, which keeps rank 0's.
         """
+        # The shared memory makes the update of the model an update of the replica too.
         replica = copy.deepcopy(self.model)
         for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
             theirs.data = ours.data
@@ -574,6 +618,9 @@ def make_step(outputs, batch_size, forward, backward, update) -> Step:
 # --------------------------------------------------------------------------------------------------
 # Measurement: on which cores the threads really run
 # --------------------------------------------------------------------------------------------------
+
+# An affinity that was set and read back says where threads may run. This says where they did run:
+# a thread of a library that nobody has pinned, or a pool that was started too early, shows up here.
 
 
 class CoreUsage:
@@ -661,7 +708,7 @@ class CoreMonitor(threading.Thread):
 
     def take(self) -> CoreUsage:
         """The CoreUsage since the last take()."""
-        self._sample()
+        self._sample()  # what was computed since the last sample belongs to this span too
         with self._lock:
             now = time.perf_counter()
             usage = CoreUsage(self.placement.split, now - self._since, self._by_core)
@@ -679,6 +726,7 @@ class CoreMonitor(threading.Thread):
                     new = seconds - self._cpu_seconds.get(thread, 0.0)
                     self._cpu_seconds[thread] = seconds
                     if new > 0:
+                        # Python's own threads hardly compute. Any other one may be a stray worker.
                         other = "python" if thread in python_threads else "unknown"
                         owner = group_of_threads.get(thread, other)
                         self._by_core[owner, last_core(thread)] += new
@@ -782,6 +830,8 @@ def find_split(args, data) -> CoreSplit:
     if args.split != "auto" or len(split.groups()["all"]) < 3:
         return split
 
+    # No phase scales perfectly with the cores, so the first answer is not yet the best one:
+    # measure again on the new groups, until they stay.
     index = np.arange(args.batch_size) % len(data.y_train)
     x, labels = load_batch(data.x_train, data.y_train, index, args)
     for _ in range(3):
@@ -835,11 +885,14 @@ def train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor)
                 checkpoint.save()
 
         log.end_training()
+
+        # Did the threads stay where they were pinned, for the whole epoch?
         usage += monitor.take()
         placement.check()
         log.totals["cpu_time_inside"] = usage.shares_inside()
         log.totals["idle"] = usage.idle_shares()
 
+        # Only the groups have OpenMP pools of a useful size: evaluate on all cores.
         evaluation = placement.groups["all"].submit(
             evaluate, trainer.model, data.x_test, data.y_test, args
         )
@@ -872,6 +925,8 @@ def run_training(args, data) -> dict[str, list[float]]:
         checkpoint = TorchCheckpoint(args, log, model=trainer.model, optimizer=trainer.optimizer)
         if args.resume:
             checkpoint.load()
+
+        # Kernels that are built in the first step would count as its time.
         warm_up(placement, data, args)
         with StopSignal() as stop, log:
             usage = train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor)
@@ -917,6 +972,8 @@ def train(
         "learning_rate": learning_rate,
         **options,
     }
+
+    # By way of the command line: its defaults and its checks are then those of the script.
     argv = []
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
@@ -932,6 +989,9 @@ def train(
 # --------------------------------------------------------------------------------------------------
 # Benchmark
 # --------------------------------------------------------------------------------------------------
+
+# Other programs and the clock rate of the processor make a machine faster and slower by the minute.
+# So the variants take turns on each batch, and are compared within a round (paired samples).
 
 
 class Sample(NamedTuple):
@@ -977,6 +1037,7 @@ def forward_alone(trainer, x, labels) -> Step:
     """The forward passes of a step on their group."""
     micro_batches = split_micro_batches(x, labels, trainer.micro_batches)
     semaphore = threading.Semaphore(len(micro_batches))  # the worker never waits
+    # Nobody takes the losses out of a queue, and their graphs would fill the memory.
     discard = SimpleNamespace(put=lambda loss: None)
     job = trainer.groups["forward"].submit(
         trainer.forward_worker, micro_batches, len(labels), semaphore, discard
@@ -1012,6 +1073,7 @@ def measure(args, split, data) -> dict[str, list[Sample]]:
                     progress.update()
                     if number > 0:  # round 0 is the warm-up
                         samples[name].append(sample)
+                # First the same result, then the speed.
                 check_same_loss({mode: losses[mode] for mode in MODES})
     return samples
 
@@ -1115,6 +1177,9 @@ def findings(samples, micro_batches) -> list[str]:
 def explain_split(samples, medians) -> list[str]:
     split = medians["split"]
     against_all = speedup(samples, "split", "all")
+
+    # Does a phase take longer beside the other group than alone, and how much of a step is spent
+    # outside all phases, on the way from one group to the other?
     backward_alone = medians[BACKWARD_ALONE].backward + medians[BACKWARD_ALONE].update
     against_alone = split.seconds / (medians[FORWARD_ALONE].forward + backward_alone)
     switching = statistics.median(
@@ -1186,6 +1251,7 @@ def run_benchmark(args, data):
     print(format_samples(samples, args.batch_size))
     print("\n" + "\n".join(sentences), flush=True)
 
+    # "turns" is the name that the samples have in files of earlier versions.
     shown = ("micro_batches", "batch_size", "dtype", "memory_format", "image_size", "rounds")
     content = {
         "environment": environment(),
@@ -1268,6 +1334,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     check_args(args)
 
+    # Somebody who runs the script without options wants to see something within two minutes.
     args.default_run = not args.benchmark and args.epochs is None and args.subset is None
     if args.default_run:
         args.epochs = DEFAULT_RUN["epochs"]

@@ -1,5 +1,6 @@
 """serial_cnn.py as its users run it: what it leaves behind, bad input, divergence, interruption and resuming."""
 
+import functools
 import json
 import math
 import os
@@ -60,6 +61,7 @@ TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def twenty_steps(*options):
     """The weights after 20 steps with batches of 6 and a last one of 3, in float64."""
     args = serial_cnn.parse_args(["--dtype", "float64", "--lr", "0.01", *options])
@@ -86,16 +88,18 @@ def test_all_rungs_give_the_same_weights(conv):
 @pytest.mark.parametrize("conv", ["loops", "im2col", "blocked", "fused"])
 def test_all_rungs_give_the_same_first_gradients_of_resnet18(conv):
     """Of 20 free steps of ResNet-18 the rounding errors are amplified: one step is compared."""
-    grads = {}
-    for name in (conv, "winograd"):
-        argv = ["--model", "resnet18", "--dtype", "float64", "--conv", name]
-        model = serial_cnn.make_model(serial_cnn.parse_args(argv))
-        x, y, *_ = make_synthetic(4, seed=3, n_test=1)
-        x, labels = load_batch(x, y, slice(4), np.float64)
-        _, dlogits = softmax_cross_entropy(model.forward(x), labels)
-        model.backward(dlogits)
-        grads[name] = model.grads
-    np.testing.assert_allclose(grads[conv], grads["winograd"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(resnet18_grads(conv), resnet18_grads("winograd"), rtol=0, atol=1e-10)
+
+
+@functools.cache
+def resnet18_grads(conv):
+    argv = ["--model", "resnet18", "--dtype", "float64", "--conv", conv]
+    model = serial_cnn.make_model(serial_cnn.parse_args(argv))
+    x, y, *_ = make_synthetic(4, seed=3, n_test=1)
+    x, labels = load_batch(x, y, slice(4), np.float64)
+    _, dlogits = softmax_cross_entropy(model.forward(x), labels)
+    model.backward(dlogits)
+    return model.grads
 
 
 @pytest.mark.parametrize("conv", [serial_cnn.LoopConv2D, serial_cnn.Im2colConv2D])

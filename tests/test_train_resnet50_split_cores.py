@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    REPO,
     assert_one_error_line,
     before_batch,
     finish,
@@ -27,7 +25,6 @@ from helpers import (
     send,
     start,
     start_stopping,
-    usage_lines,
 )
 from torch.nn import functional as F
 
@@ -921,16 +918,6 @@ def test_train_from_python_restores_affinity_and_thread_count(tiny_script, monke
 
 
 # -- bad input -------------------------------------------------------------------------------------
-
-
-@needs_two_cores
-def test_documented_commands_are_accepted():
-    lines = usage_lines(REPO / SCRIPT)
-    assert len(lines) >= 5
-    for line in lines:
-        program, script, *argv = shlex.split(line)
-        assert (program, script) == ("python", SCRIPT)
-        split_cores.parse_args(argv)
 
 
 @needs_two_cores

@@ -1,9 +1,9 @@
-# Bare `make` lists the targets. Each makes .venv, or refreshes it when the requirements have changed, by itself;
-# `make PYTHON=python3 ...` uses that interpreter and the packages it has instead.
+# Bare `make` lists the targets. Each first makes .venv, or refreshes it when the requirements have changed.
+# `make PYTHON=python3 ...` uses that interpreter and its packages instead.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: report bench measure readme lint test clean
+.PHONY: report bench measure readme lint test test-all clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -21,12 +21,12 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: EPOCHS=2 SUBSET=5000 ARGS='--batch-size 64', PYTHON=python3 (use its packages, make no .venv)"
 
-setup: $(READY)  ## install everything into .venv, CuPy too where there is an NVIDIA driver
+setup: $(READY)  ## install everything into .venv; CuPy too where there is an NVIDIA driver
 
 train-cifar: $(READY)  ## train ResNet-50 on CIFAR-10 with PyTorch
 	$(PYTHON) train_cifar.py $(OPTIONS)
 
-train-cifar-s3: $(READY)  ## the same with the images in an S3 server on this machine, which it starts
+train-cifar-s3: $(READY)  ## the same with the images from an S3 server, started on this machine
 	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
 	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --source s3://cifar10 $(OPTIONS)
 
@@ -34,37 +34,37 @@ s3-server: $(READY)  ## serve CIFAR-10 over S3 on this machine until Ctrl-C
 	$(PYTHON) experiments/s3_server.py $(PYTHON) train_cifar.py --export s3://cifar10 $(S3_DATA)
 	$(PYTHON) experiments/s3_server.py
 
-s3-upload: $(READY)  ## put CIFAR-10 into TO=s3://bucket/prefix, as pictures and as shards
+s3-upload: $(READY)  ## write CIFAR-10 to TO=s3://bucket/prefix, as pictures and as shards
 	$(PYTHON) train_cifar.py --export $(or $(TO),$(error say where to: make s3-upload TO=s3://bucket/prefix)) $(S3_DATA)
 
 split-cores: $(READY)  ## ResNet-50 on CPU, forward and backward on separate cores: train, then compare
 	$(PYTHON) train_resnet50_split_cores.py $(OPTIONS)
 
-serial: $(READY)  ## train the CNN from scratch on one core with NumPy
+serial: $(READY)  ## train the CNN from scratch with NumPy on one core
 	$(PYTHON) serial_cnn.py $(OPTIONS)
 
-gpu: $(READY)  ## train the CNN from scratch on a GPU; without one on NumPy
+gpu: $(READY)  ## train the CNN from scratch on a GPU; without one with NumPy
 	$(PYTHON) gpu_scratch.py $(OPTIONS)
 
 demo: $(READY)  ## watch serial, MPI and hybrid train in the terminal, then their speed-ups
 	$(PYTHON) demo.py $(OPTIONS)
 
-experiments: $(READY)  ## run the scripts again and again for analysis; ARGS="--suite all" runs all suites
+experiments: $(READY)  ## run a suite of the scripts for analysis; ARGS="--suite all" runs all suites
 	$(PYTHON) experiments/run_experiments.py $(OPTIONS)
 
-analyze: $(READY)  ## tables and plots of what make experiments has measured, into results/analysis
+analyze: $(READY)  ## tables and plots of the results of make experiments, into results/analysis
 	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
-report: analyze  ## the technical report of that: report/report.html, .md, .tex, and .pdf where LaTeX is installed
+report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
 	$(PYTHON) experiments/make_report.py --pdf
 
-bench: $(READY)  ## speed beside PyTorch on the same work; ARGS=--quick ends within a minute
+bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick ends within a minute
 	$(PYTHON) experiments/bench.py $(ARGS)
 
 MEASURED = results/measured
 EXPERIMENTS = experiments/run_experiments.py --results-dir $(MEASURED)/experiments
 TRAINING = experiments/run_experiments.py --results-dir $(MEASURED)/training --repeats 1 --epochs 10 --subset 50000 --batch-size 32
-measure: $(READY)  ## measure all that the README shows anew, then make readme: an hour on an idle machine
+measure: $(READY)  ## measure all that README and docs/ show, into measurements/: an hour on an idle machine
 	$(PYTHON) experiments/bench.py --output $(MEASURED)/bench.json
 	$(PYTHON) experiments/bench.py --loading --output $(MEASURED)/loading.json
 	$(PYTHON) train_resnet50_split_cores.py --benchmark --output $(MEASURED)/split_cores.json
@@ -75,17 +75,22 @@ measure: $(READY)  ## measure all that the README shows anew, then make readme: 
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
 	$(PYTHON) experiments/update_readme.py --collect $(MEASURED)
 
-readme: $(READY)  ## build the tables of the README, and docs/report, from the measurements in docs/
+readme: $(READY)  ## build the tables of README and docs/, and docs/report, from measurements/
 	$(PYTHON) experiments/update_readme.py
 
-lint: $(READY)  ## check the style
+lint: $(READY)  ## check style and format
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
-test: $(READY)  ## run all tests
+# pytest takes the last -m: make test ARGS='-m gpu' runs the tests that need a GPU.
+test: $(READY)  ## run the quick tests: all that a change can break, within 5 minutes
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs those that make test leaves out
 	$(PYTHON) -m pytest $(ARGS)
 
 clean:  ## remove .venv and caches; results/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ experiments/__pycache__ tests/__pycache__
 
 .PHONY: check-python
 check-python:

@@ -114,8 +114,8 @@ def load_cifar10(
     data_dir: a folder that holds `cifar-10-batches-bin/` or `cifar-10-batches-py/`, or is one of
         them; default $CIFAR10_DIR, else ./data. What is found there is kept beside it as .npy files
         and memory-mapped from then on.
-    dataset: "auto" reads the files, else downloads them, else falls back to the synthetic set with a
-        banner on stderr; "cifar10" never falls back; "synthetic" is generated from `seed`.
+    dataset: "auto" reads the files, else downloads them, else falls back to the synthetic set with
+        a banner on stderr; "cifar10" never falls back; "synthetic" is generated from `seed`.
     subset: the first N training and N // 5 test images (at least one), the proportion of the set.
 
     Raises InputError for missing or damaged files and for a subset that the set does not have.
@@ -180,7 +180,7 @@ def _find_batches(data_dir):
 
 
 def _read_binary(folder):
-    """Read the six files of CIFAR-10's binary layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
+    """Read the six files of the binary layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     images, labels = [], []
     for path in [folder / name for name in names]:
@@ -205,7 +205,7 @@ def _read_binary(folder):
 
 
 def _read_python(folder):
-    """Read the pickled layout through torchvision, which first verifies each file's MD5 checksum."""
+    """Read the pickled layout through torchvision, which first verifies the MD5 checksums."""
     try:
         datasets = import_torchvision().datasets
     except ImportError as error:
@@ -310,11 +310,12 @@ def _through_cache(data_dir, source, build):
 def _open_cache(folder):
     """The memory-mapped arrays in a cache folder and their fingerprint; None if it is not whole."""
     try:
-        maps = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAY_NAMES]
+        paths = [folder / f"{name}.npy" for name in _ARRAY_NAMES]
+        maps = [np.lib.format.open_memmap(path, mode="r") for path in paths]
         fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return [np.asarray(array) for array in maps], fingerprint
+    return [np.asarray(array) for array in maps], fingerprint  # plain arrays index faster
 
 
 def _write_cache(folder, arrays, meta):
@@ -338,9 +339,9 @@ def make_synthetic(n_train: int, seed: int = 42, n_test: int | None = None) -> t
     """Ten classes of moving textures that a CNN learns well but not at once.
 
     An image is one of its class's three smooth patterns, shifted by up to seven pixels around the
-    torus, plus a pattern that all classes share, in random contrast and with pixel noise. Images are
-    drawn in blocks that depend on (seed, split, block) alone, so a smaller set is the beginning of a
-    larger one. n_test: default n_train // 5, at least one.
+    torus, plus a pattern that all classes share, in random contrast and with pixel noise. Images
+    are drawn in blocks that depend on (seed, split, block) alone, so a smaller set is the beginning
+    of a larger one. n_test: default n_train // 5, at least one.
 
     Returns x_train, y_train, x_test, y_test; images are (N, 32, 32, 3) uint8.
     """
@@ -509,9 +510,9 @@ class Layer:
     """The protocol of all layers: out = forward(x), dx = backward(dout), params(), grads().
 
     A layer names its parameters in `param_names`; the gradient of `W` is `dW`, into which every
-    backward() writes (self.dW[...] = …) the sum over the batch. Arrays that are kept but not trained
-    (running statistics) are named in `buffer_names`. A layer made of layers, such as a residual
-    block, overrides leaves() to yield them.
+    backward() writes (self.dW[...] = …) the sum over the batch. Arrays that are kept but not
+    trained (running statistics) are named in `buffer_names`. A layer made of layers, such as a
+    residual block, overrides leaves() to yield them.
 
     What forward() and backward() return belongs to the layer: its next call overwrites it.
     """
@@ -554,8 +555,9 @@ class Conv2D(Layer):
 
     Each window of the input becomes a row of a matrix, and the convolution one product with W:
     Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing",
-    2006. The matrix is K² times as large as the images, so it is made for a few images at a time and
-    never leaves the cache; backward() makes it again, which is cheaper than fetching it from memory.
+    2006. The matrix is K² times as large as the images, so it is made for a few images at a time
+    and never leaves the cache; backward() makes it again, which is cheaper than fetching it from
+    memory.
     """
 
     param_names = ("W", "b")
@@ -584,7 +586,7 @@ class Conv2D(Layer):
         self.db = np.zeros_like(self.b)
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        """x (N, H, W, C_in) → (N, OH, OW, C_out), OH = (H + 2 padding - kernel_size) // stride + 1."""
+        """x (N, H, W, C_in) → (N, OH, OW, C_out), OH = (H + 2 padding - kernel) // stride + 1."""
         self.x_shape = x.shape
         self.windows = self._windows(x)
         out = self.workspace("out", (*self.windows.shape[:3], self.b.size), x.dtype)
@@ -765,8 +767,8 @@ class MaxPool2D(Layer):
 def relu_pool_forward(layer: Layer, planes, out: np.ndarray, argmax: np.ndarray):
     """out = ReLU(max(y0, y1, y2, y3) + b), all of one shape that ends in C.
 
-    argmax: three booleans for each output, kept for the backward pass in training: y0 ≥ y1, y2 ≥ y3,
-    and max(y0, y1) ≥ max(y2, y3).
+    argmax: three booleans for each output, kept for the backward pass in training: y0 ≥ y1, y2 ≥
+    y3, and max(y0, y1) ≥ max(y2, y3).
     """
     y0, y1, y2, y3 = planes
     upper = layer.workspace("upper", y0.shape, y0.dtype)
@@ -836,7 +838,7 @@ class ConvReLUPool(Conv2D):
         return dx
 
     def _windows(self, x):
-        """All windows, (N, 2, 2, OH/2, OW/2, KH, KW, C_in): the position in the pool comes first."""
+        """All windows, (N, 2, 2, OH/2, OW/2, KH, KW, C_in): the place in the pool comes first."""
         windows = super()._windows(x)
         n, oh, ow, *window = windows.shape
         windows = windows[:, : oh // 2 * 2, : ow // 2 * 2]
@@ -1093,14 +1095,17 @@ class WinogradReLUPool(WinogradConv2D):
 
 
 class BatchNorm2D(Layer):
-    """Normalises each channel over batch and positions: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """Normalises each channel over batch and positions.
 
-    gamma, beta: (channels,). In training, mean and variance of the batch; otherwise the running ones,
-    which move towards the batch's by `momentum` (the variance with n - 1 in the denominator, as in
-    PyTorch).
+    Ioffe and Szegedy, "Batch Normalization", 2015.
 
-    gather(array): the arrays of all ranks that share the batch, stacked. The statistics are then those
-    of the global batch, and backward() is exact for it; dgamma and dbeta stay this rank's share.
+    gamma, beta: (channels,). In training, mean and variance of the batch; otherwise the running
+    ones, which move towards the batch's by `momentum` (the variance with n - 1 in the denominator,
+    as in PyTorch).
+
+    gather(array): the arrays of all ranks that share the batch, stacked. The statistics are then
+    those of the global batch, and backward() is exact for it; dgamma and dbeta stay this rank's
+    share.
     """
 
     param_names = ("gamma", "beta")
@@ -1143,8 +1148,8 @@ class BatchNorm2D(Layer):
         means = gathered[:, 1 : 1 + channels]
         squares = gathered[:, 1 + channels :]
 
-        # The moments of a union of samples: Chan et al., "Updating Formulae and a Pairwise Algorithm
-        # for Computing Sample Variances", 1979.
+        # The moments of a union of samples: Chan et al., "Updating Formulae and a Pairwise
+        # Algorithm for Computing Sample Variances", 1979.
         self.count = counts.sum()
         mean = (counts * means).sum(axis=0) / self.count
         squares = (squares + counts * np.square(means - mean)).sum(axis=0)
@@ -1324,8 +1329,8 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float
     n, classes = logits.shape
     if n and int(labels.max()) >= classes:
         raise ValueError(
-            f"softmax_cross_entropy: label {labels.max()}, but the logits are of {classes} classes, "
-            f"0 to {classes - 1}: change the labels or the last Dense layer"
+            f"softmax_cross_entropy: label {labels.max()}, but the logits are of {classes} "
+            f"classes, 0 to {classes - 1}: change the labels or the last Dense layer"
         )
     rows = np.arange(n)
     shifted = logits - logits.max(
@@ -1342,11 +1347,49 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float
 
 
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
-    """logits (N, K), labels (N,) → how many labels have the largest logit, how many are in the top 5."""
+    """logits (N, K), labels (N,) → how many labels are the largest logit, and in the top 5."""
     top1 = (logits.argmax(axis=1) == labels).sum()
     own = logits[np.arange(len(labels)), labels][:, None]
     top5 = ((logits > own).sum(axis=1) < 5).sum()
     return int(top1), int(top5)
+
+
+def check_gradient(layer: Layer, x: np.ndarray, tolerance: float = 1e-6) -> float:
+    """Compare a layer's backward() with central differences, entry by entry, in float64.
+
+    The derivative is that of sum(forward(x) * R) for a random R. Make the layer with
+    dtype=np.float64 and x small: every entry takes two forward passes. Returns the largest error,
+    relative to the largest entry of its array. Raises ValueError that names the worst entry if the
+    error is above the tolerance.
+    """
+    eps = 1e-6
+    R = np.random.default_rng(0).standard_normal(layer.forward(x).shape)
+    checked = [("dx", x, np.array(layer.backward(R)))]
+    for leaf in layer.leaves():
+        for name in leaf.param_names:
+            gradient = np.array(getattr(leaf, "d" + name))
+            checked.append((f"{type(leaf).__name__}.d{name}", getattr(leaf, name), gradient))
+
+    largest = 0.0
+    for name, array, gradient in checked:
+        expected = np.empty_like(array)
+        for place in np.ndindex(array.shape):
+            value = array[place]
+            array[place] = value + eps
+            above = (layer.forward(x) * R).sum()
+            array[place] = value - eps
+            below = (layer.forward(x) * R).sum()
+            array[place] = value
+            expected[place] = (above - below) / (2 * eps)
+        error = abs(gradient - expected) / max(abs(expected).max(), 1e-3)
+        worst = np.unravel_index(error.argmax(), error.shape)
+        if not error[worst] <= tolerance:  # NaN fails too
+            raise ValueError(
+                f"{type(layer).__name__}: {name}[{', '.join(map(str, worst))}] is "
+                f"{gradient[worst]:.6g}, central differences give {expected[worst]:.6g}"
+            )
+        largest = max(largest, float(error[worst]))
+    return largest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1357,10 +1400,11 @@ MODELS = ("cnn", "resnet18")
 
 
 class Model:
-    """Layers in a row, all parameters in one flat array, `params`, all gradients in another, `grads`.
+    """Layers in a row; all parameters in one flat array, `params`, all gradients in `grads`.
 
     Each layer's W, b, dW and db become views into them. So an optimizer step is a few operations on
-    one array, a checkpoint is one array, and a reduction over MPI is one call on (slices of) one array.
+    one array, a checkpoint is one array, and a reduction over MPI is one call on (slices of) one
+    array.
     """
 
     def __init__(self, layers: list[Layer]):
@@ -1426,9 +1470,9 @@ class Model:
             for leaf in layer.leaves():
                 if any(leaf is other for other in seen):
                     raise ValueError(
-                        f"layer {i}, {type(leaf).__name__}, is in the model twice: its second forward() "
-                        "would overwrite what backward() needs of the first: make a new object for "
-                        "each place"
+                        f"layer {i}, {type(leaf).__name__}, is in the model twice: its second "
+                        "forward() would overwrite what backward() needs of the first: make a new "
+                        "object for each place"
                     )
                 seen.append(leaf)
         if not any(layer.params() for layer in self.layers):
@@ -1438,12 +1482,12 @@ class Model:
             )
 
     def _check_views(self):
-        """Raise ValueError if a layer has bound W or dW to an array of its own: it would not train."""
+        """Raise ValueError if a layer has bound W or dW to a new array: it would not train."""
         for leaf, name, view in self._views:
             if getattr(leaf, name) is not view:
                 raise ValueError(
-                    f"{type(leaf).__name__}.{name} is a new array, which the optimizer does not see: "
-                    f"write into the old one, self.{name}[...] = …, instead of self.{name} = …"
+                    f"{type(leaf).__name__}.{name} is a new array, which the optimizer does not "
+                    f"see: write into the old one, self.{name}[...] = …, not self.{name} = …"
                 )
 
     def leaves(self) -> Iterator[Layer]:
@@ -1503,9 +1547,9 @@ def make_resnet18(
 ) -> Model:
     """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
 
-    A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the first
-    of each stage but the first with stride 2. conv: the class of the 3×3 convolutions with stride 1;
-    stem(rng, dtype): the layers of the stem; block and dense: layer classes.
+    A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the
+    first of each stage but the first with stride 2. conv: the class of the 3×3 convolutions with
+    stride 1; stem(rng, dtype): the layers of the stem; block and dense: layer classes.
     """
     rng = np.random.default_rng(seed)
     if stem:
@@ -1658,8 +1702,8 @@ def make_optimizer(model: Model, args: argparse.Namespace, sgd=SGD, adam=Adam) -
 
 TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # types of a log's rows
 LOG_COLUMNS = (
-    "type epoch start loading duration value1 value2 loss images_per_s cpu_percent ram_mb gpu_percent "
-    "gpu_mem_mb forward backward communication"
+    "type epoch start loading duration value1 value2 loss images_per_s "
+    "cpu_percent ram_mb gpu_percent gpu_mem_mb forward backward communication"
 ).split()
 METRIC_FORMATS = {
     "train_loss": ".4f",
@@ -1683,12 +1727,13 @@ class RunLog:
     """The record of one training run, written while it goes on.
 
     --log is a CSV file with a row for each batch and epoch (docs/runs.md), a .json file beside it
-    describes the run, and --save-metrics is an .npz file with the metrics of each epoch. Only rank 0
-    writes files and shows progress; the others count along.
+    describes the run, and --save-metrics is an .npz file with the metrics of each epoch. Only rank
+    0 writes files and shows progress; the others count along.
 
     `epoch` and `batch` are the position: the next batch to train is number `batch` (from 0) of
-    `epoch` (from 1). `sums` are the totals of the current epoch, `history` the metrics of all epochs,
-    `totals` those of the run. info: further entries of the .json.
+    `epoch` (from 1). script: the script's __file__. `sums` are the totals of the current epoch,
+    `history` the metrics of all epochs, `totals` those of the run. info: further entries of the
+    .json.
     """
 
     def __init__(
@@ -1701,15 +1746,15 @@ class RunLog:
         gpu_uuid: str | None = None,
     ):
         self.args = args
-        self.script = script
+        self.script = Path(script).stem
         self.data = data
         self.info = info or {}
         self.rank = rank
         self.fingerprint = run_fingerprint(args, data)
+        if not Path(args.log).name:
+            raise InputError(f"--log {args.log!r}: give a file name")
         self.json_path = Path(args.log).with_suffix(".json")
         if rank == 0:
-            if not Path(args.log).name:
-                raise InputError(f"--log {args.log!r}: give a file name")
             check_outputs([args.log, self.json_path, args.save_metrics, args.checkpoint])
 
         self.epoch = 1
@@ -1718,6 +1763,7 @@ class RunLog:
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
+        self.last_batch = None  # when the last batch ended, during an epoch's training
         self._phases = []  # those that timed() is in, the innermost last
         self._is_first_batch = True
 
@@ -1812,7 +1858,7 @@ class RunLog:
             pass
 
     def _check_same_run(self):
-        """Raise InputError if the metadata say that the log is of another run than the checkpoint."""
+        """Raise InputError if the log is of another run than the checkpoint."""
         try:
             fingerprint = json.loads(self.json_path.read_text())["identity"]
         except (OSError, ValueError, LookupError, TypeError):  # nothing is known
@@ -1907,10 +1953,11 @@ class RunLog:
             self._progress.start(epoch, len(self.data.y_train), self.sums["images"])
         self._first_sample = len(self.monitor.samples)
         self._epoch_clock = time.perf_counter() - self.sums["duration"]
+        self.last_batch = time.monotonic()
 
     @contextlib.contextmanager
     def timed(self, phase: str):
-        """Count the seconds of a block as `phase`: loading, forward, backward, communication, update.
+        """Count the seconds of a block as loading, forward, backward, communication or update.
 
         A phase inside another one pauses it, so that no second is counted twice.
         """
@@ -1941,11 +1988,12 @@ class RunLog:
         self._epoch_clock += time.perf_counter() - started
 
     def end_batch(self, images: int, loss: float | None = None, top1: int = 0, top5: int = 0):
-        """Count a batch and write its row. loss: summed over the batch; None if nothing was trained."""
+        """Count a batch and write its row. loss: the batch's sum; None if nothing was trained."""
         if self._is_first_batch:
             self._is_first_batch = False
             self.totals.setdefault("first_step_after_seconds", process_age())
         self.batch += 1
+        self.last_batch = time.monotonic()
         sums = self.sums
         sums["images"] += images
         sums["top1"] += top1
@@ -1960,8 +2008,9 @@ class RunLog:
             self._progress.update(self.epoch, self.batch, self.batches, sums)
 
     def end_training(self):
-        """Write the row of the epoch's training. What follows until end_epoch() is its validation."""
+        """Write the row of the epoch's training; what follows until end_epoch() is validation."""
         sums = self.sums
+        self.last_batch = None
         self.monitor.sample()
         columns = self.monitor.summary(self._first_sample)
         self.totals["train_seconds"] += sums["duration"]
@@ -2064,7 +2113,7 @@ def run_fingerprint(args: argparse.Namespace, data) -> dict:
 
 
 def require_finite(loss: float, what: str, log: RunLog):
-    """Raise TrainingError if the loss is not finite: training that has diverged never comes back."""
+    """Raise TrainingError if the loss is not finite: such training never recovers."""
     if math.isfinite(loss):
         return
     if what == "loss":
@@ -2198,7 +2247,8 @@ class Progress:
             left = sums["duration"] / batch * (batches - batch)
             print(
                 f"epoch {epoch}/{self.epochs}  batch {batch}/{batches}  loss {loss:.4f}  "
-                f"{sums['images'] / sums['duration']:,.0f} images/s  {left:.0f} s left in this epoch",
+                f"{sums['images'] / sums['duration']:,.0f} images/s  "
+                f"{left:.0f} s left in this epoch",
                 flush=True,
             )
 
@@ -2260,8 +2310,8 @@ class StopSignal:
 class Checkpoint:
     """The file from which --resume continues bit for bit: model, optimizer, position, sums.
 
-    An .npz file without pickles; `params` is the flat array of all parameters. Without --checkpoint,
-    and on ranks other than 0, save() does nothing and due() is False.
+    An .npz file without pickles; `params` is the flat array of all parameters. Without
+    --checkpoint, and on ranks other than 0, save() does nothing and due() is False.
     """
 
     def __init__(self, args: argparse.Namespace, log: RunLog, model, optimizer, rank: int = 0):
@@ -2289,7 +2339,7 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def load(self) -> bool:
-        """Continue from the file; without one say so, and return False. InputError if it is no use."""
+        """Continue from the file; without one say so and return False. InputError if damaged."""
         if not Path(self.path).exists():
             print(f"no checkpoint {self.path} yet: training starts from the beginning", flush=True)
             return False
@@ -2335,8 +2385,10 @@ class Checkpoint:
 
 
 class TorchCheckpoint(Checkpoint):
-    """The same in PyTorch's own format: a dict of state dicts, which torch.load(…, weights_only=True)
-    opens in any program. parts: what has a state_dict(), by name: model=…, optimizer=…."""
+    """The same in PyTorch's own format, a dict of state dicts: any program can torch.load it.
+
+    parts: the objects with a state_dict(), by name: model=…, optimizer=…
+    """
 
     def __init__(self, args: argparse.Namespace, log: RunLog, rank: int = 0, **parts):
         super().__init__(args, log, None, None, rank)
@@ -2398,7 +2450,7 @@ def atomic_write(path, mode="wb"):
 
 
 def check_outputs(paths: list):
-    """Raise InputError unless a file can be made at each path (or None), and no two are the same."""
+    """Raise InputError unless a file can be made at each path; no two may be the same."""
     paths = [Path(path) for path in paths if path]
     targets = [os.path.realpath(path) for path in paths]
     for path, target in zip(paths, targets, strict=True):
@@ -2564,33 +2616,35 @@ def check_launcher(comm):
         if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
             library = MPI.Get_library_version().split("\n")[0].strip("\0")
             raise InputError(
-                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to another "
-                f"MPI than mpi4py, which uses {library}. Use the mpirun beside python: .venv/bin/mpirun"
+                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to "
+                f"another MPI than mpi4py, which uses {library}. Use the mpirun beside python: "
+                ".venv/bin/mpirun"
             )
 
 
 def abort_on_exception(comm):
     """Make an uncaught exception, or an early signal, on one rank end the whole job.
 
-    Without this the other ranks wait for ever in their next MPI call. Python prints the traceback,
-    here with the rank's number, and MPI_Abort ends all ranks.
+    Without this the other ranks wait for ever in their next MPI call. The traceback is printed with
+    the rank's number, and MPI_Abort ends all ranks.
     """
 
-    def print_and_abort(_, error, __):
-        for line in describe_error(error).splitlines():
-            print(f"[rank {comm.rank}] {line}", file=sys.__stderr__)
-        sys.__stderr__.flush()
-        comm.Abort(1)
+    def abort(message, status):
+        print(message, file=sys.__stderr__, flush=True)
+        time.sleep(0.2)  # mpirun may lose what arrives together with the abort
+        comm.Abort(status)
 
-    def abort(*_):
-        if comm.rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        comm.Abort(130)
+    def on_exception(_, error, __):
+        lines = [f"[rank {comm.rank}] {line}" for line in describe_error(error).splitlines()]
+        abort("\n".join(lines), 1)
 
-    sys.excepthook = print_and_abort
+    def on_signal(*_):
+        abort("interrupted", 130)
+
+    sys.excepthook = on_exception
     if comm.size > 1:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, abort)
+            signal.signal(number, on_signal)
 
 
 def collective(comm, action: Callable):
@@ -2611,7 +2665,7 @@ def collective(comm, action: Callable):
 
 
 def load_data_collectively(args: argparse.Namespace, comm) -> Dataset:
-    """The data on every rank. Rank 0 is first: it downloads and prepares what the others then find."""
+    """The data on every rank. Rank 0 is first: it downloads what the others then find."""
 
     def load(dataset):
         return load_cifar10(args.data_dir, dataset, args.subset, args.seed)
@@ -2624,14 +2678,15 @@ def load_data_collectively(args: argparse.Namespace, comm) -> Dataset:
     for rank, (host, fingerprint) in enumerate(found):
         if fingerprint != data.fingerprint:
             raise InputError(
-                f"rank {rank} on {host} has other data than rank 0: give all hosts the same --data-dir"
+                f"rank {rank} on {host} has other data than rank 0: give all hosts the same "
+                "--data-dir"
             )
     return data
 
 
 @contextlib.contextmanager
 def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model, optimizer, comm):
-    """Enter stop and log on all ranks, with the state that rank 0 has loaded, and end on all ranks."""
+    """Enter stop and log on all ranks, in the state that rank 0 has loaded."""
     state = comm.bcast((log.state_dict(), optimizer.steps))
     log.load_state_dict(state[0])
     optimizer.steps = state[1]
@@ -2641,6 +2696,7 @@ def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model,
         with contextlib.ExitStack() as stack:
             collective(comm, lambda: stack.enter_context(log))  # rank 0 opens files, which may fail
             stack.enter_context(stop)
+            stack.enter_context(StallWatch(log, comm))
             yield
     except Interrupted as interrupted:
         if not checkpoint.path or stop.requested == "SIGINT":
@@ -2653,22 +2709,99 @@ def collective_run(log: RunLog, checkpoint: Checkpoint, stop: StopSignal, model,
         comm.Abort(1)
 
 
+class StallWatch:
+    """Ends the job when a rank is blocked for ever, and prints the line on which each rank waits.
+
+    A rank blocked inside MPI runs no Python signal handler, and no other rank can help it. This
+    thread still runs, since mpi4py lets other threads run while it waits. Two cases end the job:
+
+    - --stall-timeout: so long no batch was finished, or the rank has been in one and the same call;
+    - a signal has come and the rank has stayed in one call for 5 s, so that it cannot stop itself.
+    """
+
+    AFTER_SIGNAL = 5.0  # seconds
+
+    def __init__(self, log: RunLog, comm):
+        self.log = log
+        self.rank = comm.rank
+        self.timeout = log.args.stall_timeout or math.inf
+        self._done = threading.Event()
+        self._main = threading.main_thread().ident
+
+    def __enter__(self):
+        # Python writes the number of each signal into this pipe at once, even when the main thread
+        # is blocked.
+        self._signals, self._wakeup = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._wakeup, False)
+        self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+        signal.set_wakeup_fd(self._previous)
+        os.close(self._signals)
+        os.close(self._wakeup)
+
+    def _watch(self):
+        call = None
+        since = time.monotonic()
+        has_signal = False
+        while not self._done.wait(0.25):
+            frame = sys._current_frames()[self._main]
+            now = time.monotonic()
+            if (frame, frame.f_lasti) != call:
+                call = (frame, frame.f_lasti)
+                since = now
+            with contextlib.suppress(BlockingIOError):
+                has_signal = bool(os.read(self._signals, 100)) or has_signal
+
+            last_batch = self.log.last_batch
+            stalled = now - since
+            if last_batch is not None:
+                stalled = max(stalled, now - last_batch)
+            if has_signal and now - since >= self.AFTER_SIGNAL:
+                self._end_job("interrupted, but this rank is blocked", frame, 130)
+            if stalled >= self.timeout:
+                self._end_job(f"no batch was finished for {stalled:.0f} s", frame, 1)
+
+    def _end_job(self, message, frame, status):
+        lines = [f"error: {message}; it waits here:"]
+        for line in traceback.format_stack(frame):
+            lines += line.rstrip().splitlines()
+        text = "".join(f"[rank {self.rank}] {line}\n" for line in lines)
+        print(text, end="", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            self.log.metadata.update(end=time.time(), status=f"failed: {message}")
+            self.log._write_metadata()
+        time.sleep(2)  # the other ranks print too: the first that exits ends the job
+        os._exit(status)
+
+
 def assert_replicas_identical(model: Model, comm, epoch: int):
-    """Raise TrainingError unless all ranks hold the same weights and running statistics, bit for bit."""
+    """Raise TrainingError unless all ranks hold the same weights and statistics, bit for bit."""
     for what, arrays in (("weights", [model.params]), ("running statistics", model.buffers())):
         digest = hashlib.blake2b(digest_size=16)
         for array in arrays:
             digest.update(array.data)
         digests = comm.allgather(digest.digest())
-        for rank, other in enumerate(digests):
-            if other != digests[0]:
-                raise TrainingError(
-                    f"after epoch {epoch} the {what} of rank {rank} are not those of rank 0"
-                )
+        different = [rank for rank in range(comm.size) if digests[rank] != digests[0]]
+        if different:
+            largest = 0.0
+            for array in arrays:
+                distance = np.abs(array - comm.bcast(array)).max()
+                largest = max(largest, float(comm.allgather(distance)[different[0]]))
+            raise TrainingError(
+                f"after epoch {epoch} the {what} of rank {different[0]} are not those of rank 0: "
+                f"they differ by up to {largest:.3g}"
+            )
 
 
 def log_communication(log: RunLog, comm):
-    """Replace the epoch's seconds of communication by the mean over the ranks; keep min and max too."""
+    """Replace the epoch's seconds of communication by the mean over the ranks."""
     seconds = comm.allgather(log.sums.get("communication", 0.0))
     mean = sum(seconds) / comm.size
     log.sums["communication"] = mean
@@ -2688,8 +2821,8 @@ def gather_from_all(comm, array: np.ndarray) -> np.ndarray:
 class OverlapReducer:
     """Sums the gradients of all ranks by messages while the backward pass goes on.
 
-    start(grad_slice) begins when a layer's gradients are complete; after wait() `total` has the sums
-    over all ranks. Each rank then updates all weights itself. overlap=False: start() waits.
+    start(grad_slice) begins when a layer's gradients are complete; after wait() `total` has the
+    sums over all ranks. Each rank then updates all weights itself. overlap=False: start() waits.
     """
 
     name = "overlap"
@@ -2725,16 +2858,17 @@ class OverlapReducer:
 class SharedMemoryReducer:
     """Sums gradients and updates weights in memory that the ranks of a machine share.
 
-    Nothing is sent within a machine, and nothing is computed twice. One window of shared memory holds
+    Nothing is sent within a machine, and nothing is computed twice. One window of shared memory
+    holds
 
-        gradients of rank 0 | weights | optimizer state | gradients of rank 1 | gradients of rank 2 | …
+        gradients of rank 0 | weights | optimizer state | gradients of rank 1 | …
 
     (Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming with MPI plus shared
     memory", 2013). Each layer's slice of the gradients is divided into shards, one for each rank of
     the machine: a rank sums its shard over all ranks' gradients and then updates its shard of the
     weights (Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
-    models", 2020). Where there are several machines, with equal numbers of ranks, the ranks with the
-    same shard sum it over the machines by messages in between.
+    models", 2020). Where there are several machines, with equal numbers of ranks, the ranks with
+    the same shard sum it over the machines by messages in between.
 
     Ranks wait for each other twice a step: before summing a slice, until all have written their
     gradients; after the update, until all shards of the weights are written.
@@ -2769,7 +2903,8 @@ class SharedMemoryReducer:
         self.grads = [array_at(rank, 0) for rank in range(self.machine.size)]
         shared = [array_at(0, size * (1 + i)) for i in range(len(private))]
 
-        # A page of memory is placed near the core that first writes to it: each rank writes its shards.
+        # A page of memory is placed near the core that first writes to it: each rank writes its
+        # shards.
         for own_shard in self.shards:
             for target, source in zip(shared, private, strict=True):
                 target[own_shard] = source[own_shard]
@@ -2802,7 +2937,7 @@ class SharedMemoryReducer:
         self.window.Sync()
 
     def _sum_first(self):
-        """Sum this rank's shard of the first slice in `unsummed`, which is complete on all ranks."""
+        """Sum this rank's shard of the first unsummed slice, which is complete on all ranks."""
         from mpi4py import MPI
 
         grad_slice, _ = self.unsummed.pop(0)
@@ -2862,9 +2997,12 @@ def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
         type=lambda name: "overlap" if name == "messages" else name,  # its name in old commands
         choices=("auto", *reduce),
         default="auto",
-        help="how gradients are summed; auto: in shared memory where the ranks of a machine can, else "
-        "by messages that overlap the backward pass (default: %(default)s)",
+        help="how gradients are summed; auto: in shared memory where the ranks of a machine can, "
+        "else by messages that overlap the backward pass (default: %(default)s)",
     )
+    stall = "end the job when no batch is finished for so long; 0: never (default: %(default)s)"
+    seconds = number(float, 0, 10**6)
+    add("--stall-timeout", type=seconds, default=120, metavar="SECONDS", help=stall)
     add(
         "--no-overlap",
         dest="overlap",
@@ -2941,7 +3079,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, script: str, doc: str):
         super().__init__(
-            prog=f"{script}.py",
+            prog=f"{Path(script).stem}.py",
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -2981,7 +3119,12 @@ def number(kind, low, high, exclusive: bool = False) -> Callable:
 def make_parser(
     script: str, doc: str, models: tuple = ("cnn",), batch_size: int = 32, epochs: int | None = 10
 ) -> Parser:
-    """The options that all training scripts share."""
+    """The options that all training scripts share.
+
+    script: its __file__. The log is named after it, so that a copy does not overwrite the
+    original's.
+    """
+    script = Path(script).stem
     parser = Parser(script, doc)
     add = parser.add_argument
     count = number(int, 1, 10**6)

@@ -1,9 +1,10 @@
-"""Serial, MPI and hybrid training live in one terminal: loss curves, images/s, then the measured speed-ups.
+"""Watch serial, MPI and hybrid train in one terminal: loss curves, images/s, measured speed-ups.
 
-Nothing is simulated: serial_cnn.py, parallel_cnn_mpi.py and parallel_cnn_hybrid.py train as child processes on the same
-data with the same global batch, one after another, so that none slows down another. What is shown is read from the run
-logs that they write, the speed-ups from their totals. On the time axis that all three share, the same loss
-curve ends earlier; the largest difference between the curves tells that it is the same computation.
+serial_cnn.py, parallel_cnn_mpi.py and parallel_cnn_hybrid.py train as child processes, on the same
+data with the same global batch, one after another so that none slows another down. Everything that
+is shown is read from their run logs. The three panels share one time axis: the loss follows the
+same curve in less time. At the end the largest difference between the curves is printed: all three
+do the same computation.
 
     make demo
     python demo.py
@@ -23,551 +24,475 @@ import sys
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common import (
+    BATCH,
+    TRAIN,
     InputError,
     Interrupted,
     Parser,
     TrainingError,
     available_cores,
     find_mpirun,
+    format_table,
     load_cifar10,
     number,
     run_main,
     stop_processes,
-    table,
 )
 
 HERE = Path(__file__).resolve().parent
-FRAME_SECONDS, LINE_SECONDS = (
-    0.2,
-    2.0,
-)  # between two pictures on a terminal, between two lines elsewhere
-SMALLEST = (60, 18)  # columns and lines that the picture needs
-TOP_LOSS = 3.0  # of the axis; guessing among ten classes has ln 10 = 2.3, and the first steps' higher ones are cut off
-TRAIN, BATCH = "0", "2"  # types of rows in a log
 NAMES = {
     "serial_cnn.py": "serial",
     "parallel_cnn_mpi.py": "MPI",
     "parallel_cnn_hybrid.py": "hybrid",
 }
-COLOURS = (36, 33, 35)  # cyan, yellow, magenta
+COLOURS = {"serial": 36, "MPI": 33, "hybrid": 35}  # ANSI codes of cyan, yellow, magenta
+MIN_COLUMNS = 60  # the smallest terminal that has room for the panels
+MIN_LINES = 18
+FRAME_SECONDS = 0.2  # between two frames on a terminal
+LINE_SECONDS = 2.0  # between two lines elsewhere
+TOP_LOSS = 3.0  # upper end of the loss axis; guessing among ten classes has ln 10 = 2.3
+
+# The bits of a Braille character's dots, 4 rows of 2: chr(0x2800 + the sum of bits) shows them.
+BRAILLE_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Trainings: child processes and what their logs say
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Trainings: child processes, and what their run logs say
+# --------------------------------------------------------------------------------------------------
 
 
 class Training:
-    """One script, training as a child process; read() takes in what its log has got since the last time."""
+    """One script that trains as a child process, and what its run log says so far."""
 
-    def __init__(self, script, launch, options, folder, args):
-        name = script.removesuffix(".py")
-        self.script, self.name, self.epochs = script, NAMES[script], args.epochs
-        self.log, self.output = folder / f"{name}.csv", folder / f"{name}.txt"
-        self.command = [
-            *launch,
-            sys.executable,
-            str(HERE / script),
-            *options,
-            "--quiet",
-            "--log",
-            str(self.log),
-            "--save-metrics",
-            str(folder / f"{name}.npz"),
-        ]
-        self.process, self.cores, self.place, self.rest = None, None, 0, ""
-        self.losses, self.seconds = (
-            [],
-            [],
-        )  # of each batch: mean loss, training seconds since the run began
-        self.epoch, self.batch, self.batches, self.images_per_s, self.before = 1, 0, 0, 0.0, 0.0
-        self.validating, self.sidecar = False, {}
+    def __init__(self, script, command, folder, epochs):
+        self.script = script
+        self.name = NAMES[script]
+        self.epochs = epochs
+        self.log = folder / f"{self.name}.csv"
+        self.output = folder / f"{self.name}.txt"
+        metrics = folder / f"{self.name}.npz"
+        self.command = [*command, "--quiet", f"--log={self.log}", f"--save-metrics={metrics}"]
+        self.cores = None  # the cores that it may use; None: all
+        self.process = None
+        self.started = 0.0
+        self.finished = False  # it has ended well and its log is read to the end
+
+        self.losses = []  # of each batch: mean loss
+        self.seconds = []  # of each batch: training seconds since the run began
+        self.epoch_seconds = 0.0  # training seconds of all complete epochs
+        self.state = ""  # for instance "epoch 1/2 batch 3/79"
+        self.progress = 0.0  # fraction of all batches that is trained
+        self.images_per_s = 0.0
+        self.metadata = {}  # the JSON file beside the log
+        self.position = 0  # bytes of the log that are read
 
     def start(self):
-        """Start the script, in a process group of its own: the terminal's Ctrl-C is for the demo, which ends it."""
-        mine = os.sched_getaffinity(0) if self.cores else None
-        if self.cores:
-            os.sched_setaffinity(0, self.cores)  # a child inherits it
-        try:
-            with open(self.output, "w") as output:
-                self.process = subprocess.Popen(
-                    self.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        finally:
-            if self.cores:
-                os.sched_setaffinity(0, mine)
+        # In a session of its own: the terminal sends Ctrl-C to the demo alone, which ends it.
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=self._choose_cores,
+            )
         self.started = time.monotonic()
+
+    def _choose_cores(self):
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)
 
     def running(self):
         return self.process is not None and self.process.poll() is None
 
-    def done(self):
-        """Whether it has ended well. Raises TrainingError if it has ended otherwise."""
-        if self.process is None or self.process.poll() is None:
-            return False
-        if self.process.returncode:
-            lines = self.output.read_text(errors="replace").split("\n")
-            said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-            raise TrainingError(
-                f"{self.script} ended with exit status {self.process.returncode}: {said.strip()}"
-            )
-        return True
+    def update(self):
+        """Read what is new in log and metadata. Raises TrainingError if the script has failed."""
+        if self.process is None or self.finished:
+            return
 
-    def read(self):
-        if not self.sidecar:
-            with contextlib.suppress(OSError):
-                self.sidecar = json.loads(self.log.with_suffix(".json").read_text())
-        with contextlib.suppress(FileNotFoundError), open(self.log) as file:
-            file.seek(self.place)
-            *lines, self.rest = (self.rest + file.read()).split(
-                "\n"
-            )  # the last line may still be incomplete
-            self.place = file.tell()
-            for row in csv.reader(lines):
-                self._take(row)
+        # Look at the process before its log, so that its last rows are not missed.
+        status = self.process.poll()
+        if status not in (None, 0):
+            lines = self.output.read_text(errors="replace").strip().split("\n")
+            reason = lines[-1].strip() or "it printed nothing"
+            raise TrainingError(f"{self.script} ended with exit status {status}: {reason}")
 
-    def _take(self, row):
-        kind, epoch, _, _, duration, value1, value2, loss, images_per_s = row[:9]
-        self.validating = kind == TRAIN
-        if kind == TRAIN:
-            self.before += float(duration)
-        elif kind == BATCH:
-            self.epoch, self.batch, self.batches = int(epoch), int(value1), int(value2)
-            self.losses.append(float(loss))
-            self.seconds.append(self.before + float(duration))
-            self.images_per_s = float(images_per_s)
+        self.read_log()
+        path = self.log.with_suffix(".json")
+        if path.exists() and (status == 0 or not self.metadata):  # the totals come at the end
+            self.metadata = json.loads(path.read_text())
+        self.finished = status == 0
 
-    def progress(self):
-        return len(self.losses) / (self.epochs * self.batches) if self.losses else 0.0
+    def read_log(self):
+        """Read the rows that were written since the last call."""
+        if not self.log.exists():
+            return
+        with open(self.log, "rb") as file:
+            file.seek(self.position)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]  # the last row may be half written
+        self.position += len(complete)
+
+        for row in csv.reader(complete.decode().splitlines()):
+            kind, epoch, _, _, duration, value1, value2, loss, images_per_s = row[:9]
+            if kind == str(BATCH):
+                batches = int(value2)
+                self.losses.append(float(loss))
+                self.seconds.append(self.epoch_seconds + float(duration))
+                self.progress = len(self.losses) / (self.epochs * batches)
+                self.images_per_s = float(images_per_s)
+                self.state = f"epoch {epoch}/{self.epochs} batch {value1}/{batches}"
+            elif kind == str(TRAIN):  # training of the epoch is over, its validation follows
+                self.epoch_seconds += float(duration)
+                self.state = f"epoch {epoch}/{self.epochs} validating"
 
     def expected_seconds(self):
-        """Of training in all, as far as one can tell by now."""
-        return self.seconds[-1] / self.progress() if self.losses else 0.0
+        """The estimated training seconds of the whole run; 0 before the first batch."""
+        return self.seconds[-1] / self.progress if self.losses else 0.0
 
-    def label(self, times="×"):
-        ranks, threads = self.sidecar.get("ranks", 0), self.sidecar.get("threads", 0)
-        if not ranks:
+    def core_count(self):
+        return self.metadata["ranks"] * self.metadata["threads"]
+
+    def label(self, times):
+        """For instance "1 core" or "2 ranks × 1 thread"; empty before the script has started."""
+        if not self.metadata:
             return ""
-        return (
-            count(ranks * threads, "core")
-            if self.script.startswith("serial")
-            else (f"{count(ranks, 'rank')} {times} {count(threads, 'thread')}")
-        )
-
-    def finish(self):
-        """Read the last rows and the totals."""
-        self.read()
-        self.sidecar = json.loads(self.log.with_suffix(".json").read_text())
+        if self.name == "serial":
+            return plural(self.core_count(), "core")
+        ranks = plural(self.metadata["ranks"], "rank")
+        threads = plural(self.metadata["threads"], "thread")
+        return f"{ranks} {times} {threads}"
 
 
-def count(n, word):
+def plural(n, word):
     return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 def make_trainings(args, data, folder):
-    if missing := [script for script in NAMES if not (HERE / script).exists()]:
-        raise InputError(f"{missing[0]} is not beside demo.py: put it there")
+    """The three trainings of the same data with the same seed and global batch, not yet started."""
     options = [
-        "--epochs",
-        args.epochs,
-        "--seed",
-        args.seed,
-        "--lr",
-        args.lr,
-        "--dtype",
-        args.dtype,
-        "--subset",
-        args.subset,
-        "--dataset",
-        data.name,
+        f"--epochs={args.epochs}",
+        f"--subset={args.subset}",
+        f"--dataset={data.name}",
+        f"--lr={args.lr}",
+        f"--dtype={args.dtype}",
+        f"--seed={args.seed}",
     ]
-    options += ["--data-dir", args.data_dir] if args.data_dir else []
-    ranks, batch = [find_mpirun(), "-np", str(args.ranks)], ["--global-batch-size", args.batch_size]
-    return [
-        Training(script, launch, list(map(str, [*options, *size])), folder, args)
-        for script, launch, size in (
-            ("serial_cnn.py", [], ["--batch-size", args.batch_size]),
-            ("parallel_cnn_mpi.py", ranks, batch),
-            ("parallel_cnn_hybrid.py", ranks, batch),
-        )
-    ]
+    if args.data_dir:
+        options.append(f"--data-dir={args.data_dir}")
+
+    trainings = []
+    for script in NAMES:
+        command = [sys.executable, str(HERE / script), *options]
+        if script == "serial_cnn.py":
+            command.append(f"--batch-size={args.batch_size}")
+        else:
+            command.append(f"--global-batch-size={args.batch_size}")
+            command = [find_mpirun(), "-np", str(args.ranks), *command]
+        trainings.append(Training(script, command, folder, args.epochs))
+    return trainings
 
 
-def share_cores(trainings, ranks):
-    """Give each training cores of its own: one, one for each rank, and what is left."""
-    cores = available_cores()
+def divide_cores(trainings, ranks):
+    """Give each training cores of its own: serial one, MPI one for each rank, hybrid the rest."""
     if not hasattr(os, "sched_setaffinity"):
+        raise InputError("--at-once: this system cannot bind processes to cores: leave it out")
+    cores = available_cores()
+    needed = 1 + 2 * ranks
+    if len(cores) < needed:
         raise InputError(
-            "--at-once: this system does not let processes choose their cores: leave it out"
-        )
-    if len(cores) < 1 + 2 * ranks:
-        raise InputError(
-            f"--at-once with {ranks} ranks needs {1 + 2 * ranks} cores, there are {len(cores)}: "
+            f"--at-once with {ranks} ranks needs {needed} cores, there are {len(cores)}: "
             "leave it out, and they train one after another"
         )
-    for training, part in zip(
-        trainings, (cores[:1], cores[1 : 1 + ranks], cores[1 + ranks :]), strict=True
-    ):
-        training.cores = part
+    serial, mpi, hybrid = trainings
+    serial.cores = cores[:1]
+    mpi.cores = cores[1 : 1 + ranks]
+    hybrid.cores = cores[1 + ranks :]
 
 
-def run_trainings(trainings, at_once, show, signals):
-    """Run them to their end, calling show() again and again. signals: a list that a signal handler appends to."""
+def run_trainings(trainings, at_once, show, received):
+    """Run the trainings to their end; call show() for each frame.
+
+    received: the list to which the signal handlers append; a signal raises Interrupted.
+    However this function ends, no child process outlives it.
+    """
     waiting = list(trainings)
     try:
-        while waiting or any(t.running() for t in trainings):
-            if waiting and (at_once or not any(t.running() for t in trainings)):
+        while not all(training.finished for training in trainings):
+            if waiting and (at_once or not any(training.running() for training in trainings)):
                 waiting.pop(0).start()
             time.sleep(FRAME_SECONDS)
             for training in trainings:
-                training.read()
-                training.done()
+                training.update()
             show()
-            if signals:
-                raise Interrupted(f"interrupted by {signal.Signals(signals[0]).name}")
-        for training in trainings:
-            training.done()  # the last one may have failed since it was looked at
-            training.finish()
-        show()  # and it has ended since it was shown
+            if received:
+                raise Interrupted(f"interrupted by {signal.Signals(received[0]).name}")
     finally:
-        stop_processes([t.process for t in trainings if t.running()])
+        stop_processes([training.process for training in trainings if training.running()])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Pictures made of characters
+# --------------------------------------------------------------------------------------------------
 
 
 class Style:
-    """Which characters and colours the terminal can show."""
+    """The characters and colours that a terminal can show."""
 
     def __init__(self, stream, ascii_only=False):
-        locale = next(
-            (os.environ[n] for n in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(n)), ""
-        )
-        utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
         terminal = os.environ.get("TERM", "dumb")
-        self.unicode = (
-            utf8 and not ascii_only and locale not in ("C", "POSIX") and terminal != "linux"
-        )
-        self.picture = stream.isatty() and terminal != "dumb"
-        self.colours = self.picture and not os.environ.get("NO_COLOR")
-        self.full, self.empty, self.times = ("█", "░", "×") if self.unicode else ("#", ".", "x")
-        self.axis, self.floor, self.corner = ("│", "─", "└") if self.unicode else ("|", "-", "+")
+        self.live = stream.isatty() and terminal != "dumb"
+        self.coloured = self.live and not os.environ.get("NO_COLOR")
 
-    def colour(self, text, code):
-        return f"\033[{code}m{text}\033[0m" if self.colours and text.strip() else text
+        environ = os.environ  # the first of these that is set is the locale
+        locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG")
+        utf8 = (stream.encoding or "").lower() in ("utf-8", "utf8")
+        braille = locale not in ("C", "POSIX") and terminal != "linux"
+        self.unicode = utf8 and braille and not ascii_only
+        characters = "█░×│─└" if self.unicode else "#.x|-+"
+        self.full, self.empty, self.times, self.axis, self.floor, self.corner = characters
+
+    def colour(self, text, name):
+        return f"\033[{COLOURS[name]}m{text}\033[0m" if self.coloured and text.strip() else text
 
     def bar(self, fraction, width):
         full = round(min(fraction, 1.0) * width)
         return self.full * full + self.empty * (width - full)
 
 
-def column_means(training, columns, seconds):
-    """The mean loss in each of `columns` equal parts of `seconds`; None where there is no batch."""
-    sums, counts = [0.0] * columns, [0] * columns
-    for second, loss in zip(training.seconds, training.losses, strict=True):
-        column = min(int(second / seconds * columns), columns - 1)
-        sums[column] += loss
-        counts[column] += 1
-    return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+def column_means(seconds, losses, columns, end):
+    """The mean loss in each of `columns` equal parts of 0 to `end` seconds; NaN without a batch."""
+    column = (np.array(seconds) / end * columns).astype(int)
+    column = np.minimum(column, columns - 1)
+    counts = np.bincount(column, minlength=columns)
+    sums = np.bincount(column, weights=losses, minlength=columns)
+    return np.divide(sums, counts, out=np.full(columns, np.nan), where=counts > 0)
 
 
 def curve(means, height, top, unicode):
-    """Draw means as lines of text, 0 at the bottom and `top` at the top: Braille dots, two a column, or asterisks."""
+    """Draw a curve as `height` lines of text, with loss 0 at the bottom and `top` at the top.
+
+    A Braille character has 4 rows of 2 dots, so with unicode it shows two of the means.
+    """
     across, down = (2, 4) if unicode else (1, 1)
-    dots, previous = set(), None
+    rows = height * down
+    dots = np.zeros((rows, len(means)), dtype=bool)
+    previous = None
     for x, mean in enumerate(means):
-        if mean is None or not math.isfinite(mean):  # the training itself says what is wrong
+        if not math.isfinite(mean):
             continue
-        y = min(max(int((1 - mean / top) * height * down), 0), height * down - 1)
-        between = range(min(y, previous), max(y, previous) + 1) if previous is not None else (y,)
-        dots.update((x, line) for line in between)
+        y = math.floor((1 - mean / top) * rows)  # row 0 is the highest
+        y = min(max(y, 0), rows - 1)
+        if previous is None:
+            previous = y
+        dots[min(y, previous) : max(y, previous) + 1, x] = True  # a vertical line joins the points
         previous = y
-    bits = (
-        (0x01, 0x02, 0x04, 0x40),
-        (0x08, 0x10, 0x20, 0x80),
-    )  # of the dots of U+2800, by column and row
-    lines = []
-    for line in range(height):
-        cells = ""
-        for cell in range(len(means) // across):
-            inside = [
-                bits[x][y]
-                for x in range(across)
-                for y in range(down)
-                if (cell * across + x, line * down + y) in dots
-            ]
-            cells += " " if not inside else chr(0x2800 + sum(inside)) if unicode else "*"
-        lines.append(cells)
-    return lines
 
-
-def draw_panels(trainings, style, columns, height):
-    """The three loss curves side by side, on the same axes: lines of text."""
-    width = (columns - 4) // 3 - 2
-    across = 2 if style.unicode else 1
-    seconds = math.ceil(max([t.expected_seconds() for t in trainings] + [1.0]))
-    means = [column_means(t, width * across, seconds) for t in trainings]
-    curves = [curve(part, height, TOP_LOSS, style.unicode) for part in means]
-    rows = []
-    for line in range(height):
-        mark = (
-            f"{TOP_LOSS:.1f}" if line == 0 else f"{TOP_LOSS / 2:.1f}" if line == height // 2 else ""
-        )
-        rows.append(
-            [
-                f"{mark:>4}",
-                *(
-                    style.axis + style.colour(part[line], code)
-                    for part, code in zip(curves, COLOURS, strict=True)
-                ),
-            ]
-        )
-    rows.append([f"{0:>4.1f}", *[style.corner + style.floor * width] * 3])
-    rows.append(["    ", *[" 0" + f"{seconds} s of training".rjust(width - 1)] * 3])
-    heads = [
-        ["loss"]
-        + [
-            " " + style.colour(t.script.ljust(width)[:width], code)
-            for t, code in zip(trainings, COLOURS, strict=True)
-        ],
-        ["    "] + [" " + t.label(style.times).ljust(width)[:width] for t in trainings],
-    ]
-    return [" ".join([row[0] + row[1], *row[2:]]) for row in heads + rows]
+    if not unicode:
+        return ["".join("*" if dot else " " for dot in row) for row in dots]
+    cells = dots.reshape(height, down, len(means) // across, across)
+    bits = (cells * BRAILLE_BITS[:, None, :]).sum(axis=(1, 3))  # (height, width)
+    return ["".join(chr(0x2800 + code) if code else " " for code in row) for row in bits]
 
 
 def describe_state(training, style, width):
-    """Four lines on what a training does just now."""
+    """Four lines on what a training does just now, for a panel of that width."""
     if training.process is None:
         return ["waiting", "", "", ""]
     if not training.losses:
         hint = "its kernels compile once" if training.name == "hybrid" else ""
         return [f"starting, {time.monotonic() - training.started:.0f} s", hint, "", ""]
+    state = training.state
+    if training.finished:
+        state = f"epoch {training.epochs}/{training.epochs} done, {training.seconds[-1]:.1f} s"
     recent = training.losses[-50:]
-    progress = training.progress()
-    where = "validating" if training.validating else f"batch {training.batch}/{training.batches}"
-    if not training.running():
-        where = f"done, {training.seconds[-1]:.1f} s"
     return [
-        f"{style.bar(progress, width - 6)} {progress:4.0%}",
-        f"epoch {training.epoch}/{training.epochs} {where}",
+        f"{style.bar(training.progress, width - 6)} {training.progress:4.0%}",
+        state,
         f"{training.images_per_s:,.0f} images/s",
         f"loss {sum(recent) / len(recent):.3f}",
     ]
 
 
-def draw_frame(title, trainings, style, columns, lines):
+def draw_panels(trainings, style, columns, height):
+    """The three loss curves side by side on the same axes, and below each its state: lines."""
     width = (columns - 4) // 3 - 2
-    states = [describe_state(t, style, width) for t in trainings]
-    below = [
-        "    " + " ".join(f" {state[i]:{width}.{width}}" for state in states) for i in range(4)
-    ]
-    return [
-        title,
-        "",
-        *draw_panels(trainings, style, columns, lines - 13),
-        *below,
-        "",
-        "Ctrl-C stops all three.",
-    ]
+    points = width * 2 if style.unicode else width
+    expected = [training.expected_seconds() for training in trainings]
+    seconds = math.ceil(max(1.0, *expected))  # the time axis has room for the slowest
+
+    panels = []
+    for training in trainings:
+        means = column_means(training.seconds, training.losses, points, seconds)
+        panel = [" " + style.colour(training.script.ljust(width)[:width], training.name)]
+        panel.append(" " + training.label(style.times).ljust(width)[:width])
+        for line in curve(means, height, TOP_LOSS, style.unicode):
+            panel.append(style.axis + style.colour(line, training.name))
+        panel.append(style.corner + style.floor * width)
+        panel.append(" 0" + f"{seconds} s of training".rjust(width - 1))
+        for line in describe_state(training, style, width):
+            panel.append(" " + line.ljust(width)[:width])
+        panels.append(panel)
+
+    # The margin of 4 columns has the marks of the loss axis, which begins below two headings.
+    middle = 2 + height // 2
+    marks = {0: "loss", 2: f"{TOP_LOSS:.1f}", middle: f"{TOP_LOSS / 2:.1f}", 2 + height: "0.0"}
+    rows = zip(*panels, strict=True)
+    return [f"{marks.get(i, ''):>4}" + " ".join(row) for i, row in enumerate(rows)]
 
 
-class Screen:
-    """Pictures in the terminal's alternate screen, which goes away when the block ends."""
-
-    def __init__(self, title, trainings, style):
-        self.title, self.trainings, self.style = title, trainings, style
-
-    def __enter__(self):
-        sys.stdout.write("\033[?1049h\033[?25l")  # alternate screen, no cursor
-        sys.stdout.flush()
-        return self
-
-    def __exit__(self, *_):
-        sys.stdout.write("\033[0m\033[?25h\033[?1049l")
-        sys.stdout.flush()
-
-    def show(self):
-        columns, lines = shutil.get_terminal_size()
-        if columns < SMALLEST[0] or lines < SMALLEST[1]:
-            picture = [
-                f"{SMALLEST[0]} columns x {SMALLEST[1]} lines are needed",
-                f"here are {columns} x {lines}",
-            ]
-            picture = [line[:columns] for line in picture]
-        else:
-            picture = draw_frame(self.title[:columns], self.trainings, self.style, columns, lines)
-        sys.stdout.write("\033[H" + "\033[K\r\n".join(picture[:lines]) + "\033[K\033[J")
-        sys.stdout.flush()
+@contextlib.contextmanager
+def alternate_screen():
+    """A screen for the frames, which disappears again and leaves the terminal as it was."""
+    try:
+        print("\033[?1049h\033[?25l", end="", flush=True)  # alternate screen, no cursor
+        yield
+    finally:
+        print("\033[0m\033[?25h\033[?1049l", end="", flush=True)  # no colour, cursor, old screen
 
 
-class Lines:
-    """The same where there is no terminal: a line now and then for each training that runs."""
+def show_frame(title, trainings, style):
+    """Draw the trainings over the frame before."""
+    columns, lines = shutil.get_terminal_size()
+    if columns < MIN_COLUMNS or lines < MIN_LINES:
+        needed = f"{MIN_COLUMNS} columns x {MIN_LINES} lines are needed"
+        frame = [needed[:columns], f"here are {columns} x {lines}"[:columns]]
+    else:
+        panels = draw_panels(trainings, style, columns, lines - 13)
+        frame = [title[:columns], "", *panels, "", "Ctrl-C stops all three."]
 
-    def __init__(self, title, trainings, style):
-        self.title, self.trainings, self.style = title, trainings, style
-        self.last, self.ended = time.monotonic(), set()
+    # From the upper left corner; clear what is left of each line, and below the last one.
+    print("\033[H" + "\033[K\r\n".join(frame[:lines]) + "\033[K\033[J", end="", flush=True)
 
-    def __enter__(self):
-        print(self.title, flush=True)
-        return self
 
-    def __exit__(self, *_):
-        pass
+class LinePrinter:
+    """Where there is no terminal: a line now and then for each training that runs."""
+
+    def __init__(self, trainings, style):
+        self.trainings = trainings
+        self.style = style
+        self.last = time.monotonic()
+        self.ended = set()  # names of the trainings whose last line is printed
 
     def show(self):
         due = time.monotonic() - self.last >= LINE_SECONDS
         if due:
             self.last = time.monotonic()
         for training in self.trainings:
-            ended = (
-                training.process is not None
-                and not training.running()
-                and training.name not in self.ended
-            )
+            ended = training.finished and training.name not in self.ended
             if ended:
                 self.ended.add(training.name)
-                training.read()  # what it has written since the last look
             if ended or (due and training.running()):
                 state = [part for part in describe_state(training, self.style, 16) if part]
                 print(f"{training.script:22}  {'  '.join(state)}", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# The result
+# --------------------------------------------------------------------------------------------------
+
+
 def summarize(trainings, style):
-    """The table of times and speed-ups, and how far the loss curves are apart: text of at most 80 columns."""
-    totals = [t.sidecar["totals"] for t in trainings]
-    cores = [t.sidecar["ranks"] * t.sidecar["threads"] for t in trainings]
-    speedups = [totals[0]["train_seconds"] / t["train_seconds"] for t in totals]
-    rows = [
-        [
-            t.name,
-            t.label(style.times),
-            f"{total['train_seconds']:.1f} s",
-            f"{total['images_per_s']:,.0f}",
-            f"{speedup:.2f}",
-            f"{speedup / n:.0%}",
-        ]
-        for t, total, speedup, n in zip(trainings, totals, speedups, cores, strict=True)
-    ]
-    bars = [
-        style.colour(style.full * max(1, round(10 * speedup / max(speedups))), code)
-        for speedup, code in zip(speedups, COLOURS, strict=True)
-    ]
-    lines = table(("", "on", "training", "images/s", "speed-up", "efficiency"), rows).split("\n")
-    lines = [f"{line}  {bar}".rstrip() for line, bar in zip(lines, ["", "", *bars], strict=True)]
-    apart = [
-        max(abs(a - b) for a, b in zip(trainings[0].losses, t.losses, strict=True))
-        for t in trainings[1:]
-    ]
+    """Times and speed-ups, and how far the loss curves differ: text of at most 80 columns."""
+    serial = trainings[0]
+    totals = [training.metadata["totals"] for training in trainings]
+    speedups = [totals[0]["train_seconds"] / total["train_seconds"] for total in totals]
+    rows = []
+    for training, total, speedup in zip(trainings, totals, speedups, strict=True):
+        row = [training.name, training.label(style.times)]
+        row += [f"{total['train_seconds']:.1f} s", f"{total['images_per_s']:,.0f}"]
+        row += [f"{speedup:.2f}", f"{speedup / training.core_count():.0%}"]
+        row.append(style.bar(speedup / max(speedups), 10))
+        rows.append(row)
+    header = ("", "on", "training", "images/s", "speed-up", "efficiency", "")
+
+    differences = {}
+    for training in trainings[1:]:
+        pairs = zip(serial.losses, training.losses, strict=True)
+        differences[training.name] = max(abs(a - b) for a, b in pairs)
     words = (
-        f"One run each. Largest difference from serial's loss in {len(trainings[0].losses):,} steps: "
-        + ", ".join(f"{t.name} {a:.2g}" for t, a in zip(trainings[1:], apart, strict=True))
+        f"One run each. Largest difference from serial's loss in {len(serial.losses):,} steps: "
+        + ", ".join(f"{name} {difference:.2g}" for name, difference in differences.items())
         + "."
     )
-    if trainings[0].sidecar["arguments"]["dtype"] == "float32" and max(apart) > 0:
-        words += " That is rounding, which training amplifies; try --dtype float64."
-    if crowded := [
-        t.name for t, n in zip(trainings, cores, strict=True) if n > len(available_cores())
-    ]:
-        words += f" Oversubscribed, more threads than cores: {', '.join(crowded)}."
-    return "\n".join([*lines, "", textwrap.fill(words, 80)])
+    if serial.metadata["arguments"]["dtype"] == "float32" and max(differences.values()) > 0:
+        words += " This is rounding, which training amplifies; try --dtype float64."
+    cores = len(available_cores())
+    oversubscribed = [training.name for training in trainings if training.core_count() > cores]
+    if oversubscribed:
+        words += f" Oversubscribed (more threads than cores): {', '.join(oversubscribed)}."
+    return f"{format_table(header, rows)}\n\n{textwrap.fill(words, 80)}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    parser = Parser("demo", __doc__)
-    add = parser.add_argument
-    add("--epochs", type=number(int, 1, 1000), default=2, help="default: %(default)s")
-    add(
-        "--subset",
-        type=number(int, 1, 50_000),
-        default=20_000,
-        metavar="N",
-        help="first N training and N/5 test images (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=number(int, 1, 10**6),
-        default=64,
-        help="images per step of all ranks together (default: %(default)s)",
-    )
-    add(
-        "--ranks",
-        type=number(int, 1, 1024),
-        default=2,
-        metavar="N",
-        help="of MPI and hybrid (default: %(default)s)",
-    )
-    add(
-        "--lr",
-        type=number(float, 0, math.inf, exclusive=True),
-        default=0.01,
-        help="default: %(default)s",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "float64"),
-        default="float32",
-        help="float64: rounding does not drive the curves apart (default: %(default)s)",
-    )
-    add(
-        "--at-once",
-        action="store_true",
-        help="all three at the same time, each on cores of its own",
-    )
-    add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add(
-        "--dataset",
-        choices=("auto", "cifar10", "synthetic"),
-        default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=42,
-        help="of weights and data order (default: %(default)s)",
-    )
-    add("--ascii", action="store_true", help="for terminals that cannot show Unicode")
+    parser = Parser(__file__, __doc__)
+
+    def add(option, help_text, **settings):
+        parser.add_argument(option, help=f"{help_text} (default: %(default)s)", **settings)
+
+    positive = number(float, 0, math.inf, exclusive=True)
+    add("--epochs", "epochs of each training", type=number(int, 1, 1000), default=2)
+    add("--subset", "training images", type=number(int, 1, 50_000), default=20_000, metavar="N")
+    add("--batch-size", "images per step", type=number(int, 1, 10**6), default=64, metavar="N")
+    add("--ranks", "MPI and hybrid ranks", type=number(int, 1, 1024), default=2, metavar="N")
+    add("--lr", "learning rate", type=positive, default=0.01)
+    add("--dtype", "precision", choices=("float32", "float64"), default="float32")
+    choices = ("auto", "cifar10", "synthetic")
+    add("--dataset", "auto: CIFAR-10 if it can be had", choices=choices, default="auto")
+    add("--seed", "seed for weights and data order", type=number(int, 0, 2**32 - 1), default=42)
+
+    folder = "folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)"
+    parser.add_argument("--data-dir", help=folder)
+    at_once = "train all three at the same time, each on cores of its own"
+    parser.add_argument("--at-once", action="store_true", help=at_once)
+    parser.add_argument("--ascii", action="store_true", help="draw without Unicode characters")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal is closed
+    signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal was closed
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     style = Style(sys.stdout, args.ascii)
     name = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}[data.name]
-    title = f"{name}, {len(data.y_train):,} images, {count(args.epochs, 'epoch')}, batch {args.batch_size} in all"
+    images = f"{len(data.y_train):,} images"
+    title = f"{name}, {images}, {plural(args.epochs, 'epoch')}, batch {args.batch_size} in all"
+
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         trainings = make_trainings(args, data, Path(folder))
         if args.at_once:
-            share_cores(trainings, args.ranks)
-        signals = []
-        for name in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # looked at between two pictures
-            signal.signal(name, lambda received, _: signals.append(received))
-        with (Screen if style.picture else Lines)(title, trainings, style) as display:
-            run_trainings(trainings, args.at_once, display.show, signals)
-        columns, lines = shutil.get_terminal_size()
-        if style.picture and columns >= SMALLEST[0]:
-            print(
-                "\n".join([title, *draw_panels(trainings, style, columns, max(lines - 17, 4)), ""])
-            )
-        print(summarize(trainings, style), flush=True)
+            divide_cores(trainings, args.ranks)
+
+        # From here on a signal is only noted, and acted on between two frames.
+        received = []
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, lambda signum, frame: received.append(signum))
+
+        if style.live:
+            with alternate_screen():
+                show = partial(show_frame, title, trainings, style)
+                run_trainings(trainings, args.at_once, show, received)
+        else:
+            print(title, flush=True)
+            run_trainings(trainings, args.at_once, LinePrinter(trainings, style).show, received)
+
+    columns, lines = shutil.get_terminal_size()
+    if style.live and columns >= MIN_COLUMNS:  # the curves once more, on the terminal's own screen
+        panels = draw_panels(trainings, style, columns, max(lines - 17, 4))
+        print("\n".join([title, *panels[:-4], ""]))
+    print(summarize(trainings, style), flush=True)
 
 
 if __name__ == "__main__":

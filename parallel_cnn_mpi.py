@@ -4,10 +4,10 @@ The gradients of all ranks are summed and divided once by the number of images i
 so any number of ranks follows the run of serial_cnn.py with that batch size. How they are summed is
 a ladder: --reduce chooses the rung.
 
-    allreduce   one blocking Allreduce after the backward pass     (AllreduceReducer, below)
-    ring        an allreduce of our own, by messages in a ring     (RingReducer, below)
-    overlap     each layer's slice while the layers below compute  (OverlapReducer in common.py)
-    shared      in memory that the ranks of a machine share        (SharedMemoryReducer in common.py)
+    allreduce   one blocking Allreduce after the backward pass: AllreduceReducer, below
+    ring        an allreduce of our own, by messages in a ring: RingReducer, below
+    overlap     each layer's slice while the layers below compute: OverlapReducer in common.py
+    shared      in memory that the ranks of a machine share: SharedMemoryReducer in common.py
     auto        shared where the ranks of a machine can, else overlap; the default
 
     mpirun -np 2 python parallel_cnn_mpi.py
@@ -72,7 +72,7 @@ class AllreduceReducer:
         self.total = model.grads
 
     def start(self, grad_slice):
-        """Called during the backward pass when a layer's gradients are complete: nothing to do yet."""
+        """Called in the backward pass when a layer's gradients are complete: nothing to do yet."""
 
     def wait(self):
         self.comm.Allreduce(MPI.IN_PLACE, self.total)
@@ -82,13 +82,14 @@ class AllreduceReducer:
 
 
 class RingReducer(AllreduceReducer):
-    """Rung 2: what Allreduce does inside, as a ring (Patarasuk and Yuan, "Bandwidth Optimal
-    All-reduce Algorithms for Clusters of Workstations", 2009).
+    """Rung 2: an allreduce of our own, to see what is inside.
 
-    The gradients are cut into one chunk for each rank. In p - 1 steps every rank sends a chunk to its
-    right neighbour and adds the one that comes from the left (reduce-scatter); then each rank has
-    one chunk of the total. In p - 1 further steps the totals go around (allgather). Each rank sends
-    2 (p - 1) / p of the gradients, however many ranks there are. It costs 2 (p - 1) latencies.
+    Patarasuk and Yuan, "Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations",
+    2009. The gradients are cut into one chunk for each of the p ranks. In p - 1 steps every rank
+    sends a chunk to its right neighbour and adds the one that comes from the left (reduce-scatter);
+    then each rank has one chunk of the total. In p - 1 further steps the totals go around
+    (allgather). Each rank sends 2 (p - 1) / p of the gradients, however many ranks there are; it
+    costs 2 (p - 1) latencies.
     """
 
     name = "ring"
@@ -163,7 +164,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
         log.start_epoch(epoch, batches)
         for batch in range(log.batch, batches):
             with log.timed("loading"):
-                # The same order on all ranks: each takes its shard of the batch, perhaps an empty one.
+                # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
                 x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)
@@ -172,8 +173,8 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
                 logits = model.forward(x)
                 loss, dlogits = softmax_cross_entropy(logits, labels)
 
-            # Loss, correct answers and whether a rank was sent a signal, summed over the ranks: a few
-            # bytes that travel during the backward pass.
+            # Loss, correct answers and whether a rank was sent a signal, summed over the ranks: a
+            # few bytes that travel during the backward pass.
             sums = np.array(
                 [loss, *count_correct(logits, labels), bool(stop.requested)], np.float64
             )
@@ -217,7 +218,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
 
 
 def parse_args(argv=None):
-    parser = make_parser("parallel_cnn_mpi", __doc__, MODELS)
+    parser = make_parser(__file__, __doc__, MODELS)
     add_mpi_options(parser, REDUCERS)
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
@@ -241,7 +242,7 @@ def main(argv=None):
     reducer = make_reducer(comm, model, optimizer, args)
 
     info = {"ranks": comm.size, "reduce": reducer.name}
-    log = collective(comm, lambda: RunLog(args, "parallel_cnn_mpi", data, info, comm.rank))
+    log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
     checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)
     if args.resume:
         collective(comm, lambda: checkpoint.load() if comm.rank == 0 else None)

@@ -4,11 +4,11 @@ A fair baseline is a fast one, so this script climbs a ladder: --conv chooses ho
 are computed, from loops that anyone can read to the fastest way known here. All rungs are the same
 function; each is one idea faster than the one before.
 
-    loops       a Python loop over the positions of the output        (LoopConv2D, below)
-    im2col      all windows of the batch in one matrix, one product   (Im2colConv2D, below)
-    blocked     the same for a few images at a time, in the cache     (Conv2D in common.py)
-    fused       convolution, bias, ReLU and pooling in one pass       (ConvReLUPool in common.py)
-    winograd    a quarter of the multiplications; the default         (WinogradReLUPool in common.py)
+    loops       a Python loop over the positions of the output: LoopConv2D, below
+    im2col      all windows of the batch in one matrix, one product: Im2colConv2D, below
+    blocked     the same for a few images at a time, in the cache: Conv2D in common.py
+    fused       convolution, bias, ReLU and pooling in one pass: ConvReLUPool in common.py
+    winograd    a quarter of the multiplications: WinogradReLUPool in common.py; the default
 
 BLAS is held to one thread, whatever the environment says. parallel_cnn_mpi.py has the same training
 loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
@@ -16,7 +16,7 @@ loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
     python serial_cnn.py
     python serial_cnn.py --conv loops --epochs 1 --subset 2000
     python serial_cnn.py --epochs 2 --subset 5000 --batch-size 64 --lr 0.02
-    python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000 --epochs 1
+    python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000
     python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
     python serial_cnn.py --checkpoint results/serial.ckpt.npz            # Ctrl-C, then add --resume
 """
@@ -167,13 +167,13 @@ CONV_RUNGS = ("loops", "im2col", "blocked", "fused", "winograd")
 
 
 def make_layers(model, conv, rng, dtype):
-    """The layers of --model with the convolutions of --conv; all rungs start with the same weights."""
+    """The layers of --model with the convolutions of --conv; the same weights on all rungs."""
     options = {"rng": rng, "dtype": dtype}
     plain = {"loops": LoopConv2D, "im2col": Im2colConv2D, "blocked": Conv2D, "fused": Conv2D}
 
     if model == "cnn":
-        # Rungs 1 to 3 compute convolution, ReLU and pooling one after the other. Rungs 4 and 5 do it
-        # in one pass, while a few images are in the cache: less traffic to memory.
+        # Rungs 1 to 3 compute convolution, ReLU and pooling one after the other. Rungs 4 and 5 do
+        # it in one pass, while a few images are in the cache: less traffic to memory.
         if conv == "winograd":
             features = [ConvReLUPool(3, 32, **options), WinogradReLUPool(32, 64, **options)]
         elif conv == "fused":
@@ -250,7 +250,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
 
 
 def parse_args(argv=None):
-    parser = make_parser("serial_cnn", __doc__, MODELS)
+    parser = make_parser(__file__, __doc__, MODELS)
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     conv = "how convolutions are computed (default: %(default)s)"
@@ -268,7 +268,7 @@ def main(argv=None):
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     model = make_model(args)
     optimizer = make_optimizer(model, args)
-    log = RunLog(args, "serial_cnn", data)
+    log = RunLog(args, __file__, data)
     checkpoint = Checkpoint(args, log, model, optimizer)
     if args.resume:
         checkpoint.load()

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: scripts run as their users run them, the real images where there are any."""
+"""Fixtures of all tests: scripts run as their users run them, the real images if there are any."""
 
 import os
 import subprocess
@@ -9,11 +9,25 @@ import pytest
 from helpers import REPO, script_environment
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failing test says which tier it is in, and so which command runs it."""
+    report = yield
+    if report.failed:
+        if item.get_closest_marker("slow"):
+            tier = "slow tier: make test-all runs this test, make test does not"
+        else:
+            tier = "quick tier: make test and make test-all run this test"
+        report.sections.append(("tier", tier))
+    return report
+
+
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text; runs in an empty folder.
+    """run_script("serial_cnn.py", "--epochs", 1, ...) → CompletedProcess with text.
 
-    status: the exit status that is expected, None for any. env: changes to the environment.
+    The script runs in an empty folder. status: the exit status that is expected, None for any.
+    env: changes to the environment.
     """
 
     def run(script, *args, status=0, env=None, timeout=300):

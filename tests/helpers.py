@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
 from common import InputError
 
@@ -25,13 +25,16 @@ COLUMNS = (
 ).split(",")
 
 
+# `make test ARGS=-x` would hand ARGS to every make that a test starts: alone and in MAKEFLAGS.
+MAKE_VARIABLES = "ARGS EPOCHS SUBSET S3_DATA TO PYTHON BASE_PYTHON".split()
+MAKE_INTERNALS = "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL".split()
+SETTINGS = "CIFAR10_DIR OPENBLAS_CORETYPE OPENBLAS_L2_SIZE".split()
+NOT_INHERITED = {*MAKE_VARIABLES, *MAKE_INTERNALS, *SETTINGS}
+
+
 def script_environment(**changes):
     """The environment for a script under test: no data, no download (a closed port refuses at once)."""
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("CIFAR10_DIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-    }
+    env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     env.update(
         https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY=""
     )
@@ -135,7 +138,7 @@ class RunLog(script.RunLog):
 
 script.StopSignal = StopSignal
 script.RunLog = RunLog
-script.run_main(script.main)
+script.run_main(script.main, script.MPI.COMM_WORLD.rank if hasattr(script, "MPI") else 0)
 """
 
 
@@ -180,21 +183,15 @@ def files_in(folder):
 
 
 def refused(main, *argv):
-    """Call a script's main() in this process; returns the one line with which it refuses argv.
+    """Call a script's main() in this process; returns the line with which it refuses argv.
 
-    An InputError is what run_main() prints as `error: …` with exit status 2; argparse does the same itself.
+    run_main() prints an InputError as this line, with exit status 2.
     """
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            main([str(word) for word in argv])
-    except InputError as error:
-        return f"error: {error}"
-    except SystemExit as error:
-        assert error.code == 2, f"exit status {error.code}"
-        assert_one_error_line(stderr.getvalue())
-        return stderr.getvalue().removesuffix("\n")
-    raise AssertionError(f"not refused: {argv}")
+    with pytest.raises(InputError) as refusal:
+        main([str(word) for word in argv])
+    line = f"error: {' '.join(str(refusal.value).split())}"
+    assert_one_error_line(line + "\n")
+    return line
 
 
 def assert_one_error_line(stderr):
@@ -229,14 +226,20 @@ def usage_lines(path):
 
 
 def run_usage_line(folder, path, line, *tiny):
-    """Run a usage line, with `tiny` appended, in a folder that holds a copy of the script and of common.py alone."""
-    named = [REPO / word for word in shlex.split(line) if word.endswith(".py")]
-    starts_others = path.name in ("bench.py", "demo.py", "run_experiments.py")
-    needed = REPO.glob("*.py") if starts_others else (*named, REPO / "common.py")
-    for file in needed:
-        shutil.copy2(file, folder)  # with its time, which Numba's cache goes by
-    if path.name == "make_report.py":
-        shutil.copytree(REPO / "report/templates", folder / "report/templates", dirs_exist_ok=True)
+    """Run a usage line, with `tiny` appended, in a folder that has what a copy of the script needs.
+
+    That is the script and common.py; for demo.py and experiments/, which start other scripts, all.
+    """
+    shutil.copy2(REPO / "common.py", folder)  # with its time, which Numba's cache goes by
+    if path.name == "demo.py" or path.parent.name == "experiments":
+        for file in REPO.glob("*.py"):
+            shutil.copy2(file, folder)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(
+            REPO / "experiments", folder / "experiments", ignore=ignored, dirs_exist_ok=True
+        )
+    else:
+        shutil.copy2(path, folder)
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (folder / "bin/python").chmod(0o755)

@@ -5,12 +5,11 @@ import itertools
 import json
 import shutil
 
+import analyze_results
 import numpy as np
 import pytest
-from helpers import COLUMNS, assert_one_error_line, finish, start
-
-import analyze_results
 from analyze_results import amdahl_fit, estimate, karp_flatt, ratio
+from helpers import COLUMNS, assert_one_error_line, finish, start
 
 MACHINE = {
     "host": "here",

@@ -3,11 +3,11 @@
 import json
 from types import SimpleNamespace
 
+import bench
 import numpy as np
 import pytest
 import torch
 
-import bench
 from common import Dataset, available_cores, make_synthetic
 
 KEYS = {"name", "ours", "peer", "unit", "ratio", "ratio_min", "ratio_max", "n"}

@@ -32,6 +32,7 @@ from common import (
     Adam,
     BasicBlock,
     BatchNorm2D,
+    Checkpoint,
     Conv2D,
     ConvReLUPool,
     Dataset,
@@ -44,14 +45,14 @@ from common import (
     Model,
     ReLU,
     ResourceMonitor,
-    Run,
+    RunLog,
+    StopSignal,
     TrainingError,
     WinogradConv2D,
     WinogradReLUPool,
     count_correct,
     epoch_order,
     evaluate,
-    get_arrays,
     load_batch,
     load_cifar10,
     make_cnn,
@@ -59,7 +60,8 @@ from common import (
     make_parser,
     make_resnet18,
     make_synthetic,
-    set_arrays,
+    require_finite,
+    save_and_stop,
     softmax_cross_entropy,
 )
 
@@ -99,6 +101,16 @@ def _isolated(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     use_proxy(monkeypatch, 9)
+
+
+@pytest.fixture
+def _signal_handlers(monkeypatch):
+    """Puts back what run_main() sets for a whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def use_proxy(monkeypatch, port):
@@ -515,9 +527,13 @@ def test_pieces_do_not_change_the_result(name, cache, monkeypatch):
 
 def test_pieces():
     """Slices that cover the batch once, in order, of at least one image."""
-    assert common.pieces(5, common.CACHE_BYTES // 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert common.pieces(2, 2 * common.CACHE_BYTES) == [slice(0, 1), slice(1, 2)]
-    assert common.pieces(0, 100) == []
+    assert common.batch_chunks(5, common.CACHE_BYTES // 2) == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 5),
+    ]
+    assert common.batch_chunks(2, 2 * common.CACHE_BYTES) == [slice(0, 1), slice(1, 2)]
+    assert common.batch_chunks(0, 100) == []
 
 
 @all_layers
@@ -597,9 +613,9 @@ def test_an_empty_batch_has_zero_gradients(name):
 @pytest.mark.parametrize(
     "name", [name for name in LAYERS if "Conv" in name or name in ("Dense", "WinogradReLUPool")]
 )
-def test_without_needs_dx_the_weight_gradients_are_the_same(name):
+def test_without_requires_input_grad_the_weight_gradients_are_the_same(name):
     rng, layer, spared = np.random.default_rng(9), LAYERS[name](), LAYERS[name]()
-    spared.needs_dx = False
+    spared.requires_input_grad = False
     x = batch_for(name, 5, rng)
     R = rng.standard_normal(layer.forward(x).shape)
     spared.forward(x)
@@ -773,6 +789,7 @@ def resnet18_to_torch(torch, model):
     return net
 
 
+@pytest.mark.slow
 def test_resnet18_trains_as_pytorchs(torch, images):
     """Five steps in float64 from the same weights: losses, every parameter, running statistics, and an evaluation."""
     model = make_resnet18(0, np.float64)
@@ -801,6 +818,7 @@ def test_resnet18_trains_as_pytorchs(torch, images):
     assert_close(model.forward(x), net(torch.tensor(x.transpose(0, 3, 1, 2).copy())).detach(), 1e-8)
 
 
+@pytest.mark.slow
 def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     """Both convolutions by im2col, which adds in the order of PyTorch's, and a learning rate at which training is calm:
     losses within 1e-4 (relative) and parameters within 1e-4 after 50 steps that start from each side's own weights.
@@ -956,7 +974,7 @@ def test_a_composite_layer_with_state_has_a_place_in_a_model():
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_training_goes_on_exactly_from_its_arrays(name):
-    """get_arrays() and set_arrays() carry parameters, running statistics, slots and the step count."""
+    """state_dict() and load_state_dict() carry parameters, statistics, state and the step count."""
     rng = np.random.default_rng(2)
     batches = [(rng.standard_normal((4, 6, 6, 3)), rng.integers(0, 5, 4)) for _ in range(6)]
     args = make_parser("test", "").parse_args(["--optimizer", name])
@@ -969,14 +987,16 @@ def test_training_goes_on_exactly_from_its_arrays(name):
         for x, labels in batches:
             model.backward(softmax_cross_entropy(model.forward(x), labels)[1])
             optimizer.step(len(labels))
-        return {name: array.copy() for name, array in get_arrays(model, optimizer).items()}
+        arrays = {**model.state_dict(), **optimizer.state_dict()}
+        return {name: array.copy() for name, array in arrays.items()}
 
     whole = start()
     half = steps(*whole, batches[:3])
     wanted = steps(*whole, batches[3:])
     assert set(half) >= {"params", "state0", "state1", "optimizer_steps"}
     resumed = start()
-    set_arrays(*resumed, half)
+    for part in resumed:
+        part.load_state_dict(half)
     assert resumed[1].steps == 3
     for key, array in steps(*resumed, batches[3:]).items():
         np.testing.assert_array_equal(array, wanted[key])
@@ -988,13 +1008,13 @@ OPTIMIZERS = {
 }
 
 
-def optimized(make, count=1, steps=3, parts=None):
+def optimized(make, count=1, steps=3, shards=None):
     rng = np.random.default_rng(0)
     model = Model([Dense(50, 21, rng=1, dtype=np.float64)])
     optimizer = make(model)
     for _ in range(steps):
         model.grads[...] = count * rng.standard_normal(model.grads.shape)
-        optimizer.step(count, parts=parts)
+        optimizer.step(count, shards=shards)
     return model.params
 
 
@@ -1007,18 +1027,18 @@ def test_step_divides_by_the_count(make):
 @pytest.mark.parametrize("piece", [1, 100, 1071, 10**6])
 def test_an_optimizers_pieces_do_not_change_its_result(make, piece, monkeypatch):
     wanted = optimized(make).copy()
-    monkeypatch.setattr(common.Optimizer, "PIECE", piece)
+    monkeypatch.setattr(common.Optimizer, "CHUNK", piece)
     np.testing.assert_array_equal(optimized(make), wanted)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_an_optimizer_updates_the_parts_that_it_is_given(make, monkeypatch):
-    monkeypatch.setattr(common.Optimizer, "PIECE", 100)
+    monkeypatch.setattr(common.Optimizer, "CHUNK", 100)
     wanted, untouched = optimized(make).copy(), optimized(make, steps=0).copy()
     parts = [slice(0, 0), slice(7, 350), slice(900, 1071)]
     for part in parts:
         untouched[part] = wanted[part]
-    np.testing.assert_array_equal(optimized(make, parts=parts), untouched)
+    np.testing.assert_array_equal(optimized(make, shards=parts), untouched)
 
 
 def test_sgd_is_its_formula():
@@ -1583,6 +1603,7 @@ def train(data, epochs, seed=0):
     return accuracies
 
 
+@pytest.mark.slow
 def test_a_cnn_learns_the_synthetic_set_well_but_not_at_once():
     accuracies = train(make_synthetic(5000), 3)
     assert 0.15 < accuracies[0] < 0.6
@@ -1610,6 +1631,7 @@ def test_real_images(real_data):
 
 
 @pytest.mark.real_data
+@pytest.mark.slow
 def test_a_cnn_learns_real_images(real_data):
     """Guessing gives 10 %."""
     assert train(load_cifar10(real_data, "cifar10", 2000)[:4], 3)[-1] > 0.25
@@ -1681,8 +1703,22 @@ def run_args(folder, *options):
     return make_parser("fake", "").parse_args([*paths, "--epochs", "2", *options])
 
 
+class FakeModel:
+    """What a checkpoint needs of a model, and of an optimizer: one array."""
+
+    def __init__(self, name):
+        self.arrays = {name: np.zeros(3)}
+
+    def state_dict(self):
+        return self.arrays
+
+    def load_state_dict(self, state):
+        for name, array in self.arrays.items():
+            array[...] = state[name]
+
+
 class Fake:
-    """Three batches of ten images an epoch, 3 of them right, 6 among the five largest, mean loss 2."""
+    """Three batches of ten images an epoch, 3 right, 6 in the top five, mean loss 2."""
 
     def __init__(
         self,
@@ -1690,30 +1726,36 @@ class Fake:
         *options,
         validation=0.0,
         before_batch=lambda epoch, batch: None,
-        **run_options,
+        **log_options,
     ):
-        self.args, self.validation, self.before_batch = (
-            run_args(folder, *options),
-            validation,
-            before_batch,
-        )
-        self.arrays = {"w": np.zeros(3)}
-        self.run = Run(
-            self.args, "fake", TINY, lambda: self.arrays, self.arrays.update, **run_options
-        )
+        self.args = run_args(folder, *options)
+        self.validation = validation
+        self.before_batch = before_batch
+        self.model = FakeModel("w")
+        self.log = RunLog(self.args, "fake", TINY, **log_options)
+        rank = log_options.get("rank", 0)
+        self.checkpoint = Checkpoint(self.args, self.log, self.model, FakeModel("v"), rank)
+        if self.args.resume:
+            self.checkpoint.load()
 
     def train(self):
-        with self.run as run:
-            for epoch in range(run.epoch, self.args.epochs + 1):
-                run.start_epoch(epoch, 3)
-                for batch in range(run.batch, 3):
+        with StopSignal() as stop, self.log as log:
+            for epoch in range(log.epoch, self.args.epochs + 1):
+                log.start_epoch(epoch, 3)
+                for batch in range(log.batch, 3):
                     time.sleep(0.02)
                     self.before_batch(epoch, batch)
-                    run.end_batch(10, 20.0, 3, 6, 0.001, forward=0.002, backward=0.004)
-                run.end_training()
+                    log.add_seconds("loading", 0.001)
+                    log.add_seconds("forward", 0.002)
+                    log.add_seconds("backward", 0.004)
+                    log.end_batch(10, 20.0, 3, 6)
+                    if stop.requested:
+                        save_and_stop(self.checkpoint, log, stop)
+                log.end_training()
                 time.sleep(self.validation)
-                run.end_epoch(1.5, 0.25 if epoch == 1 else 0.2, 0.8, 0.01)
-            run.finish()
+                log.end_epoch(1.5, 0.25 if epoch == 1 else 0.2, 0.8, 0.01)
+                self.checkpoint.save()
+            log.finish()
         return self
 
 
@@ -1872,11 +1914,12 @@ def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
-    run = Fake(tmp_path).run
+    log = Fake(tmp_path).log
     with pytest.raises(TrainingError, match=rf"loss is {loss} at step 1 .*smaller --lr"):  # noqa: PT012
-        with run:
-            run.start_epoch(1, 3)
-            run.end_batch(10, loss, 1, 5, 0.0)
+        with log:
+            log.start_epoch(1, 3)
+            log.end_batch(10, loss, 1, 5)
+            require_finite(loss, "loss", log)
     assert sidecar(tmp_path)["status"].startswith(f"failed: the loss is {loss}")
     assert [r["loss"] for r in log_rows(tmp_path)[1]] == [str(loss)]
 
@@ -1891,7 +1934,7 @@ def test_an_interrupted_run_is_resumed_without_a_gap(tmp_path, number, batch):
     fake = Fake(
         tmp_path, *options, before_batch=lambda *at: at == stop and os.kill(os.getpid(), number)
     )
-    fake.arrays["w"][...] = 7
+    fake.model.arrays["w"][...] = 7
     with pytest.raises(
         Interrupted, match=f"{number.name} after batch {batch + 1} of epoch 2; continue with"
     ):
@@ -1903,7 +1946,7 @@ def test_an_interrupted_run_is_resumed_without_a_gap(tmp_path, number, batch):
     )
 
     resumed = Fake(tmp_path, *options, "--resume")
-    assert resumed.arrays["w"].tolist() == [7, 7, 7]
+    assert resumed.model.arrays["w"].tolist() == [7, 7, 7]
     resumed.train()
     rows = log_rows(tmp_path)[1]
     assert [(r["type"], r["epoch"]) for r in rows] == [(t, e) for e in "12" for t in "22201"]
@@ -1935,11 +1978,14 @@ def test_a_crashed_run_is_resumed_from_its_last_checkpoint(tmp_path):
     assert len(log_rows(tmp_path)[1]) == 10
 
 
-def test_checkpoints_that_do_not_fit_are_input_errors(tmp_path):
+def test_checkpoints_that_do_not_fit_are_input_errors(tmp_path, capsys):
     path = tmp_path / "c.npz"
     options = ("--checkpoint", str(path))
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        Fake(tmp_path, *options, "--resume")
+    fake = Fake(tmp_path, *options, "--resume")  # as a cluster's script asks for in its first job
+    assert (fake.log.epoch, fake.log.batch) == (1, 0)
+    assert (
+        f"no checkpoint {path} yet: training starts from the beginning" in capsys.readouterr().out
+    )
     with pytest.raises(InputError, match="--resume needs --checkpoint"):
         Fake(tmp_path, "--resume")
     Fake(tmp_path, *options).train()
@@ -1954,7 +2000,7 @@ def test_checkpoints_that_do_not_fit_are_input_errors(tmp_path):
         b"PK\x03\x04",
     ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="not a whole checkpoint"):
+        with pytest.raises(InputError, match="not a valid checkpoint"):
             Fake(tmp_path, *options, "--resume")
     assert not (tmp_path / "executed").exists()
 
@@ -2176,9 +2222,10 @@ def test_check_outputs(tmp_path):
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
     ],
 )
+@pytest.mark.usefixtures("_signal_handlers")
 def test_bad_options_are_one_line_and_status_2(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        make_parser("fake", "").parse_args(options.split())
+        common.run_main(lambda: make_parser("fake", "").parse_args(options.split()))
     stderr = capsys.readouterr().err
     assert stop.value.code == 2
     assert stderr.startswith("error: ")
@@ -2219,32 +2266,25 @@ def test_defaults_are_the_designs():
         (None, 0, ""),
     ],
 )
+@pytest.mark.usefixtures("_signal_handlers")
 def test_exit_status(error, status, shown, capsys):
     def main():
         if error:
             raise error
 
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         common.run_main(main)
-    signal.signal(signal.SIGTERM, handler)
     assert (stop.value.code or 0, capsys.readouterr().err) == (status, shown)
 
 
 def test_table():
-    assert common.table(("a", "long"), [("123", "4"), ("5", "6")]).splitlines() == [
+    assert common.format_table(("a", "long"), [("123", "4"), ("5", "6")]).splitlines() == [
         "  a  long",
         "---  ----",
         "123     4",
         "  5     6",
     ]
-    assert common.table(("a",), []) == "a\n-"
-
-
-def test_array_module(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros(3))
-    assert common.array_module(np.zeros(3)) is np
-    assert common.array_module(np.load(tmp_path / "x.npy", mmap_mode="r")) is np
+    assert common.format_table(("a",), []) == "a\n-"
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5, 2)])

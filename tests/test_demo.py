@@ -1,6 +1,7 @@
 """demo.py: real trainings, on a real terminal and without one, interrupted by real signals."""
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -14,8 +15,8 @@ from helpers import (
     assert_gone,
     assert_one_error_line,
     finish,
+    refused,
     run_on_terminal,
-    script_environment,
     start,
     start_on_terminal,
 )
@@ -38,6 +39,16 @@ def env(cache, tmp_path):
         "TERM": "xterm-256color",
         "LC_ALL": "C.UTF-8",
     }
+
+
+@pytest.fixture
+def signals():
+    """demo.main() in this process sets signal handlers: put back what was there."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def left_over(tmp_path):
@@ -71,6 +82,7 @@ def table_rows(text):
     return {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in rows}
 
 
+@pytest.mark.slow
 def test_piped_it_prints_plain_lines_and_measured_speed_ups(tmp_path, env):
     out, err = finish(start(tmp_path, "demo.py", *TINY, "--dtype", "float64", env=env), timeout=240)
     assert err == ""
@@ -85,7 +97,7 @@ def test_piped_it_prints_plain_lines_and_measured_speed_ups(tmp_path, env):
     assert rows["serial"][2:] == [1.0, 100]
     for name, cores in (("MPI", 2), ("hybrid", None)):
         _, images_per_s, speedup, efficiency = rows[name]
-        # both speeds are printed to the next whole number, so slow ones tell their ratio less exactly
+        # both speeds are printed as whole numbers: the ratio of slow ones is less exact
         rounding = 0.005 + speedup * (0.5 / images_per_s + 0.5 / rows["serial"][1])
         assert speedup == pytest.approx(images_per_s / rows["serial"][1], abs=1.1 * rounding)
         if cores:
@@ -121,6 +133,17 @@ def test_on_a_terminal_of_80_by_24(tmp_path, env):
     assert list(table_rows("\n".join(lines))) == ["serial", "MPI", "hybrid"]
 
 
+def test_frame_of_a_terminal_that_is_too_small(monkeypatch, capsys):
+    style = demo.Style(sys.stdout)
+    for size in ((40, 10), (120, 17), (59, 40), (5, 1)):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda size=size: os.terminal_size(size))
+        demo.show_frame("title", [], style)
+        text = re.sub(r"\033\[\w|\r", "", capsys.readouterr().out)
+        wanted = f"60 columns x 18 lines are needed\nhere are {size[0]} x {size[1]}".split("\n")
+        assert text.split("\n") == [line[: size[0]] for line in wanted][: size[1]]
+
+
+@pytest.mark.slow
 def test_terminal_that_is_too_small(tmp_path, env):
     sent, lines = run_on_terminal(tmp_path, "demo.py", *TINY, columns=40, lines=10, env=env)
     assert "60 columns x 18 lines are needed" in sent
@@ -128,9 +151,16 @@ def test_terminal_that_is_too_small(tmp_path, env):
     assert list(table_rows("\n".join(lines))) == ["serial", "MPI", "hybrid"]
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "Ctrl-C",
+        pytest.param("SIGTERM", marks=pytest.mark.slow),
+        pytest.param("SIGHUP", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_on_a_terminal(tmp_path, env, how):
-    """While serial runs, and while MPI's ranks do: nothing stays behind, neither on the terminal nor on the machine."""
+    """While serial runs, and while MPI's ranks do: terminal and machine are as they were before."""
     options = LONG if how == "Ctrl-C" else (*TINY[:-2], "--subset", 640)
     process, terminal = start_on_terminal(
         tmp_path, "demo.py", *options, columns=80, lines=24, env=env
@@ -155,15 +185,20 @@ def test_interrupted_on_a_terminal(tmp_path, env, how):
 
 
 def test_children_that_do_not_obey_are_killed(tmp_path):
-    code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); print(1, flush=True); time.sleep(60)"
+    code = """import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+print(1, flush=True)
+time.sleep(60)"""
     process = psutil.Popen([os.sys.executable, "-c", code], stdout=-1, start_new_session=True)
     process.stdout.readline()
     family = [process, *process.children(recursive=True)]
     assert len(family) == 2
-    stop_processes([process], patience=0.5)
+    stop_processes([process], timeout=0.5)
     assert_gone(family)
 
 
+@pytest.mark.slow
 def test_dumb_terminal_gets_plain_lines(tmp_path, env):
     process, terminal = start_on_terminal(
         tmp_path, "demo.py", *LONG, "--ascii", env={**env, "TERM": "dumb"}
@@ -179,6 +214,7 @@ def test_dumb_terminal_gets_plain_lines(tmp_path, env):
     assert sent.endswith("interrupted by SIGINT\r\n")
 
 
+@pytest.mark.slow
 def test_failing_script_is_named_and_ends_the_demo(tmp_path, env):
     process = start(tmp_path, "demo.py", *TINY, "--batch-size", 8, "--lr", "1e30", env=env)
     out, err = finish(process, status=1)
@@ -195,18 +231,24 @@ def test_failing_script_is_named_and_ends_the_demo(tmp_path, env):
         (("--subset", 0), "--subset"),
         (("--ranks", 0), "--ranks"),
         (("--epochs", "many"), "--epochs"),
-        (("--dataset", "cifar10"), "no CIFAR-10"),
+        (("--dataset", "cifar10", "--data-dir", "nowhere"), "no CIFAR-10"),
         (("--at-once", "--ranks", 1000, *TINY), "--at-once"),
     ],
 )
-def test_bad_input_is_one_line(run_script, tmp_path, options, message):
-    done = run_script("demo.py", *options, status=2, env={"TMPDIR": tmp_path})
-    assert_one_error_line(done.stderr)
-    assert message in done.stderr
-    assert done.stdout == ""
+def test_bad_input_is_refused(tmp_path, monkeypatch, signals, options, message):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert message in refused(demo.main, *options)
     assert not list(tmp_path.glob("demo-*"))
 
 
+def test_bad_input_is_one_line(run_script):
+    done = run_script("demo.py", "--subset", 0, status=2)
+    assert_one_error_line(done.stderr)
+    assert "--subset" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(len(available_cores()) < 5, reason="needs five cores")
 def test_at_once_each_has_cores_of_its_own(tmp_path, env):
     process = start(tmp_path, "demo.py", *LONG, "--at-once", env=env)
@@ -225,17 +267,17 @@ def log_line(kind, epoch, duration, batch, loss):
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_training_that_ends_between_two_looks(tmp_path, capsys, status):
-    """It writes its only row and ends right after a look, which shows it as starting: its end is not lost."""
+    """It writes its only row and ends right after a look: neither row nor end is lost."""
     code = f"""import pathlib, sys, time
 folder = pathlib.Path({str(tmp_path)!r})
 while not (folder / "shown").exists():
     time.sleep(0.01)
-(folder / "serial_cnn.csv").write_text({log_line(2, 1, 0.5, 2, 2.5)!r})
-(folder / "serial_cnn.json").write_text("{{}}")
+(folder / "serial.csv").write_text({log_line(2, 1, 0.5, 2, 2.5)!r})
+(folder / "serial.json").write_text("{{}}")
 sys.exit("the reason" if {status} else 0)"""
-    training = demo.Training("serial_cnn.py", [], [], tmp_path, demo.parse_args(["--epochs", "1"]))
+    training = demo.Training("serial_cnn.py", [], tmp_path, epochs=1)
     training.command = [sys.executable, "-c", code]
-    lines = demo.Lines("title", [training], demo.Style(sys.stdout))
+    lines = demo.LinePrinter([training], demo.Style(sys.stdout))
 
     def show():
         lines.show()
@@ -249,9 +291,8 @@ sys.exit("the reason" if {status} else 0)"""
 
 def test_log_is_read_as_it_grows(tmp_path):
     """Rows that are torn in the middle, and seconds that start anew in each epoch."""
-    args = demo.parse_args(["--epochs", "2"])
-    training = demo.Training("serial_cnn.py", [], [], tmp_path, args)
-    training.read()  # no log yet
+    training = demo.Training("serial_cnn.py", [], tmp_path, epochs=2)
+    training.read_log()  # no log yet
     text = "type,epoch,start,loading,duration,value1,value2,loss,images_per_s\n"
     text += (
         log_line(2, 1, 0.5, 1, 2.5) + log_line(2, 1, 1.0, 2, 2.0) + log_line(0, 1, 1.0, 0.1, 2.25)
@@ -259,52 +300,42 @@ def test_log_is_read_as_it_grows(tmp_path):
     text += log_line(1, 1, 0.3, 0.1, 2.1) + log_line(2, 2, 0.75, 1, 1.5)
     for end in range(0, len(text) + 1, 7):
         training.log.write_text(text[:end])
-        training.read()
+        training.read_log()
     training.log.write_text(text)
-    training.read()
+    training.read_log()
     assert training.losses == [2.5, 2.0, 1.5]
     assert training.seconds == [0.5, 1.0, 1.75]
-    assert training.progress() == 0.75
+    assert training.progress == 0.75
     assert training.expected_seconds() == pytest.approx(1.75 / 0.75)
-    assert (training.epoch, training.batch, training.batches) == (2, 1, 2)
+    assert training.state == "epoch 2/2 batch 1/2"
 
 
 def test_curve_is_drawn_where_the_values_are():
     assert demo.curve([3.0, 1.6, 0.1], 3, 3.0, unicode=False) == ["** ", " **", "  *"]
-    assert demo.curve([2.9, 0.1, None, None], 1, 3.0, unicode=True) == [
-        "⢹ "
-    ]  # U+28B9: ⠁ and the whole right column
-    assert demo.curve([math.inf, 99.0, -1.0], 2, 3.0, unicode=False) == [
-        " **",
-        "  *",
-    ]  # cut off at the edges
+    # U+28B9: the uppermost dot on the left, all four on the right
+    assert demo.curve([2.9, 0.1, math.nan, math.nan], 1, 3.0, unicode=True) == ["⢹ "]
+    # cut off at the edges
+    assert demo.curve([math.inf, 99.0, -1.0], 2, 3.0, unicode=False) == [" **", "  *"]
 
 
-def test_column_means(tmp_path):
-    training = demo.Training("serial_cnn.py", [], [], tmp_path, demo.parse_args([]))
-    training.seconds, training.losses = [0.1, 0.4, 2.5, 4.0], [3.0, 2.0, 1.5, 1.0]
-    assert demo.column_means(training, 4, 4.0) == [2.5, None, 1.5, 1.0]
+def test_column_means():
+    means = demo.column_means([0.1, 0.4, 2.5, 4.0], [3.0, 2.0, 1.5, 1.0], 4, 4.0)
+    assert means.tolist() == pytest.approx([2.5, math.nan, 1.5, 1.0], nan_ok=True)
+    assert all(map(math.isnan, demo.column_means([], [], 3, 1.0)))
 
 
 @pytest.mark.parametrize(
-    ("settings", "unicode"),
+    ("settings", "encoding", "unicode"),
     [
-        ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, True),
-        ({"LC_ALL": "C", "TERM": "xterm"}, False),
-        ({"LC_ALL": "C.UTF-8", "TERM": "linux"}, False),
-        ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, False),
+        ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, "utf-8", True),
+        ({"LC_ALL": "C", "TERM": "xterm"}, "utf-8", False),
+        ({"LC_ALL": "C.UTF-8", "TERM": "linux"}, "utf-8", False),
+        ({"LC_ALL": "C.UTF-8", "TERM": "xterm"}, "latin-1", False),
     ],
 )
-def test_unicode_only_where_it_can_be_shown(tmp_path, settings, unicode):
-    import subprocess
-
-    code = "import sys, demo; print(demo.Style(sys.stdout).unicode)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=demo.HERE,
-        env=script_environment(**settings),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{unicode}\n"
+def test_unicode_only_where_it_can_be_shown(monkeypatch, settings, encoding, unicode):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    assert demo.Style(stream).unicode == unicode
+    assert not demo.Style(stream, ascii_only=True).unicode

@@ -1,4 +1,4 @@
-"""make_report.py: from facts made up here to three formats, the page in a real browser, the LaTeX compiled."""
+"""make_report.py: from made-up results to the Markdown, the page in a real browser, the PDF."""
 
 import base64
 import fcntl
@@ -8,19 +8,21 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import subprocess
 
 import pytest
-from helpers import REPO, assert_one_error_line
+from helpers import REPO, assert_one_error_line, refused, usage_lines
 
 import make_report
 
+SCRIPT = "experiments/make_report.py"
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
 )
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 20"><path d="M0 0h9v9z"/></svg>'
-NASTY = r"""50 % of_it & <b>x</b> | \a{b} ~^ $1 #2 "q" `c` *d* -- [e](f) ö 漢 µ"""
+NASTY = r"""50 % of_it & <b>x</b> | \a{b} ~^ $1 #2 "q" `c` *d* -- [e](f) www.g.org :100: ö 漢 µ"""
 FORMATS = ("md", "tex", "html")
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -28,7 +30,7 @@ BROWSER = next(
 
 
 def fact(value, unit="", half=0.01):
-    """A fact with an interval of ± half × value, n = 3; half None: measured once."""
+    """A metric with an interval of ± half × value, n = 3; half None: measured once."""
     ends = (None, None) if half is None else (value - half * value, value + half * value)
     return {
         "value": value,
@@ -143,7 +145,7 @@ RUNS = {  # the configurations of each suite, and what was measured
 
 
 def make_analysis():
-    """All that the text can name, in the form of analyze_results.py."""
+    """All that the text can name, as analyze_results.py writes it."""
     facts = {
         f"{run}.{quantity}": fact(value, UNITS.get(quantity, "%"))
         for run, values in RUNS.items()
@@ -234,7 +236,7 @@ def make_analysis():
 
 
 def change(analysis, name, value, **others):
-    """Set a fact to another value, with an interval around it unless others has one."""
+    """Set a metric to another value, with an interval around it unless others has one."""
     analysis["facts"][name].update({**fact(value, analysis["facts"][name]["unit"]), **others})
 
 
@@ -245,38 +247,59 @@ def analysis():
 
 @pytest.fixture
 def write(tmp_path):
-    """write(analysis, *options) → {format: report} of make_report.py's main(), in an empty folder each time."""
+    """write(analysis, *options) → {format: report} of main(); each time in a new folder."""
     numbers = itertools.count(1)
 
     def run(analysis, *options):
-        folder = tmp_path / str(next(numbers))
-        save(folder, analysis)
-        make_report.main(
-            ["--analysis", str(folder), "--output-dir", str(folder / "report"), *options]
-        )
-        return {form: (folder / "report" / f"report.{form}").read_text() for form in FORMATS}
+        return write_report(tmp_path / str(next(numbers)), analysis, *options)
 
     return run
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """{format: report} of make_analysis()."""
+    return write_report(tmp_path_factory.mktemp("reports"), make_analysis())
+
+
+@pytest.fixture(scope="module")
+def nasty_reports(tmp_path_factory):
+    """{format: report} of an analysis whose words are full of markup."""
+    return write_report(tmp_path_factory.mktemp("nasty"), put_everywhere(make_analysis(), NASTY))
+
+
+def write_report(folder, analysis, *options):
+    save(folder, analysis)
+    output = folder / "report"
+    make_report.main(["--analysis", str(folder), "--output-dir", str(output), *options])
+    return {form: (output / f"report.{form}").read_text() for form in FORMATS}
+
+
 def save(folder, analysis):
-    (folder / "figures").mkdir(parents=True)
-    (folder / "analysis.json").write_text(
-        analysis if isinstance(analysis, str) else json.dumps(analysis)
-    )
+    """Write analysis.json (or text in its place) and the figures."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    text = analysis if isinstance(analysis, str) else json.dumps(analysis)
+    (folder / "analysis.json").write_text(text)
     for figure in analysis["figures"] if isinstance(analysis, dict) else []:
         (folder / "figures" / f"{figure['name']}.png").write_bytes(PNG)
         (folder / "figures" / f"{figure['name']}.svg").write_text(SVG)
 
 
+def markdown(analysis):
+    """The words of report.md, from which the other formats are made."""
+    return read({"md": make_report.Report(analysis).to_markdown()}, "md")
+
+
 class Page(html.parser.HTMLParser):
     """The elements of a page, closed in the order in which they must be, and its text."""
 
-    VOID = ("meta", "link", "img", "br", "hr", "input")
+    VOID = ("meta", "link", "img", "br", "hr", "input", "col")
 
     def __init__(self, page):
         super().__init__()
-        self.elements, self.open, self.texts = [], [], []
+        self.elements = []
+        self.open = []
+        self.texts = []
         self.feed(page)
         self.close()
         assert not self.open
@@ -287,6 +310,9 @@ class Page(html.parser.HTMLParser):
         self.elements.append((tag, dict(attributes)))
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, self.getpos()
@@ -311,17 +337,8 @@ def read(reports, form):
         return Page(text).text
     if form == "md":
         return squeeze(re.sub(r"\\([^\w\s])", r"\1", re.sub(r"(?<!\\)[*`]", "", text)))
-    text = re.sub(
-        r"\\(?:texttt|emph|textbf)\{([^{}]*)\}", r"\1", text.replace(r"\allowbreak{}", "")
-    )
-    for tex, plain in (
-        (r"$\times$", "×"),
-        ("$-$", "−"),
-        (r"$\pm$", "±"),
-        (r"\%", "%"),
-        (r"\_", "_"),
-        ("~", " "),
-    ):
+    text = re.sub(r"\\(?:texttt|emph|textbf)\{([^{}]*)\}", r"\1", text)
+    for tex, plain in ((r"\%", "%"), (r"\_", "_"), (r"\ ", " "), ("~", " ")):
         text = text.replace(tex, plain)
     return squeeze(text)
 
@@ -338,6 +355,11 @@ def assert_nowhere(reports, *texts):
             assert text not in read(reports, form), (form, text)
 
 
+# --------------------------------------------------------------------------------------------------
+# The text
+# --------------------------------------------------------------------------------------------------
+
+
 def test_altered_numbers_change_in_all_formats(analysis, write):
     change(analysis, "parallel.serial.test_accuracy", 61.1, low=61.1, high=61.10000000000001)
     before = (
@@ -352,6 +374,7 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         "trains for 7 epochs",
     )
     assert_everywhere(write(analysis), *before)
+
     change(analysis, "parallel.serial.test_accuracy", 59.2)
     analysis["created"] = "2026-12-01T09:05:00+02:00"
     change(analysis, "parallel.mpi-2-weak.speedup", 1.37)
@@ -359,7 +382,9 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
     analysis["tables"][0]["rows"][0][2:] = 6.5, 0.375
     for table in analysis["tables"][1:]:
         table["rows"] = table["rows"][1:]
-    analysis["environments"][0]["cpu"], analysis["runs"] = "Another", 43
+    analysis["runs"] = 43
+    analysis["environments"][0]["cpu"] = "Another"
+    analysis["environments"][0]["training"]["epochs"] = "8"
     analysis["failed_runs"][0]["output"] = ["another last one"]
     after = (
         "59.2 % (58.6 to 59.8, n = 3)",
@@ -373,10 +398,20 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         "4.7 × 10",
         "trains for 8 epochs",
     )
-    analysis["environments"][0]["training"]["epochs"] = "8"
     reports = write(analysis)
     assert_everywhere(reports, *after)
     assert_nowhere(reports, *before)
+
+
+def test_all_formats_have_the_same_words(reports):
+    """So that what is in report.md, or not, is so in each of them."""
+    lines = [line.strip("- \\") for line in reports["md"].splitlines()]
+    prose = [read({"md": line}, "md") for line in lines if line[:1] not in ("", "#", "|", "!", ">")]
+    compared = [
+        line for line in prose if not re.search(r"['–⁻\[]", line)
+    ]  # LaTeX has its own for these
+    assert len(compared) > 80
+    assert_everywhere(reports, *compared)
 
 
 @pytest.mark.parametrize(
@@ -389,265 +424,112 @@ def test_altered_numbers_change_in_all_formats(analysis, write):
         ("hardware.cnn-pytorch-gpu.images_per_s", "The GPU is faster"),
     ],
 )
-def test_a_removed_fact_removes_its_sentence(name, sentence, analysis, write):
-    assert_everywhere(write(analysis), sentence)
+def test_a_removed_metric_removes_its_sentence(name, sentence, analysis):
+    assert sentence in markdown(analysis)
     del analysis["facts"][name]
-    assert_nowhere(write(analysis), sentence)
+    assert sentence not in markdown(analysis)
 
 
-def test_any_fact_may_be_missing(analysis, write):
+def test_any_metric_may_be_missing(analysis):
     """Each alone, and all: the text is made, and names nothing that is not there."""
     for name in list(analysis["facts"]):
-        without = {
-            **analysis,
-            "facts": {key: value for key, value in analysis["facts"].items() if key != name},
-        }
-        assert "Undefined" not in make_report.make_text(without)
+        facts = {key: value for key, value in analysis["facts"].items() if key != name}
+        text = markdown({**analysis, "facts": facts})
+        assert "Undefined" not in text
+        assert "None" not in text
     lists = ("tables", "figures", "environments", "marks", "missing", "failed_runs")
-    reports = write(
-        {**analysis, "created": None, "facts": {}, "runs": 0, **{name: [] for name in lists}}
-    )
-    assert set(re.findall(r"\d+", reports["md"])) == {"10"}  # CIFAR-10
-    assert_everywhere(reports, "No section Performance")
+    empty = {name: [] for name in lists}
+    text = markdown({**analysis, "created": None, "facts": {}, "runs": 0, **empty})
+    assert set(re.findall(r"\d+", text)) == {"10"}  # CIFAR-10
+    assert "No section Performance" in text
+    assert "No section Limits" not in text
 
 
-def test_a_false_condition_removes_its_sentence(analysis, write):
+def test_a_null_of_a_machine_removes_its_sentence(analysis):
+    assert "on A processor" in markdown(analysis)
+    analysis["environments"][0]["cpu"] = None
+    analysis["environments"][0]["training"] = None
+    text = markdown(analysis)
+    assert "This report is about" not in text
+    assert "Each run trains" not in text
+    assert "None" not in text
+
+
+def test_a_false_condition_removes_its_sentence(analysis):
+    """Faster or slower only where intervals do not overlap."""
     faster = "hybrid-1x2-weak is faster than mpi-2-weak on as many cores, 2,430 images/s"
-    slower, name = (
-        "hybrid-1x2-weak is slower than mpi-2-weak",
-        "parallel.hybrid-1x2-weak.images_per_s",
-    )
-    reports = write(analysis)
-    assert_everywhere(reports, faster)
-    assert_nowhere(reports, slower)
+    slower = "hybrid-1x2-weak is slower than mpi-2-weak"
+    name = "parallel.hybrid-1x2-weak.images_per_s"
+    assert faster in markdown(analysis)
+    assert slower not in markdown(analysis)
     change(analysis, name, 1500)
-    reports = write(analysis)
-    assert_everywhere(reports, slower)
-    assert_nowhere(reports, faster)
+    assert slower in markdown(analysis)
+    assert faster not in markdown(analysis)
     change(analysis, name, 2430, low=1820, high=3040)  # overlaps 1,830's
-    assert_nowhere(write(analysis), faster, slower)
+    assert faster not in markdown(analysis)
+    assert slower not in markdown(analysis)
     change(analysis, name, 2430, low=None, high=None, n=1)  # measured once
-    assert_nowhere(write(analysis), "hybrid-1x2-weak is faster", slower)
+    assert "hybrid-1x2-weak is faster" not in markdown(analysis)
+    assert slower not in markdown(analysis)
 
 
-def test_a_section_without_results_is_named(analysis, write):
-    heading = {
-        "md": "\n## Data loading\n",
-        "tex": r"\section{Data loading}",
-        "html": ">Data loading</h2>",
-    }
-    reports = write(analysis)
-    for form in FORMATS:
-        assert heading[form] in reports[form]
+def test_a_section_without_results_is_named(analysis, reports):
+    assert "\n## Data loading\n" in reports["md"]
+    assert r"\section{Data loading}" in reports["tex"]
+    assert ">Data loading</h2>" in reports["html"]
     for part in ("tables", "figures"):
         analysis[part] = [
             entry for entry in analysis[part] if not entry["name"].startswith("loading")
         ]
-    analysis["facts"] = {
-        name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")
-    }
-    reports = write(analysis)
-    assert_everywhere(reports, "No section Data loading: there is no result for it.")
-    for form in FORMATS:
-        assert heading[form] not in reports[form]
+    for name in list(analysis["facts"]):
+        if name.startswith("loading"):
+            del analysis["facts"][name]
+    text = make_report.Report(analysis).to_markdown()
+    assert "- No section *Data loading*: there is no result for it." in text
+    assert "## Data loading" not in text
 
 
-def test_logs_of_single_runs(analysis, write):
-    """Nobody knows in what order they ran; and a section that is not there is named without its own sections."""
+def test_logs_of_single_runs(analysis):
+    """Their order is unknown; and a section that is left out is named without its own sections."""
     analysis.update(
         facts={"files.serial_cnn.images_per_s": fact(1010, "images/s", half=None)},
         tables=[],
         figures=[],
     )
-    reports = write(analysis)
-    assert_everywhere(
-        reports, "Each run trains for 7 epochs on 4,800 images", "No section Performance"
-    )
-    assert_nowhere(reports, "interleaved", "No section MPI", "No section Scaling")
+    text = markdown(analysis)
+    assert "Each run trains for 7 epochs on 4,800 images" in text
+    assert "No section Performance" in text
+    for absent in ("interleaved", "No section MPI", "No section Scaling"):
+        assert absent not in text
 
 
-def test_amdahl_is_fitted_to_more_than_one_number_of_cores(analysis, write):
-    assert_everywhere(
-        write(analysis), "fits the strong scaling of MPI best with a serial fraction of 41.8 %"
-    )
+def test_amdahl_is_fitted_to_more_than_one_number_of_cores(analysis):
+    fit = "fits the strong scaling of MPI best with a serial fraction of 41.8 %"
+    assert fit in markdown(analysis)
+    assert "could make MPI more than 2.39 × (2.37 to 2.42, n = 3)" in markdown(analysis)
     del analysis["facts"]["parallel.mpi-4-strong.serial_fraction"]
-    assert_nowhere(write(analysis), "fits the strong scaling of MPI", "could make MPI more than")
+    assert "fits the strong scaling of MPI" not in markdown(analysis)
+    assert "could make MPI more than" not in markdown(analysis)
 
 
-def test_a_wide_table_is_divided_evenly():
-    columns = [{"label": "configuration"}] + [{"label": f"quantity{i}"} for i in range(20)]
-    table = {"columns": columns, "rows": [["a", *range(20)]]}
-    numbers = [[i for i, _ in group] for group in make_report.paper_columns(table)]
-    assert [group[0] for group in numbers] == [0] * len(numbers)
-    assert sorted(i for group in numbers for i in group[1:]) == list(range(1, 21))
-    assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
-    assert (
-        len(make_report.paper_columns({"columns": columns[:10], "rows": [table["rows"][0][:10]]}))
-        == 1
+def test_the_network_is_counted_on_itself(analysis):
+    """Against the multiplications and additions of its layers, worked out by hand."""
+    conv1 = 2 * 32**2 * 27 * 32
+    conv2 = 2 * 16**2 * 288 * 64
+    dense = 2 * (4096 * 256 + 256 * 10)
+    forward = conv1 + conv2 + dense
+    network = make_report.describe_network("cnn")
+    assert network["forward_mflops"] == forward / 1e6
+    assert network["step_mflops"] == (3 * forward - conv1) / 1e6
+    assert "cnn has 1,070,794 parameters in 4 layers: convolution 3 → 32, 3 × 3;" in markdown(
+        analysis
     )
-
-
-def test_nothing_of_the_results_is_lost(analysis, write):
-    """Every table and figure stands there once, also one that the text does not know."""
-    analysis["tables"].append({**analysis["tables"][0], "name": "new_kind", "title": "unheard-of"})
-    reports = write(analysis)
-    assert_everywhere(reports, "Unheard-of")
-    tables, figures = len(analysis["tables"]) + 1, len(analysis["figures"])  # and the environment
-    tags = [tag for tag, _ in Page(reports["html"]).elements]
-    assert (tags.count("table"), tags.count("img")) == (tables, figures)
-    assert reports["tex"].count(r"\includegraphics[") == figures
-    assert len(re.findall(r"\\begin\{here\}\{table\}\s*\\caption", reports["tex"])) == tables
-    assert (
-        len(re.findall(r"\*\*Table \d+\.", reports["md"])),
-        reports["md"].count("](figures/"),
-    ) == (tables, figures)
-
-
-def test_marks_stand_out_at_the_top(analysis, write):
-    reports = write(analysis)
-    assert_everywhere(reports, "accuracies say nothing about CIFAR-10")
-    assert reports["md"].index("> **synthetic data**") < reports["md"].index("## ")
-    for form, *marks in (
-        ("tex", r"\fbox", r"\textbf{synthetic data}", r"\section"),
-        ("html", '<aside class="note"', "<strong>synthetic data</strong>", "<h2 id="),
-    ):
-        places = [reports[form].index(mark) for mark in marks]
-        assert places == sorted(places)
-    assert_everywhere(reports, "slower than hybrid-1x2-weak: mpi-4-strong (oversubscribed).")
-    assert "> **synthetic data**\n>\n> **oversubscribed" in reports["md"]  # two paragraphs
-    analysis["marks"] = []
-    assert_nowhere(write(analysis), "synthetic data", "mpi-4-strong (oversubscribed)")
-
-
-def put_everywhere(analysis, text):
-    """Where a machine, a library or a failed run decides what stands in the report."""
-    analysis["marks"].append(text)
-    analysis["missing"].append(text)
-    analysis["environments"][0].update(cpu=text, **{"gpu": text})
-    analysis["failed_runs"][0]["output"].append(text)
-    for entry in (*analysis["tables"], *analysis["figures"]):
-        entry.update(title=text, caption=text)
-    for entry in analysis["figures"]:
-        entry["alt"] = text
-    for entry in analysis["tables"]:
-        entry["columns"][0]["label"], entry["rows"][0][0] = text, text
-    return analysis
-
-
-def test_escaping(analysis, write):
-    plain = Page(write(analysis)["html"])
-    reports = write(put_everywhere(analysis, NASTY))
-    page = Page(reports["html"])
-    assert page.text.count(squeeze(NASTY)) >= 15
-    assert [tag for tag, _ in page.elements].count("b") == [tag for tag, _ in plain.elements].count(
-        "b"
-    )
-    assert any(attributes.get("alt") == NASTY for _, attributes in page.elements)
-    for table in re.findall(r"(?:^\|.*\n)+", reports["md"], re.M):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
-    assert "<b>" not in re.sub(r"(?<!\\)`.*?`", "", reports["md"])
-    assert r"50 \% of\_it \& \textless{}b\textgreater{}" in reports["tex"]
-    assert "[U+6F22]" in reports["tex"].replace("{[}", "[").replace("{]}", "]")
-    assert reports["tex"].replace("ö", "").isascii()
-
-
-def test_html_is_well_formed_and_asks_for_nothing(analysis, write):
-    page = write(analysis)["html"]
-    elements = Page(page).elements
-    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    for _, attributes in elements:
-        for name in ("src", "href"):
-            target = attributes.get(name, "#main")
-            assert target.startswith("data:") or target.removeprefix("#") in ids, target
-    assert not re.search(r"https?:|//\w+\.\w|url\(|@import", re.sub(r"base64,[\w+/=]+", "", page))
-
-
-def test_latex_is_balanced(analysis, write):
-    for analysed in (analysis, put_everywhere(make_analysis(), NASTY)):
-        text = re.sub(r"(?<!\\)%.*", "", write(analysed)["tex"].replace("\\\\", ""))
-        bare = re.sub(r"\\[{}]", "", text)
-        depth = list(itertools.accumulate((char == "{") - (char == "}") for char in bare))
-        assert min(depth) == depth[-1] == 0
-        opened = []
-        for what, name in re.findall(
-            r"\\(begin|end)\{(\w+)\}", text[text.index(r"\begin{document}") :]
-        ):
-            if what == "begin":
-                opened.append(name)
-            else:
-                assert opened.pop() == name
-        assert not opened
-
-
-def test_latex_compiles(analysis, write, tmp_path):
-    if not any(map(shutil.which, make_report.PDF_MAKERS)):
-        pytest.skip(f"needs one of {', '.join(make_report.PDF_MAKERS)}")
-    write(put_everywhere(analysis, NASTY), "--pdf")
-    assert (tmp_path / "1/report/report.pdf").read_bytes().startswith(b"%PDF")
-    names = {path.name for path in (tmp_path / "1/report").iterdir()}
-    assert names == {"report.md", "report.tex", "report.html", "report.pdf", "figures"}
-
-
-def test_pdf_without_latex(analysis, run_script, tmp_path):
-    save(tmp_path / "results", analysis)
-    done = run_script("make_report.py", "--analysis", "results", "--pdf", env={"PATH": tmp_path})
-    assert done.stdout.startswith("no PDF: none of latexmk, pdflatex, tectonic is installed\n")
-    assert "report/report.tex" in done.stdout
-    assert (tmp_path / "report/figures/parallel_step.png").read_bytes() == PNG
-
-
-def break_analysis(how):
-    analysis = make_analysis()
-    text = json.dumps(analysis)
-    if how == "truncated":
-        return text[:1000]
-    if how == "not a number":
-        return text.replace('"value": 1010', '"value": NaN')
-    if how == "another form":
-        return "[1, 2]"
-    if how == "figure":
-        analysis["figures"][0]["name"] = "../figures/parallel_step"
-    elif how == "row":
-        analysis["tables"][0]["rows"][0].pop()
-    elif how == "fact":
-        analysis["facts"]["parallel.serial.seconds"]["value"] = "20"
-    elif how == "key":
-        del analysis["marks"]
-    return analysis
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("truncated", "no complete JSON"),
-        ("not a number", "NaN"),
-        ("another form", "is list, not dict"),
-        ("figure", "a figure that is not there"),
-        ("row", "table parallel_scaling has a row"),
-        ("fact", "facts: parallel.serial.seconds: value is str, not int or float"),
-        ("key", "has no marks"),
-    ],
-)
-def test_bad_input(how, said, tmp_path, capsys):
-    save(tmp_path / "results", break_analysis(how))
-    with pytest.raises(make_report.InputError, match=re.escape(said)):
-        make_report.main(
-            ["--analysis", str(tmp_path / "results"), "--output-dir", str(tmp_path / "report")]
-        )
-    assert not (tmp_path / "report").exists()
-
-
-def test_no_analysis_is_one_line(run_script, tmp_path):
-    done = run_script("make_report.py", status=2)
-    assert_one_error_line(done.stderr)
-    assert "results/analysis/analysis.json does not exist" in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def sentences():
-    """The text's sentences, each as the pieces that stand between Jinja2's tags."""
-    source = re.sub(r"\{#.*?#\}", "", (REPO / "report/templates/text.j2").read_text(), flags=re.S)
+    """The sentences of text.j2, each as the pieces between Jinja2's tags."""
+    path = REPO / "experiments/templates/text.j2"
+    source = re.sub(r"\{#.*?#\}", "", path.read_text(), flags=re.DOTALL)
     joined = re.sub(r"\n +", " ", source)
     return [
         [piece for piece in re.split(r"\{%.*?%\}|\{\{.*?\}\}", line) if piece]
@@ -655,7 +537,7 @@ def sentences():
     ]
 
 
-def test_no_number_stands_in_the_text():
+def test_no_number_is_in_the_text():
     formulas = ("*S* = 1 / (*f* + (1 − *f*) / *p*)", "(1 / *S* − 1 / *p*) / (1 − 1 / *p*)")
     names = ("CIFAR-10", "ResNet-18", "ResNet-50", "float32", "float64", "95 %")
     for pieces in sentences():
@@ -666,7 +548,7 @@ def test_no_number_stands_in_the_text():
 
 
 def test_every_sentence_can_appear(analysis):
-    """Over these results and a few that are changed; one that never does names a fact that nobody writes."""
+    """Over these results and a few changed ones; else its condition names what nobody writes."""
     other = make_analysis()
     other["environments"].append({**other["environments"][0], "host": "there"})
     for name, entry in other["facts"].items():
@@ -682,18 +564,265 @@ def test_every_sentence_can_appear(analysis):
     once = make_analysis()
     once["facts"]["parallel.serial.seconds"].update(low=None, high=None, n=1)
     once["failed_runs"] = []
-    texts = [make_report.make_text(analysed) for analysed in (analysis, other, slow, once)]
-    kept = {
-        name: entry for name, entry in analysis["facts"].items() if not name.startswith("loading")
-    }
-    texts.append(make_report.make_text({**analysis, "facts": kept, "tables": [], "figures": []}))
+    without_loading = make_analysis()
+    without_loading["tables"] = []
+    without_loading["figures"] = []
+    for name in list(without_loading["facts"]):
+        if name.startswith("loading"):
+            del without_loading["facts"][name]
+
+    analyses = (analysis, other, slow, once, without_loading)
+    texts = [make_report.Report(each).to_markdown() for each in analyses]
     for pieces in sentences():
         longest = max(map(str.strip, pieces), key=len, default="")
         assert any(longest in text for text in texts), longest
 
 
+# --------------------------------------------------------------------------------------------------
+# The formats
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_wide_table_has_columns_of_fixed_width_on_paper():
+    """They fill the line, a text gets more of it than a number; a narrow table stays as it is."""
+    columns = [{"label": "configuration"}]
+    columns += [{"label": f"quantity{i}", "digits": 0} for i in range(12)]
+    row = ["a long name of a configuration", *range(12)]
+    wide = make_report.make_table("wide", "wide", "", columns, [row]).numbered(1)
+    narrow = make_report.make_table("narrow", "narrow", "", columns[:4], [row[:4]]).numbered(2)
+    latex = make_report.make_latex(f"# Title\n\n{wide}\n\n{narrow}\n")
+    widths = [float(width) for width in re.findall(r"\\real\{([\d.]+)\}", latex)]
+    assert len(widths) == 13
+    assert sum(widths) == pytest.approx(1, abs=0.01)
+    assert widths[0] > 2 * max(widths[1:])
+    assert r"\begin{longtable}[]{@{}lrrr@{}}" in latex
+
+
+def test_nothing_of_the_results_is_lost(analysis, write):
+    """Every table and figure is there once, also one that the text does not know."""
+    analysis["tables"].append({**analysis["tables"][0], "name": "new_kind", "title": "unheard-of"})
+    reports = write(analysis)
+    assert_everywhere(reports, "Unheard-of")
+    tables = len(analysis["tables"]) + 1  # and the environment
+    figures = len(analysis["figures"])
+
+    assert len(re.findall(r"^\*\*Table \d+\.", reports["md"], re.MULTILINE)) == tables
+    assert reports["md"].count("](figures/") == figures
+    tags = [tag for tag, _ in Page(reports["html"]).elements]
+    assert tags.count("table") == tables
+    assert tags.count("img") == figures
+    assert tags.count("figcaption") == tables + figures
+    assert reports["tex"].count(r"\begin{longtable}") == tables
+    assert reports["tex"].count(r"\includegraphics[") == figures
+    assert (
+        len(re.findall(r"\\caption\{\\textbf\{(?:Table|Figure) ", reports["tex"]))
+        == tables + figures
+    )
+
+
+def test_caveats_stand_out_at_the_top(analysis, reports):
+    assert_everywhere(reports, "accuracies say nothing about CIFAR-10")
+    for form, *texts in (
+        ("md", "> **synthetic data**\n\n> **oversubscribed", "## "),
+        ("tex", r"\begin{quote}", r"\textbf{synthetic data}", r"\section"),
+        ("html", "<blockquote>", "<strong>synthetic data</strong>", "<h2>Summary"),
+    ):
+        places = [reports[form].index(text) for text in texts]
+        assert places == sorted(places)
+    assert_everywhere(reports, "slower than hybrid-1x2-weak: mpi-4-strong (oversubscribed).")
+    analysis["marks"] = []
+    text = markdown(analysis)
+    assert "synthetic data" not in text
+    assert "mpi-4-strong (oversubscribed)" not in text
+
+
+def put_everywhere(analysis, text):
+    """Where a machine, a library or a failed run decides what is in the report."""
+    analysis["marks"].append(text)
+    analysis["missing"].append(text)
+    analysis["environments"][0].update(cpu=text, gpu=text)
+    analysis["failed_runs"][0]["output"].append(text)
+    for entry in (*analysis["tables"], *analysis["figures"]):
+        entry.update(title=text, caption=text)
+    for entry in analysis["figures"]:
+        entry["alt"] = text
+    for entry in analysis["tables"]:
+        entry["columns"][0]["label"] = text
+        entry["rows"][0][0] = text
+    return analysis
+
+
+def test_escaping(reports, nasty_reports):
+    page = Page(nasty_reports["html"])
+    assert page.text.count(squeeze(NASTY)) >= 15
+    links = [attributes for tag, attributes in page.elements if tag == "a"]
+    assert all(attributes["href"].startswith("#") for attributes in links)
+    assert "b" not in [tag for tag, _ in page.elements]
+    assert any(attributes.get("alt") == NASTY for _, attributes in page.elements)
+    tags = [tag for tag, _ in page.elements]
+    plain_tags = [tag for tag, _ in Page(reports["html"]).elements]
+    assert tags.count("td") == plain_tags.count("td") + 2  # the GPU of the machine
+    for table in re.findall(r"(?:^\|.*\n)+", nasty_reports["md"], re.MULTILINE):
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(bars) == 1, table
+    assert "<b>" not in re.sub(r"(?<!\\)`.*?`", "", nasty_reports["md"])
+    assert r"50 \% of\_it \& \textless b\textgreater" in nasty_reports["tex"]
+    assert "U+6F22" in nasty_reports["tex"]
+    assert not make_report.NOT_IN_LATEX.search(nasty_reports["tex"])
+
+
+def test_html_is_well_formed_and_asks_for_nothing(reports):
+    page = reports["html"]
+    elements = Page(page).elements
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in elements:
+        for name in ("src", "href"):
+            target = attributes.get(name, "#main")
+            assert target.startswith("data:") or target.removeprefix("#") in ids, target
+    without_pictures = re.sub(r"base64,[\w+/=]+", "", page)
+    assert not re.search(r"https?:|//\w+\.\w|url\(|@import", without_pictures)
+
+
+def test_latex_is_balanced(reports, nasty_reports):
+    for latex in (reports["tex"], nasty_reports["tex"]):
+        body = latex[latex.index(r"\begin{document}") :]
+        text = re.sub(r"(?<!\\)%.*", "", body.replace("\\\\", ""))
+        bare = re.sub(r"\\[{}]", "", text)
+        depth = list(itertools.accumulate((char == "{") - (char == "}") for char in bare))
+        assert min(depth) == depth[-1] == 0
+        opened = []
+        for what, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+            if what == "begin":
+                opened.append(name)
+            else:
+                assert opened.pop() == name
+        assert not opened
+
+
+@pytest.mark.slow
+def test_latex_compiles(analysis, write, tmp_path):
+    if not any(map(shutil.which, make_report.PDF_ENGINES)):
+        pytest.skip(f"needs one of {', '.join(make_report.PDF_ENGINES)}")
+    write(put_everywhere(analysis, NASTY), "--pdf")
+    folder = tmp_path / "1/report"
+    assert (folder / "report.pdf").read_bytes().startswith(b"%PDF")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"report.md", "report.tex", "report.html", "report.pdf", "figures"}
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
+
+
+def test_script_without_latex(analysis, run_script, tmp_path):
+    """The script as users run it, from another folder; no LaTeX is in PATH."""
+    save(tmp_path / "results", analysis)
+    done = run_script(SCRIPT, "--analysis", "results", "--pdf", env={"PATH": tmp_path})
+    assert done.stdout.startswith("no PDF: none of latexmk, pdflatex, tectonic is installed\n")
+    assert "report/report.tex" in done.stdout
+    assert (tmp_path / "report/figures/parallel_step.png").read_bytes() == PNG
+
+
+def test_a_pdf_that_cannot_be_made_is_one_line(analysis, write, monkeypatch, tmp_path):
+    """LaTeX that fails is a failure of the run; the other formats are there."""
+    engine = tmp_path / "pdflatex"
+    engine.write_text("#!/bin/sh\necho '! It broke.'\nexit 1\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(make_report, "PDF_ENGINES", ("pdflatex",))
+    with pytest.raises(make_report.TrainingError, match=r"pdflatex could not make report\.pdf"):
+        write(analysis, "--pdf")
+    assert (tmp_path / "1/report/report.html").is_file()
+    assert not (tmp_path / "1/report/report.pdf").exists()
+
+
+def test_documented_lines_are_parsed():
+    lines = [shlex.split(line) for line in usage_lines(REPO / SCRIPT)]
+    documented = [words[2:] for words in lines if words[:2] == ["python", SCRIPT]]
+    assert len(documented) == 2
+    for words in documented:
+        args = make_report.parse_args(words)
+        assert (args.analysis, args.output_dir) == ("results/analysis", "report")
+
+
+def break_analysis(how):
+    analysis = make_analysis()
+    text = json.dumps(analysis)
+    if how == "truncated":
+        return text[: len(text) // 2]
+    if how == "not a number":
+        return text.replace('"value": 1010', '"value": NaN')
+    if how == "another form":
+        return "[1, 2]"
+    if how == "no text":
+        return "\x00\xff"
+    if how == "figure":
+        analysis["figures"][0]["name"] = "../figures/parallel_step"
+    elif how == "absent figure":
+        analysis["figures"][0]["name"] = "nowhere"
+    elif how == "row":
+        analysis["tables"][0]["rows"][0].pop()
+    elif how == "fact":
+        analysis["facts"]["parallel.serial.seconds"]["value"] = "20"
+    elif how == "old fact":
+        del analysis["facts"]["parallel.serial.seconds"]["n"]
+    elif how == "date":
+        analysis["created"] = "yesterday"
+    elif how == "key":
+        del analysis["marks"]
+    return analysis
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("truncated", "(char "),
+        ("not a number", "parallel.serial.images_per_s is nan"),
+        ("another form", "list indices"),
+        ("no text", "Expecting"),
+        ("figure", "'../figures/parallel_step' is no name of a figure"),
+        ("absent figure", "figures/nowhere.png"),
+        ("row", "shorter"),
+        ("fact", "must be real number, not str"),
+        ("old fact", "'n'"),
+        ("date", "'yesterday'"),
+        ("key", "it has no 'marks'"),
+    ],
+)
+def test_bad_input(how, reason, tmp_path):
+    save(tmp_path / "results", make_analysis())
+    save(tmp_path / "results", break_analysis(how))
+    (tmp_path / "results/figures/nowhere.png").unlink(missing_ok=True)
+    line = refused(
+        make_report.main, "--analysis", tmp_path / "results", "--output-dir", tmp_path / "report"
+    )
+    assert re.search(r"analysis\.json is not a complete analysis of this version", line)
+    assert reason in line
+    assert line.endswith("run analyze_results.py again")
+    assert "\n" not in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_no_analysis_is_one_line(run_script, tmp_path):
+    done = run_script(SCRIPT, status=2)
+    assert_one_error_line(done.stderr)
+    assert "results/analysis/analysis.json cannot be read" in done.stderr
+    assert "run analyze_results.py first" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# The page in a browser
+# --------------------------------------------------------------------------------------------------
+
+
 class Browser:
-    """A headless chromium, spoken to over two pipes: DevTools messages in JSON, each with a zero byte behind it."""
+    """A headless chromium, which exchanges DevTools messages over two pipes.
+
+    A message is JSON with a zero byte behind it.
+    """
 
     def __init__(self, folder):
         (their_input, self.input), (self.output, their_output) = os.pipe(), os.pipe()
@@ -799,8 +928,9 @@ def browser(tmp_path):
     browser.close()
 
 
+@pytest.mark.slow
 def test_page_in_a_browser(analysis, write, browser, tmp_path):
-    """Sorting by click and by key, no sideways scrolling of the page, dark and light, nothing on the console."""
+    """Sorting by click and key, no sideways scrolling, dark and light, no message on console."""
     write(put_everywhere(analysis, "a-name-that-is-as-long-as-they-get" + NASTY))
     path = tmp_path / "1/report/report.html"
     table = "document.querySelector('table.sortable')"
@@ -823,10 +953,12 @@ def test_page_in_a_browser(analysis, write, browser, tmp_path):
     for width, scheme in ((1280, "light"), (390, "light"), (390, "dark")):
         browser.show(path, width, scheme)
         scroll = "document.scrollingElement.scrollWidth <= document.documentElement.clientWidth"
-        assert browser.run(scroll), browser.run(
-            "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+        too_wide = (
+            "[...document.querySelectorAll('main *')]"
+            ".filter(e => e.getBoundingClientRect().right > innerWidth)"
             ".map(e => e.outerHTML.slice(0, 200)).slice(0, 3)"
         )
+        assert browser.run(scroll), browser.run(too_wide)
         colours[scheme] = browser.run("getComputedStyle(document.body).backgroundColor")
     assert colours["light"] != colours["dark"]
     assert (

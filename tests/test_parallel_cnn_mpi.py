@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ LOG, SIDECAR = "results/parallel_cnn_mpi.csv", "results/parallel_cnn_mpi.json"
 ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--quiet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_any_number_of_ranks_gives_the_serial_weights(
@@ -81,42 +83,52 @@ def test_any_number_of_ranks_gives_the_serial_weights(
     assert json.loads((tmp_path / SIDECAR).read_text())["ranks"] == ranks
 
 
-@pytest.mark.parametrize("same", [(), ("--optimizer", "adam")], ids=["sgd", "adam"])
-@pytest.mark.parametrize("overlap", [(), ("--no-overlap",)], ids=["overlap", "no-overlap"])
-@pytest.mark.parametrize("reduce", ["shared", "messages"])
-def test_a_rank_without_images_takes_part(tmp_path, serial, cache, same, overlap, reduce):
-    """Batches of 50, 50, 50, 50 and 3 images on four ranks: the last leaves a rank with none."""
+SLOW = pytest.mark.slow
+REDUCERS = ("allreduce", "ring", "overlap", "shared")
+NO_OVERLAP = ("--no-overlap",)
+ADAM = ("--optimizer", "adam")
+LADDER = [
+    *(pytest.param(4, (reduce,), (), id=f"4 {reduce}") for reduce in REDUCERS),
+    *(
+        pytest.param(ranks, (reduce,), (), id=f"{ranks} {reduce}", marks=SLOW)
+        for ranks in (1, 2, 3)
+        for reduce in REDUCERS
+    ),
+    *(
+        pytest.param(4, (reduce, *options), same, id=f"4 {reduce} {options} {same}", marks=SLOW)
+        for reduce in ("overlap", "shared")
+        for options in ((), NO_OVERLAP)
+        for same in ((), ADAM)
+        if options or same
+    ),
+    pytest.param(2, ("messages",), (), id="the old name of overlap", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("ranks", "reduce", "same"), LADDER)
+def test_all_rungs_give_the_serial_weights(tmp_path, serial, cache, ranks, reduce, same):
+    """20 steps with batches of 50, 50, 50, 50 and 3 images: on four ranks the last leaves one with none."""
     tiny = (
         "--dataset",
         "synthetic",
         "--subset",
         203,
         "--epochs",
-        2,
+        4,
         "--dtype",
         "float64",
         "--quiet",
     )
     reference = serial(*tiny, *same, "--batch-size", 50)
-    mpirun(
-        tmp_path,
-        4,
-        SCRIPT,
-        *tiny,
-        *same,
-        *overlap,
-        "--reduce",
-        reduce,
-        "--global-batch-size",
-        50,
-        "--checkpoint",
-        "run.npz",
-        env=cache,
-    )
+    options = ("--global-batch-size", 50, "--checkpoint", "run.npz", "--reduce", *reduce)
+    mpirun(tmp_path, ranks, SCRIPT, *tiny, *same, *options, env=cache)
+    assert read_npz(tmp_path / "run.npz")["optimizer_steps"] == 20
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    assert json.loads((tmp_path / SIDECAR).read_text())["reduce"] == reduce
+    name = "overlap" if reduce[0] == "messages" else reduce[0]
+    assert json.loads((tmp_path / SIDECAR).read_text())["reduce"] == name
 
 
+@pytest.mark.slow
 def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache):
     """Batches of 4, 4 and 2 images on three ranks: weights and running statistics are the serial run's."""
     tiny = (
@@ -184,7 +196,7 @@ def test_only_rank_0_speaks_and_writes(tmp_path, cache):
         (("--epochs", 0), "--epochs"),
         (("--global-batch-size", 0), "--global-batch-size"),
         (("--dataset", "cifar10", "--data-dir", "nowhere"), "no CIFAR-10 in nowhere"),
-        (("--resume", "--checkpoint", "absent.npz"), "absent.npz"),
+        (("--resume",), "--resume needs --checkpoint FILE"),
         (("--log", "/proc/nothing/x"), "cannot be written"),
     ],
 )
@@ -258,7 +270,7 @@ def assert_resumes(folder, whole, cache):
     assert_same_weights(folder / "run.npz", whole / "run.npz", 1e-4)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
 def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, cache, victim):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     ranks = ranks_of(process)
@@ -272,6 +284,7 @@ def test_a_killed_rank_ends_the_job_and_resume_goes_on_exactly(tmp_path, whole, 
     assert_resumes(tmp_path, whole, cache)
 
 
+@pytest.mark.slow
 def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
     """Only rank 0 opens the log; the others must not wait for it for ever."""
     mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, "--checkpoint", "run.npz", env=cache)
@@ -284,6 +297,7 @@ def test_a_log_of_another_run_is_refused_on_all_ranks(tmp_path, cache):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     process.send_signal(signal.SIGTERM)
@@ -300,9 +314,9 @@ def test_a_signal_before_the_training_ends_all_ranks(tmp_path):
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
 from mpi4py import MPI
-from common import run_main, stop_all_on_error
+from common import run_main, abort_on_exception
 def main():
-    stop_all_on_error(MPI.COMM_WORLD)
+    abort_on_exception(MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank:
         os.kill(os.getpid(), signal.SIGTERM)
     MPI.COMM_WORLD.Barrier()
@@ -325,17 +339,18 @@ def test_ctrl_c_ends_with_130(tmp_path, cache):
 BROKEN = """
 import sys
 sys.path.insert(0, {repo!r})
+import common
 import parallel_cnn_mpi as script
-real, calls = script.train_step, []
+real, calls = common.Model.forward, []
 
-def train_step(*args, **kwargs):
+def forward(*args):
     calls.append(1)
     if len(calls) == 3 and script.MPI.COMM_WORLD.rank == 1:
         {what}
-    return real(*args, **kwargs)
+    return real(*args)
 
-script.train_step = train_step
-script.run_main(script.main)
+common.Model.forward = forward
+script.run_main(script.main, script.MPI.COMM_WORLD.rank)
 """
 
 
@@ -352,19 +367,71 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(tmp_path, cach
     assert "[rank 1] ZeroDivisionError: on purpose" in err
 
 
-@pytest.mark.parametrize("what", ["weights", "running statistics"])
+@pytest.mark.parametrize("what", ["weights", pytest.param("running statistics", marks=SLOW)])
 def test_ranks_that_differ_are_found(tmp_path, cache, what):
     """One number on one rank: the checksum at the end of the epoch stops the run.
 
     Weights can only differ where the ranks do not share them.
     """
     number, options = {
-        "weights": ("params[1234]", ("--reduce", "messages")),
-        "running statistics": ("state()[3][0]", ("--model", "resnet18", "--subset", 150)),
+        "weights": ("params[1234]", ("--reduce", "overlap")),
+        "running statistics": ("buffers()[3][0]", ("--model", "resnet18", "--subset", 150)),
     }[what]
     script = broken(tmp_path, f"args[0].{number} += 0.001")
     _, err = mpirun(tmp_path, 2, script, *ODD, *options, "--epochs", 1, status=1, env=cache)
     assert f"error: after epoch 1 the {what} of rank 1 are not those of rank 0" in err
+    assert re.search(r"they differ by up to 0\.00\d+\n", err)
+
+
+DEADLOCK = """
+import sys
+sys.path.insert(0, {repo!r})
+import parallel_cnn_mpi as script
+
+class RingReducer(script.RingReducer):
+    def wait(self):
+        comm = self.comm
+        open(f"waiting-{{comm.rank}}", "w").close()
+        comm.Send(self.total, (comm.rank + 1) % comm.size)  # every rank sends first
+        comm.Recv(self.total, (comm.rank - 1) % comm.size)
+
+script.RingReducer = RingReducer
+script.run_main(script.main, script.MPI.COMM_WORLD.rank)
+"""
+
+
+def deadlock(folder):
+    """A ring as beginners write it: it blocks for ever as soon as a message is not buffered."""
+    path = folder / "deadlock.py"
+    path.write_text(DEADLOCK.format(repo=str(REPO)))
+    return path, *ODD, "--epochs", 1, "--reduce", "ring"
+
+
+def assert_both_ranks_wait_in_send(err):
+    for rank in (0, 1):
+        assert f"[rank {rank}]     comm.Send(self.total, (comm.rank + 1) % comm.size)" in err
+
+
+def test_a_deadlock_says_where(tmp_path, cache):
+    script = deadlock(tmp_path)
+    _, err = mpirun(tmp_path, 2, *script, "--stall-timeout", 5, status=1, timeout=60, env=cache)
+    assert_both_ranks_wait_in_send(err)
+    assert "no batch was finished for 5 s" in err
+    sidecar = json.loads((tmp_path / "results/parallel_cnn_mpi.json").read_text())
+    assert sidecar["status"].startswith("failed: no batch was finished")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_ranks_that_are_blocked(tmp_path, cache, number):
+    process = start_ranks(tmp_path, 2, *deadlock(tmp_path), env=cache)
+    wait_until(process, lambda: len(list(tmp_path.glob("waiting-*"))) == 2)
+    ranks = ranks_of(process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert_both_ranks_wait_in_send(err)
+    assert_gone(ranks)
 
 
 def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
@@ -468,9 +535,10 @@ def two_hosts(tmp_path):
         yield hosts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "per_host", "reduce"),
-    [(4, 2, "shared"), (4, 2, "messages"), (3, 2, "messages"), (2, 1, "messages")],
+    [(4, 2, "shared"), (4, 2, "overlap"), (3, 2, "overlap"), (2, 1, "ring"), (2, 1, "allreduce")],
 )
 def test_two_hosts_give_the_serial_weights(
     tmp_path, two_hosts, serial, cache, ranks, per_host, reduce
@@ -512,6 +580,7 @@ def test_two_hosts_give_the_serial_weights(
     )  # half of each sum at least
 
 
+@pytest.mark.slow
 def test_hosts_with_unequal_ranks_cannot_share(tmp_path, two_hosts, cache):
     _, err = mpirun(
         tmp_path,
@@ -529,6 +598,7 @@ def test_hosts_with_unequal_ranks_cannot_share(tmp_path, two_hosts, cache):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_rank_on_another_host_ends_the_job(tmp_path, two_hosts, cache):
     script = pausing(tmp_path, SCRIPT, epoch=1, batch=3)
     process = start_ranks(tmp_path, 2, script, *LONG, env=cache, **two_hosts.options(1))

@@ -1,6 +1,11 @@
-"""The repository as its users meet it: make, the README's commands, what the files promise."""
+"""The repository as its users meet it: make, the documented commands, what the pages promise."""
 
 import ast
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import io
 import os
 import re
 import shlex
@@ -10,109 +15,169 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import REPO, finish, run_usage_line, script_environment, start_command, usage_lines
+from helpers import (
+    NOT_INHERITED,
+    REPO,
+    finish,
+    run_usage_line,
+    script_environment,
+    start_command,
+    usage_lines,
+)
 
-SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if path.name != "common.py")
+EXPERIMENTS = sorted(path.name for path in REPO.glob("experiments/*.py"))
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in REPO.glob("docs/*.md"))]
+BASE_PACKAGES = ("numpy", "psutil", "threadpoolctl", "tqdm")
+
+# What makes a documented command small: options that are appended to it.
+SYNTHETIC = ["--dataset", "synthetic"]
+TINY_TRAINING = [*SYNTHETIC, "--epochs", "1", "--subset", "40"]
+TINY_SPLIT = "--epochs 1 --subset 8 --batch-size 4 --micro-batches 2 --rounds 3".split()
 TINY = {
-    "gpu_scratch.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
-    "parallel_cnn_hybrid.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
-    "parallel_cnn_mpi.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
-    "serial_cnn.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
-    "train_cifar.py": [
-        "--epochs",
-        "1",
-        "--subset",
-        "16",
-        "--batch-size",
-        "8",
-        "--dataset",
-        "synthetic",
-    ],
-    "s3_server.py": ["--dataset", "synthetic"],
-    "train_resnet50_split_cores.py": [
-        "--subset",
-        "8",
-        "--batch-size",
-        "4",
-        "--micro-batches",
-        "2",
-        "--epochs",
-        "1",
-        "--rounds",
-        "3",
-        "--dataset",
-        "synthetic",
-    ],
-    "demo.py": ["--epochs", "1", "--subset", "40", "--dataset", "synthetic"],
+    "demo.py": TINY_TRAINING,
+    "gpu_scratch.py": TINY_TRAINING,
+    "parallel_cnn_hybrid.py": TINY_TRAINING,
+    "parallel_cnn_mpi.py": TINY_TRAINING,
+    "serial_cnn.py": TINY_TRAINING,
+    "train_cifar.py": [*SYNTHETIC, *"--epochs 1 --subset 16 --batch-size 8".split()],
+    "train_resnet50_split_cores.py": [*SYNTHETIC, *TINY_SPLIT],
     "analyze_results.py": [],
+    "bench.py": [*SYNTHETIC, "--quick", "--pairs", "7", "--only", "serial_cnn.py, CNN, batch 32"],
     "make_report.py": [],
-    "run_experiments.py": [
-        "--epochs",
-        "1",
-        "--subset",
-        "64",
-        "--repeats",
-        "1",
-        "--dataset",
-        "synthetic",
-    ],
-    "bench.py": [
-        "--dataset",
-        "synthetic",
-        "--pairs",
-        "7",
-        "--quick",
-        "--only",
-        "serial_cnn.py, CNN, batch 32",
+    "run_experiments.py": [*SYNTHETIC, *"--epochs 1 --subset 64 --repeats 1 --only serial".split()],
+    "s3_server.py": SYNTHETIC,
+}
+TINY_MAKE = {  # the same as variables of make
+    "bench": ["ARGS=--dataset synthetic --quick --only 'serial_cnn.py, CNN, batch 32'"],
+    "demo": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "experiments": ["EPOCHS=1", "SUBSET=64", "ARGS=--dataset synthetic --repeats 1 --only mpi"],
+    "gpu": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
+    "split-cores": [f"ARGS={shlex.join([*SYNTHETIC, *TINY_SPLIT])}"],
+    "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
+    "train-cifar-s3": [
+        *("EPOCHS=1", "SUBSET=16", "ARGS=--batch-size 8 --model cnn"),
+        "S3_DATA=--subset 40 --dataset synthetic",
     ],
 }
-NEEDED = {  # what must be there before a script runs, and how it gets there
+NEEDED = {  # {script: {file that it reads: the command that writes it}}
     "analyze_results.py": {
-        "results/index.json": "python run_experiments.py --only serial",
+        "results/index.json": "python experiments/run_experiments.py",
         "results/serial_cnn.csv": "python serial_cnn.py",
         "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py",
     },
     "make_report.py": {
-        "results/index.json": "python run_experiments.py --only serial",
-        "results/analysis/analysis.json": "python analyze_results.py",
+        "results/index.json": "python experiments/run_experiments.py",
+        "results/analysis/analysis.json": "python experiments/analyze_results.py",
     },
 }
-TINY_MAKE = {
-    "train-cifar": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic --batch-size 8 --model cnn"],
-    "train-cifar-s3": [
-        "EPOCHS=1",
-        "SUBSET=16",
-        "ARGS=--batch-size 8 --model cnn",
-        "S3_DATA=--subset 40 --dataset synthetic",
-    ],
-    "split-cores": [
-        "EPOCHS=1",
-        "SUBSET=8",
-        "ARGS=--dataset synthetic --batch-size 4 --micro-batches 2",
-    ],
-    "serial": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
-    "gpu": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
-    "demo": ["EPOCHS=1", "SUBSET=16", "ARGS=--dataset synthetic"],
-    "experiments": ["EPOCHS=1", "SUBSET=64", "ARGS=--dataset synthetic --repeats 1 --only mpi"],
-    "bench": ["ARGS=--dataset synthetic --quick --only 'serial_cnn.py, CNN, batch 32'"],
+NOT_RUN_HERE = {  # what the lines begin with, and why
+    "make s3-server": "runs until Ctrl-C: tests/test_train_cifar_s3.py has it",
+    "make readme": "works on the repository itself: tests/test_update_readme.py has it",
+    "python experiments/update_readme.py": "tests/test_update_readme.py has it",
+    "make test": "runs this test",
+    "make lint": "continuous integration has it",
+    "make measure": "takes an hour",
+    "make setup": "installs the packages that run this test",
+    "mpirun -np 2 python experiments/bench_worker.py": "reads stdin: tests/test_bench.py has it",
 }
 
 
-def readme_lines():
-    blocks = re.findall(r"```sh\n(.*?)```", (REPO / "README.md").read_text(), re.S)
-    return [
-        line.split("  #")[0].strip()
-        for block in blocks
-        for line in block.splitlines()
-        if line.strip()
-    ]
+# --------------------------------------------------------------------------------------------------
+# Documented commands
+# --------------------------------------------------------------------------------------------------
 
 
-def all_usage_lines():
-    lines = [
-        (name, line) for name in SCRIPTS if name != "common.py" for line in usage_lines(REPO / name)
-    ]
-    return lines + [("README.md", line) for line in readme_lines()]
+def page_lines(page):
+    """The commands in a page's ```sh blocks, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", (REPO / page).read_text(), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def documented_lines():
+    """{where: its command lines} of all docstrings and pages."""
+    found = {name: usage_lines(REPO / name) for name in SCRIPTS}
+    found |= {f"experiments/{n}": usage_lines(REPO / "experiments" / n) for n in EXPERIMENTS}
+    found |= {page: page_lines(page) for page in PAGES}
+    return {where: lines for where, lines in found.items() if lines}
+
+
+def lines_to_run():
+    """(where, line) of each documented command once, without those that another test file runs."""
+    run = set()
+    for name in (*SCRIPTS, *EXPERIMENTS):
+        test = REPO / "tests" / f"test_{name}"
+        if test.exists() and "run_usage_line(" in test.read_text():
+            path = REPO / name if name in SCRIPTS else REPO / "experiments" / name
+            run.update(usage_lines(path))
+    once = {}
+    for where, lines in documented_lines().items():
+        for line in lines:
+            if line not in run:
+                once.setdefault(line, where)
+    return sorted((where, line) for line, where in once.items())
+
+
+def script_of(words):
+    """The script that a command starts, and the words after it."""
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return Path(words[position]).name, words[position + 1 :]
+
+
+def commands_of(line):
+    """The commands that a documented line stands for, as lists of words: those of a make target."""
+    words = shlex.split(line)
+    if words[0] != "make":
+        return [words]
+    done = subprocess.run(
+        ["make", "-n", "PYTHON=python", *words[1:]],
+        cwd=REPO,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    recipe = [line for line in done.stdout.splitlines() if re.match(r"python \S+\.py\b", line)]
+    return [shlex.split(line) for line in recipe]
+
+
+def assert_accepted(words):
+    """The command's script exists and its parse_args() accepts the options."""
+    script, argv = script_of(words)
+    module = importlib.import_module(script.removesuffix(".py"))
+    if not hasattr(module, "parse_args"):
+        return  # bench_worker.py, which bench.py starts
+    if script == "s3_server.py" and "python" in argv:  # its last argument is a command of its own
+        assert_accepted(argv[argv.index("python") :])
+    argv = ["auto" if word == "cuda" else word for word in argv if word != "--help"]  # needs no GPU
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            module.parse_args(argv)
+        except SystemExit:
+            pytest.fail(f"{script} {shlex.join(argv)}: {stderr.getvalue()}")
+
+
+@pytest.mark.parametrize("where", sorted(documented_lines()))
+def test_documented_commands_are_accepted(where):
+    for line in documented_lines()[where]:
+        if not line.startswith("PIP_EXTRA_INDEX_URL"):
+            for words in commands_of(line):
+                assert_accepted(words)
+
+
+def test_each_documented_command_runs_in_one_test():
+    """The lines that are run here and those that the scripts' own tests run are all lines."""
+    everything = {line for lines in documented_lines().values() for line in lines}
+    here = [line for _, line in lines_to_run()]
+    assert len(here) == len(set(here))
+    assert set(here) <= everything
 
 
 @pytest.fixture(scope="module")
@@ -121,92 +186,186 @@ def scripts(tmp_path_factory):
     return tmp_path_factory.mktemp("scripts")
 
 
-def run_line(where, line, cwd, scripts):
-    """Run a command of the documentation as written, with tiny sizes after its own options."""
+def run_script_line(line, folder):
+    """Run a documented command as written, with tiny sizes after its own options."""
     words = shlex.split(line)
-    if words[0] in ("python", "mpirun", "torchrun"):
-        script = next(word for word in words if word.endswith(".py"))
-        if "--source disk" in line:
-            folder = words[words.index("--data-dir") + 1]
-            run_usage_line(
-                scripts, REPO / script, f"python {script} --export {folder}", *TINY[script]
-            )
-        for file, needed in NEEDED.get(script, {}).items():
-            if not (scripts / file).exists():
-                name = next(word for word in needed.split() if word.endswith(".py"))
-                run_usage_line(scripts, REPO / name, needed, *TINY[name])
-        device = ["--device", "auto"] if "--device" in words else []  # tests need no GPU
-        return run_usage_line(scripts, REPO / script, line, *TINY[script], *device)
-    assert words[0] == "make", f"{where}: {line}"
-    copy = shutil.copytree(
-        REPO, cwd / "checkout", ignore=shutil.ignore_patterns(".*", "data", "results")
-    )
-    for target in (*["experiments"] * (words[1] in ("analyze", "report")), words[1]):
-        command = [
-            "make",
-            f"PYTHON={sys.executable}",
-            target,
-            *words[2:],
-            *TINY_MAKE.get(target, []),
-        ]
+    script, argv = script_of(words)
+    if "--source disk" in line:
+        source = argv[argv.index("--data-dir") + 1]
+        export = f"python {script} --export {source}"
+        run_usage_line(folder, REPO / script, export, *TINY[script])
+    for file, command in NEEDED.get(script, {}).items():
+        if not (folder / file).exists():
+            run_script_line(command, folder)
+    tiny = list(TINY[script])
+    if "--device" in argv:
+        tiny += ["--device", "auto"]  # tests need no GPU
+    path = REPO / script if script in SCRIPTS else REPO / "experiments" / script
+    run_usage_line(folder, path, line, *tiny)
+
+
+def run_make_line(line, folder):
+    _, target, *variables = shlex.split(line)
+    ignored = shutil.ignore_patterns(".*", "data", "results", "__pycache__")
+    checkout = shutil.copytree(REPO, folder / "checkout", ignore=ignored)
+    targets = [target]
+    if target in ("analyze", "report"):
+        targets.insert(0, "experiments")
+    for name in targets:
+        command = ["make", f"PYTHON={sys.executable}", name]
+        if name == target:
+            command += variables
+        command += TINY_MAKE.get(name, [])
         done = subprocess.run(
-            command, cwd=copy, env=script_environment(), capture_output=True, text=True, timeout=300
+            command,
+            cwd=checkout,
+            env=script_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    return done
 
 
-@pytest.mark.parametrize(("where", "line"), sorted(set(all_usage_lines())))
-def test_usage_line_runs_as_written(where, line, tmp_path, scripts):
-    if line == "make s3-server":
-        pytest.skip("runs until Ctrl-C: tests/test_train_cifar_s3.py has it")
-    if "update_readme.py" in line:
-        pytest.skip("works on the repository itself: tests/test_update_readme.py has it")
-    if line in ("make test", "make setup") or line.startswith("PIP_EXTRA_INDEX_URL"):
-        pytest.skip("runs this test, or installs the packages that run it")
-    run_line(where, line, tmp_path, scripts)
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "line"), lines_to_run())
+def test_documented_command_runs_as_written(where, line, tmp_path, scripts):
+    for start, reason in NOT_RUN_HERE.items():
+        if line.startswith(start):
+            pytest.skip(reason)
+    if line.startswith("make"):
+        run_make_line(line, tmp_path)
+    else:
+        run_script_line(line, scripts)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the pages say
+# --------------------------------------------------------------------------------------------------
+
+
+def read_page(page):
+    return (REPO / page).read_text()
 
 
 def test_every_script_has_usage_lines_and_is_in_the_readme():
-    readme = (REPO / "README.md").read_text()
-    for name in SCRIPTS:
-        assert f"`{name}`" in readme
-        if name != "common.py":
-            assert usage_lines(REPO / name), name
+    readme = read_page("README.md")
+    paths = [REPO / name for name in SCRIPTS]
+    paths += [REPO / "experiments" / name for name in EXPERIMENTS]
+    for path in paths:
+        if "\ndef parse_args(" in path.read_text():  # not a module of another script
+            assert usage_lines(path), path.name
+            assert f"`{path.name}`" in readme
+    assert "`common.py`" in readme
 
 
-def test_every_file_and_option_in_the_readme_exists():
-    readme = (REPO / "README.md").read_text()
-    run = re.findall(r"^(?:python|mpirun|torchrun) .*?(\w+\.py)", readme, re.M)
-    named = {*re.findall(r"`([a-z_0-9]+\.py)`", readme), *run}
-    assert named <= set(SCRIPTS)
-    help_text = "".join(
-        subprocess.run(
-            [sys.executable, str(REPO / name), "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for name in SCRIPTS
-        if name != "common.py"
+@functools.cache
+def all_options():
+    """The options that the help texts of all scripts name."""
+    text = io.StringIO()
+    for name in (*SCRIPTS, *EXPERIMENTS):
+        module = importlib.import_module(name.removesuffix(".py"))
+        if hasattr(module, "parse_args"):
+            with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+                module.parse_args(["--help"])
+    return set(re.findall(r"--[a-z][a-z0-9-]+", text.getvalue()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_options_on_a_page_exist(page):
+    text = read_page(page)
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        places = [REPO / name, REPO / "experiments" / name, REPO / "tests" / name]
+        assert any(path.exists() for path in places), name
+
+    # The options of mpirun, Slurm and pip are not ours, nor are those that a page says to add.
+    ours = re.sub(r"```text\n.*?```|`pip [^`]*`|`pipx [^`]*`", "", text, flags=re.S)
+    ours = re.sub(r"torchrun .*?\.py|<!--.*?-->|`--signal=[^`]*`|`--my-\w+`", "", ours)
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours)) - {"--help"}
+    assert options <= all_options()
+
+
+def anchors(page):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", read_page(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", read_page(page)):
+        file, _, anchor = target.partition("#")
+        path = (REPO / page).parent / file
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path if file else page), target
+
+
+def definitions(script):
+    """The names of a script's classes and functions."""
+    path = REPO / script if (REPO / script).exists() else REPO / "experiments" / script
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {n.name for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+
+
+def test_entry_points_in_the_readme_exist():
+    """Each step of "Read in this order" names its file first, then what to look for there."""
+    section = read_page("README.md").split("## Read in this order")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d+\. .*?(?=^\d+\.|\Z)", section, re.M | re.S)
+    assert len(steps) >= 5
+    for step in steps:
+        files = re.findall(r"`(\w+\.py)`", step)
+        known = set().union(*(definitions(file) for file in files))
+        for name in re.findall(r"`([A-Za-z_]\w*)`", step):
+            assert name in known, f"{name} is not in {files}"
+
+
+def test_readme_is_short_and_names_both_tiers():
+    text = read_page("README.md")
+    assert len(text.splitlines()) <= 180
+    for word in ("make test", "make test-all", "make train-cifar", "Linux", "3.10"):
+        assert word in text
+
+
+def test_examples_of_layers_run():
+    """The Python blocks of docs/layers.md, one after another; the layer of its own trains too."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    names = {"np": np, "x": rng.random((8, 32, 32, 3), np.float32), "labels": np.arange(8)}
+    for block in re.findall(r"```python\n(.*?)```", read_page("docs/layers.md"), re.S):
+        exec(block, names)
+    own = names["Model"](
+        [names["Scale"](3), names["Flatten"](), names["Dense"](32 * 32 * 3, 10)],
     )
-    ours = re.sub(
-        r"```text\n.*?```|`pip [^`]*`", "", readme, flags=re.S
-    )  # Slurm's options and pip's are not ours
-    options = set(re.findall(r"--[a-z][a-z-]+", ours)) - {"--help"}
-    assert options <= set(re.findall(r"--[a-z][a-z-]+", help_text))
+    before = own.params.copy()
+    _, dlogits = names["softmax_cross_entropy"](own.forward(names["x"]), names["labels"])
+    own.backward(dlogits)
+    names["SGD"](own, lr=0.01, momentum=0.9).step(8)
+    assert (own.params[:3] != before[:3]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Imports and packages
+# --------------------------------------------------------------------------------------------------
+
+
+def imported_packages(path):
+    """The top-level names of all modules that a file imports, in its functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
 
 
 def test_scripts_do_not_import_each_other():
-    """One script and common.py are all that a copy needs; only bench.py, which measures the others, imports them."""
-    modules = {name.removesuffix(".py") for name in SCRIPTS} - {"common"}
-    for name in set(SCRIPTS) - {"bench.py"}:  # the others start them as processes
-        tree = ast.parse((REPO / name).read_text())
-        imported = {
-            alias.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert not imported & modules, name
+    """One script and common.py are all that a copy needs."""
+    modules = {name.removesuffix(".py") for name in (*SCRIPTS, *EXPERIMENTS)}
+    for name in (*SCRIPTS, "common.py"):
+        assert not imported_packages(REPO / name) & modules, name
 
 
 def test_common_imports_numpy_and_the_standard_library_only():
@@ -215,36 +374,129 @@ def test_common_imports_numpy_and_the_standard_library_only():
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
     )
     loaded = set(done.stdout.split()) - {"common"}
-    heavy = {
-        "torch",
-        "torchvision",
-        "psutil",
-        "tqdm",
-        "threadpoolctl",
-        "numba",
-        "mpi4py",
-        "cupy",
-        "scipy",
-        "obstore",
-        "botocore",
-    }
+    heavy = "torch torchvision psutil tqdm threadpoolctl numba mpi4py cupy scipy obstore botocore"
     assert "numpy" in loaded
-    assert not loaded & heavy
+    assert not loaded & set(heavy.split())
 
 
-def test_requirements_are_pinned():
+def test_serial_script_needs_no_more_than_the_base_packages(tmp_path):
+    """With a folder that has these packages alone in place of site-packages."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in BASE_PACKAGES:
+        for file in importlib.metadata.files(name):
+            top = file.parts[0]  # a package's folder or a single module
+            if top != ".." and not (packages / top).exists():
+                site_packages = file.locate().parents[len(file.parts) - 1]
+                (packages / top).symlink_to(site_packages / top)
+    shutil.copy(REPO / "serial_cnn.py", tmp_path)
+    shutil.copy(REPO / "common.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-S", "serial_cnn.py", *TINY["serial_cnn.py"]],
+        cwd=tmp_path,
+        env=script_environment(PYTHONPATH=packages),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_the_packages_that_a_script_imports():
+    rows = re.findall(
+        r"^\| (`\w+\.py`[^|]*) \| ([^|]*numpy[^|]*|the same[^|]*) \|$", read_page("README.md"), re.M
+    )
+    base = set(BASE_PACKAGES)
+    modules = {"pillow": "PIL", "nvidia-ml-py": "pynvml"}
+    previous = base
+    seen = []
+    for scripts_cell, packages_cell in rows:
+        words = set(re.findall(r"[a-z0-9-]+", packages_cell))
+        packages = words | (previous if "the same" in packages_cell else set())
+        if "requirements-gpu" in packages_cell:
+            packages |= {"cupy", "cupyx", "cupy_backends", "pynvml"}
+        previous = packages
+        allowed = {modules.get(name, name) for name in packages} | {"common"}
+        for script in re.findall(r"`(\w+\.py)`", scripts_cell):
+            seen.append(script)
+            needed = imported_packages(REPO / script) - set(sys.stdlib_module_names)
+            assert needed <= allowed, script
+            assert base <= packages, script
+    assert sorted(seen) == SCRIPTS
+
+
+def requirements():
+    """{package: line} of the requirement files, and whether each line pins one version."""
+    found = {}
     for name in ("requirements.txt", "requirements-gpu.txt"):
         for line in (REPO / name).read_text().splitlines():
             requirement = line.partition("#")[0].strip()
-            assert not requirement or re.match(
-                r"[\w\[\]-]+==[\w.]+(; python_version .*)?$", requirement
-            ), line
+            if requirement:
+                found[re.match(r"[\w-]+", requirement)[0]] = requirement
+    return found
+
+
+def test_requirements_are_pinned():
+    for line in requirements().values():
+        assert re.match(r"[\w\[\]-]+==[\w.]+ ?(; ?python_version .*)?$", line), line
+
+
+def test_packages_of_pyproject_are_those_of_the_requirements():
+    """pyproject.toml says which package is for what, the requirement files alone which version."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = {name.partition("[")[0] for group in groups for name in group}
+    assert named == set(requirements())
+    assert sorted(project["dependencies"]) == sorted(BASE_PACKAGES)
+
+
+# --------------------------------------------------------------------------------------------------
+# make and the test tiers
+# --------------------------------------------------------------------------------------------------
+
+
+def run_make(*words, cwd=REPO, **options):
+    return subprocess.run(
+        ["make", *words],
+        cwd=cwd,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def test_bare_make_lists_every_target():
-    listed = subprocess.run(["make"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    done = run_make()
+    assert done.returncode == 0
     for target in re.findall(r"^([a-z0-9-]+):.*##", (REPO / "Makefile").read_text(), re.M):
-        assert re.search(rf"^make {target}  +\S", listed, re.M), target
+        assert re.search(rf"^make {target}  +\S", done.stdout, re.M), target
+
+
+def test_variables_given_to_make_do_not_reach_the_makes_of_tests(tmp_path):
+    """`make test ARGS=-x` exports ARGS, and hands it on in MAKEFLAGS."""
+    makefile = "show:\n\t@$(PYTHON) -c 'import os; print(*os.environ)'\n"
+    (tmp_path / "Makefile").write_text(makefile)
+    done = run_make("show", "ARGS=-x", f"PYTHON={sys.executable}", cwd=tmp_path)
+    assert {"ARGS", "MAKEFLAGS", "PYTHON"} <= set(done.stdout.split())
+    assert {"ARGS", "MAKEFLAGS", "PYTHON", "MAKELEVEL"} <= set(NOT_INHERITED)
+    makefile = (REPO / "Makefile").read_text()
+    for name in re.findall(r"\$\((?:if |or )?\$?\(?([A-Z][A-Z0-9_]+)[),]", makefile):
+        if not re.search(rf"^(override )?{name} *:?=", makefile, re.M):
+            assert name in NOT_INHERITED, name
+
+
+@pytest.mark.parametrize(("mark", "tier"), [("", "quick"), ("@pytest.mark.slow", "slow")])
+def test_a_failing_test_names_its_tier(tmp_path, mark, tier):
+    (tmp_path / "test_failing.py").write_text(f"import pytest\n{mark}\ndef test(): assert 0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", REPO / "pyproject.toml", "-p", "conftest", tmp_path],
+        cwd=tmp_path,
+        env=script_environment(PYTHONPATH=f"{REPO}:{REPO / 'tests'}"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"{tier} tier: make test" in done.stdout
 
 
 @pytest.mark.parametrize("variable", ["BASE_PYTHON", "PYTHON"])
@@ -255,38 +507,40 @@ def test_an_old_python_is_named(tmp_path, variable):
     old.chmod(0o755)
     for name in ("Makefile", "requirements.txt", "requirements-gpu.txt"):
         shutil.copy(REPO / name, tmp_path)
-    done = subprocess.run(
-        ["make", f"{variable}={old}", "test"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_make(f"{variable}={old}", "test", cwd=tmp_path)
     assert done.returncode == 2
     assert "error: Python 3.10 or newer is needed" in done.stderr
     assert "3.9.18" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_changed_requirements_refresh_the_environment(tmp_path):
-    """.venv is made once, kept as long as the requirements are the same, and refreshed when they change."""
-    for name in ("Makefile", "requirements-gpu.txt"):
-        shutil.copy(REPO / name, tmp_path)
-    (tmp_path / "requirements.txt").write_text("")
-    make = ["make", f"BASE_PYTHON={sys.executable}", "setup"]
+    """.venv is made once, kept while the requirements are the same, refreshed when they change."""
+    shutil.copy(REPO / "Makefile", tmp_path)
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        (tmp_path / name).write_text("")
 
     def installs():
-        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = run_make(f"BASE_PYTHON={sys.executable}", "setup", cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
         return "pip install" in done.stdout
 
-    (tmp_path / "requirements-gpu.txt").write_text("")
     assert installs()
     assert not installs()
     (tmp_path / "requirements.txt").write_text("# changed\n")
-    later = (
-        tmp_path / ".venv/.ready"
-    ).stat().st_mtime_ns + 10**6  # a clock that ticks slowly may give both the same
+    # A clock that ticks slowly may give both files the same time.
+    later = (tmp_path / ".venv/.ready").stat().st_mtime_ns + 10**6
     os.utime(tmp_path / "requirements.txt", ns=(later, later))
     assert installs()
 
 
+# --------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kilobytes", "command"),
     [
@@ -296,21 +550,15 @@ def test_changed_requirements_refresh_the_environment(tmp_path):
         (3_000_000, "python train_cifar.py --model cnn"),  # PyTorch itself takes half of it
     ],
 )
-def test_memory_that_does_not_suffice_is_told_in_one_line(tmp_path, kilobytes, command):
-    """Batches of 10,000 images in little address space; of two ranks one has little, and ends the job of both."""
+def test_too_little_memory_is_one_line(tmp_path, kilobytes, command):
+    """Batches of 10,000 images in little address space; of two ranks one has little."""
     python = f"{sys.executable} {REPO}/"
     limited = f"sh -c '[ ${{PMI_RANK:-1}} = 1 ] && ulimit -v {kilobytes}; exec \"$@\"' sh {python}"
-    command = command.replace("mpirun", f"{Path(sys.executable).parent}/mpirun").replace(
-        "python ", limited
-    )
+    command = command.replace("mpirun", f"{Path(sys.executable).parent}/mpirun")
+    command = command.replace("python ", limited)
     command += " --dataset synthetic --subset 20000 --batch-size 10000 --quiet"
-    threads = {
-        "OMP_NUM_THREADS": 1,
-        "OPENBLAS_NUM_THREADS": 1,
-    }  # their stacks are address space too
+    threads = {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}  # their stacks need space too
     _, err = finish(start_command(tmp_path, shlex.split(command), threads), status=1, timeout=240)
     assert "Traceback" not in err
     lines = [line.removeprefix("[rank 1] ") for line in err.splitlines() if "error: " in line]
-    assert re.match(
-        "error: the memory does not suffice: give a smaller --batch-size .*allocate", lines[0]
-    )
+    assert re.match("error: out of memory: use a smaller --batch-size .*allocate", lines[0])

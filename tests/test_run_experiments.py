@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+import run_experiments
 from helpers import (
     REPO,
     assert_gone,
@@ -24,7 +25,6 @@ from helpers import (
     wait_until,
 )
 
-import run_experiments
 from common import available_cores
 
 TINY = ("--dataset", "synthetic", "--epochs", 1, "--subset", 64, "--batch-size", 16)

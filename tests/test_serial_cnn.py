@@ -1,11 +1,13 @@
 """serial_cnn.py as its users run it: what it leaves behind, bad input, divergence, interruption and resuming."""
 
+import functools
 import json
 import math
 import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -29,6 +31,7 @@ from helpers import (
     read_npz,
     run_on_terminal,
     run_usage_line,
+    script_environment,
     send,
     start,
     start_command,
@@ -37,6 +40,12 @@ from helpers import (
     wait_until,
     wait_until_stopped,
 )
+from helpers import (
+    refused as refusal,
+)
+
+import serial_cnn
+from common import Conv2D, load_batch, make_optimizer, make_synthetic, softmax_cross_entropy
 
 SCRIPT = "serial_cnn.py"
 LOG, SIDECAR, METRICS = (
@@ -45,6 +54,67 @@ LOG, SIDECAR, METRICS = (
     "results/serial_cnn_metrics.npz",
 )
 TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ladder: every rung is the same function
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def twenty_steps(*options):
+    """The weights after 20 steps with batches of 6 and a last one of 3, in float64."""
+    args = serial_cnn.parse_args(["--dtype", "float64", "--lr", "0.01", *options])
+    x_train, y_train, *_ = make_synthetic(63, seed=3, n_test=1)
+    model = serial_cnn.make_model(args)
+    optimizer = make_optimizer(model, args)
+    for step in range(20):
+        start = step * 6 % 63
+        x, labels = load_batch(x_train, y_train, slice(start, start + 6), np.float64)
+        _, dlogits = softmax_cross_entropy(model.forward(x), labels)
+        model.backward(dlogits)
+        optimizer.step(len(labels))
+    return model.params
+
+
+@pytest.mark.parametrize("conv", ["loops", "im2col", "blocked", "fused"])
+def test_all_rungs_give_the_same_weights(conv):
+    np.testing.assert_allclose(
+        twenty_steps("--conv", conv), twenty_steps("--conv", "winograd"), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conv", ["loops", "im2col", "blocked", "fused"])
+def test_all_rungs_give_the_same_first_gradients_of_resnet18(conv):
+    """Of 20 free steps of ResNet-18 the rounding errors are amplified: one step is compared."""
+    np.testing.assert_allclose(resnet18_grads(conv), resnet18_grads("winograd"), rtol=0, atol=1e-10)
+
+
+@functools.cache
+def resnet18_grads(conv):
+    argv = ["--model", "resnet18", "--dtype", "float64", "--conv", conv]
+    model = serial_cnn.make_model(serial_cnn.parse_args(argv))
+    x, y, *_ = make_synthetic(4, seed=3, n_test=1)
+    x, labels = load_batch(x, y, slice(4), np.float64)
+    _, dlogits = softmax_cross_entropy(model.forward(x), labels)
+    model.backward(dlogits)
+    return model.grads
+
+
+@pytest.mark.parametrize("conv", [serial_cnn.LoopConv2D, serial_cnn.Im2colConv2D])
+@pytest.mark.parametrize(("k", "s", "p"), [(3, 1, 1), (1, 2, 0), (5, 2, 2), (2, 3, 0), (3, 1, 0)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_plain_rungs_are_conv2d(conv, k, s, p, bias):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 9, 8, 2))
+    layers = [cls(2, 4, k, s, p, bias=bias, rng=1, dtype=np.float64) for cls in (conv, Conv2D)]
+    outs = [layer.forward(x) for layer in layers]
+    np.testing.assert_allclose(*outs, rtol=0, atol=1e-12)
+    dout = rng.standard_normal(outs[0].shape)
+    np.testing.assert_allclose(*(layer.backward(dout) for layer in layers), rtol=0, atol=1e-12)
+    for ours, theirs in zip(*(layer.grads() for layer in layers), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,27 +343,42 @@ def test_real_images(run, real_data, tmp_path):
     assert json.loads((tmp_path / SIDECAR).read_text())["dataset"] == "cifar10"
 
 
+PEAKS = """
+import runpy, sys
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+import common
+
+class RunLog(common.RunLog):
+    def end_epoch(self, *result):
+        super().end_epoch(*result)
+        print("peak", common.peak_rss(), file=sys.stderr)
+
+common.RunLog = RunLog
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "subset", "batch_size"), [("cnn", 300, 100), ("resnet18", 25, 5)]
 )
-def test_memory_stays_flat(run, tmp_path, model, subset, batch_size):
-    # with batches as large as evaluation's, all buffers are there in the first epoch
-    run(
-        "--model",
-        model,
-        "--dataset",
-        "synthetic",
-        "--subset",
-        subset,
-        "--batch-size",
-        batch_size,
-        "--epochs",
-        10,
-    )
-    ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
-    assert ram[9] - ram[0] < 20
+def test_memory_stays_flat(tmp_path, cache, model, subset, batch_size):
+    """The peak, which has every short-lived array in it, does not grow after the second epoch."""
+    options = ("--model", model, "--subset", subset, "--batch-size", batch_size, "--epochs", 10)
+    command = [sys.executable, "-c", PEAKS, REPO / SCRIPT, "--dataset", "synthetic", *options]
+    _, err = finish(start_command(tmp_path, command, cache))
+    peaks = [int(line.split()[1]) for line in err.splitlines() if line.startswith("peak ")]
+    assert len(peaks) == 10
+    assert peaks[9] - peaks[1] < 20 * 2**20
 
 
+@pytest.mark.parametrize("line", usage_lines(REPO / SCRIPT))
+def test_usage_lines_are_parsed(line):
+    serial_cnn.parse_args(shlex.split(line)[2:])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("line", usage_lines(REPO / SCRIPT))
 def test_usage_lines_run_as_written(tmp_path, line):
     run_usage_line(tmp_path, REPO / SCRIPT, line, *TINY)
@@ -306,18 +391,28 @@ def test_usage_lines_run_as_written(tmp_path, line):
 
 
 @pytest.fixture
-def refused(run, tmp_path):
-    """refused(*args, about=regex): exit status 2, one line on stderr about the problem, no file made or changed."""
+def refused(tmp_path, cache, monkeypatch, capsys):
+    """refused(*args, about=regex): one line about the problem, no file made or changed."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ.keys() - script_environment().keys():
+        monkeypatch.delenv(name)
 
     def refused(*args, about, env=None):
+        for name, value in script_environment(**{**cache, **(env or {})}).items():
+            monkeypatch.setenv(name, value)
         before = files_in(tmp_path)
-        done = run(*args, status=2, env=env)
-        assert done.stdout == ""
-        assert_one_error_line(done.stderr)
-        assert re.search(about, done.stderr), done.stderr
+        line = refusal(serial_cnn.main, *args)
+        assert capsys.readouterr().out == ""
+        assert re.search(about, line), line
         assert files_in(tmp_path) == before
 
     return refused
+
+
+def test_a_refusal_is_one_line_and_status_2(run):
+    done = run("--dataset", "synthetic", "--lr", 0, status=2)
+    assert done.stdout == ""
+    assert_one_error_line(done.stderr)
 
 
 BAD_VALUES = {
@@ -525,9 +620,10 @@ def test_devices_are_not_replaced(run, tmp_path):
     assert null.is_char_device()
 
 
-def test_resume_without_a_file(refused):
+def test_resume_without_a_file(run, refused):
     refused(*TINY, "--resume", about="--checkpoint FILE")
-    refused(*TINY, "--resume", "--checkpoint", "absent.npz", about="absent.npz")
+    done = run(*TINY, "--resume", "--checkpoint", "new.npz")  # as a cluster's first job does
+    assert done.stdout.startswith("no checkpoint new.npz yet: training starts from the beginning\n")
 
 
 def with_byte(whole, position, value):
@@ -748,6 +844,7 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
     assert_same_run(tmp_path, reference(optimizer), "serial_cnn")
 
 
+@pytest.mark.slow
 def test_resume_with_running_statistics(tmp_path, cache):
     """ResNet-18, killed in its second epoch: parameters, velocity and BatchNorm's statistics, to the last bit."""
     options = (
@@ -847,7 +944,7 @@ def test_interruption_while_data_are_prepared(tmp_path, name):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_resume_after_kill_at_any_moment(tmp_path, cache, reference, optimizer):
     seed = random.randrange(10**6)
     rng, options = random.Random(seed), (*LONG, "--optimizer", optimizer, "--checkpoint-every", 0)
@@ -870,6 +967,7 @@ def test_resume_after_kill_at_any_moment(tmp_path, cache, reference, optimizer):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.slow
 def test_kill_while_a_checkpoint_is_written(tmp_path, cache, reference):
     """The second one, when its parameters are written and its velocity is not."""
     options, part = (*LONG, "--checkpoint-every", 0), tmp_path / ".run.npz.part"

@@ -20,6 +20,7 @@ import numpy as np
 import obstore
 import psutil
 import pytest
+import s3_server
 import torch
 from helpers import (
     REPO,
@@ -32,7 +33,6 @@ from helpers import (
     wait_until,
 )
 
-import s3_server
 import train_cifar
 from common import InputError, make_synthetic
 from train_cifar import (

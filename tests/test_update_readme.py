@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import update_readme
 from helpers import REPO, assert_one_error_line, script_environment
 
-import update_readme
 from common import InputError
 
 DOCS = REPO / "docs"

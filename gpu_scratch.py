@@ -1750,7 +1750,7 @@ def evaluate(device, model, data, batch_size):
 
 
 def parse_args(argv=None):
-    parser = make_parser("gpu_scratch", __doc__, MODELS)
+    parser = make_parser(__file__, __doc__, MODELS)
     add = parser.add_argument
     on_off = ("on", "off")
     device = "auto: a GPU if CuPy finds one, else NumPy (default: %(default)s)"
@@ -1786,7 +1786,7 @@ def main(argv=None):
     steps = make_steps(device, model, optimizer, data, args)
 
     info = {"device": device.name, "tf32": args.tf32, "graph": args.graph}
-    log = RunLog(args, "gpu_scratch", data, info, gpu_uuid=device.uuid)
+    log = RunLog(args, __file__, data, info, gpu_uuid=device.uuid)
     checkpoint = Checkpoint(args, log, model, optimizer)
     if args.resume:
         checkpoint.load()

@@ -1714,6 +1714,7 @@ METRIC_FORMATS = {
     "images_per_s": ",.0f",
 }
 METRICS = tuple(METRIC_FORMATS)
+TRACED_BATCHES = range(2, 7)  # of the first epoch: the first ones still fill caches
 MIB = 2**20
 
 # What a step computes: a run resumes only with the values that its checkpoint was made with.
@@ -1755,7 +1756,8 @@ class RunLog:
             raise InputError(f"--log {args.log!r}: give a file name")
         self.json_path = Path(args.log).with_suffix(".json")
         if rank == 0:
-            check_outputs([args.log, self.json_path, args.save_metrics, args.checkpoint])
+            outputs = [args.log, self.json_path, args.save_metrics, args.checkpoint]
+            check_outputs([*outputs, getattr(args, "trace", None)])
 
         self.epoch = 1
         self.batch = 0
@@ -1765,6 +1767,9 @@ class RunLog:
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
         self.last_batch = None  # when the last batch ended, during an epoch's training
         self._phases = []  # those that timed() is in, the innermost last
+        self.trace_path = getattr(args, "trace", None)
+        self.spans = []  # of the traced batches: (name, start, end, rank, thread), in seconds
+        self._is_tracing = False
         self._is_first_batch = True
 
     # -- state, of which a checkpoint consists ----------------------------------------------------
@@ -1956,18 +1961,22 @@ class RunLog:
         self.last_batch = time.monotonic()
 
     @contextlib.contextmanager
-    def timed(self, phase: str):
+    def timed(self, phase: str, label=None):
         """Count the seconds of a block as loading, forward, backward, communication or update.
 
-        A phase inside another one pauses it, so that no second is counted twice.
+        A phase inside another one pauses it, so that no second is counted twice. label: what the
+        trace shows in place of the phase.
         """
         self._count_phase()
         self._phases.append(phase)
+        started = self._phase_clock
         try:
             yield
         finally:
             self._count_phase()
             self._phases.pop()
+            if self._is_tracing:
+                self._add_span(label or phase, started)
 
     def _count_phase(self):
         """Count the time since the last call for the innermost phase."""
@@ -1994,6 +2003,7 @@ class RunLog:
             self.totals.setdefault("first_step_after_seconds", process_age())
         self.batch += 1
         self.last_batch = time.monotonic()
+        self._is_tracing = bool(self.trace_path) and self._is_traced()
         sums = self.sums
         sums["images"] += images
         sums["top1"] += top1
@@ -2054,8 +2064,9 @@ class RunLog:
         self._write_results()
 
     def finish(self):
-        """Write the totals and print the table of the run."""
+        """Write the totals and the trace, and print the table of the run."""
         self._write_results()
+        self._write_trace()
         if self.rank:
             return
         totals = self.metadata["totals"]
@@ -2079,6 +2090,58 @@ class RunLog:
             f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {self.args.log}",
             flush=True,
         )
+
+    # -- trace -------------------------------------------------------------------------------------
+
+    def _is_traced(self):
+        return not self.history["test_acc"] and self.batch in TRACED_BATCHES
+
+    def _add_span(self, name, started):
+        if isinstance(name, slice):
+            name = f"gradients {name.start}:{name.stop}"
+        thread = threading.current_thread().name
+        self.spans.append((name, started, time.perf_counter(), self.rank, thread))
+
+    def trace_layers(self, model):
+        """With --trace, record each layer's forward and backward pass too."""
+        if not self.trace_path:
+            return
+
+        def traced(function, name):
+            def call(*args):
+                started = time.perf_counter()
+                result = function(*args)
+                if self._is_tracing:
+                    self._add_span(name, started)
+                return result
+
+            return call
+
+        for i, layer in enumerate(model.layers):
+            name = f"{i} {type(layer).__name__}"
+            layer.forward = traced(layer.forward, f"{name} forward")
+            layer.backward = traced(layer.backward, f"{name} backward")
+
+    def _write_trace(self):
+        """Write the spans in Chrome's trace format, which ui.perfetto.dev opens.
+
+        https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+        """
+        if not self.trace_path or self.rank:
+            return
+        first = min((span[1] for span in self.spans), default=0.0)
+        threads = sorted({(rank, thread) for *_, rank, thread in self.spans})
+        events = []
+        for tid, (rank, thread) in enumerate(threads):
+            track = {"ph": "M", "pid": rank, "tid": tid}
+            events.append({**track, "name": "process_name", "args": {"name": f"rank {rank}"}})
+            events.append({**track, "name": "thread_name", "args": {"name": thread}})
+        for name, started, ended, rank, thread in self.spans:
+            track = {"ph": "X", "pid": rank, "tid": threads.index((rank, thread))}
+            microseconds = {"ts": (started - first) * 1e6, "dur": (ended - started) * 1e6}
+            events.append({**track, "name": name, **microseconds})
+        with atomic_write(self.trace_path, "w") as file:
+            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
     def _format_history(self):
         header = (
@@ -2811,6 +2874,20 @@ def log_communication(log: RunLog, comm):
     totals["max"] += max(seconds)
 
 
+def gather_trace(log: RunLog, comm):
+    """Collect the spans of all ranks on rank 0, on its clock, before log.finish() writes them."""
+    if not log.trace_path:
+        return
+    comm.Barrier()  # all ranks take the time at the same moment, up to some microseconds
+    gathered = comm.gather((time.perf_counter(), log.spans))
+    if comm.rank == 0:
+        log.spans = []
+        for clock, spans in gathered:
+            offset = gathered[0][0] - clock
+            for name, started, ended, rank, thread in spans:
+                log.spans.append((name, started + offset, ended + offset, rank, thread))
+
+
 def gather_from_all(comm, array: np.ndarray) -> np.ndarray:
     """The arrays of all ranks, stacked: (ranks, ...)."""
     gathered = np.empty((comm.size, *array.shape), array.dtype)
@@ -3165,6 +3242,8 @@ def make_parser(
     add("--checkpoint-every", type=seconds, default=60, metavar="SECONDS", help=every)
     resume = "resume from --checkpoint, exactly as if never interrupted"
     add("--resume", action="store_true", help=resume)
+    trace = "write a timeline of five steps here, for ui.perfetto.dev (Chrome's trace format)"
+    add("--trace", metavar="FILE", help=trace)
     add("--quiet", action="store_true", help="print errors and the last line only")
     return parser
 

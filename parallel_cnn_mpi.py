@@ -42,6 +42,7 @@ from common import (
     epoch_order,
     evaluate,
     gather_from_all,
+    gather_trace,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -150,7 +151,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
     batches = math.ceil(n / args.global_batch_size)
 
     def reduce_slice(grad_slice):  # backward() calls it as soon as a layer's gradients are complete
-        with log.timed("communication"):
+        with log.timed("communication", grad_slice):
             reducer.start(grad_slice)
 
     def gather(array):  # batch normalisation needs the statistics of the global batch
@@ -158,6 +159,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
             return gather_from_all(comm, array)
 
     model.gather_statistics(gather)
+    log.trace_layers(model)
 
     for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
@@ -252,6 +254,7 @@ def main(argv=None):
     with np.errstate(over="ignore", invalid="ignore"):
         with collective_run(log, checkpoint, stop, model, optimizer, comm):
             train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer)
+            gather_trace(log, comm)
             log.finish()
 
 

@@ -215,6 +215,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
     """Train until epoch args.epochs is done, from where the log's position is."""
     n = len(data.y_train)
     batches = math.ceil(n / args.batch_size)
+    log.trace_layers(model)
     for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
         log.start_epoch(epoch, batches)

@@ -62,6 +62,7 @@ from common import (
     FETCH_VALIDATE,
     MEAN,
     MIB,
+    OUTPUT_STD,
     PAD,
     RECORD_BYTES,
     STD,
@@ -143,6 +144,7 @@ def make_model(name: str) -> nn.Module:
         if hasattr(layer, "weight"):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+    nn.init.normal_(model[-1].weight, std=OUTPUT_STD)
     return model
 
 

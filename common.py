@@ -492,14 +492,16 @@ def batch_chunks(n: int, bytes_per_image: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def he_normal(shape: tuple, rng=None, dtype=np.float32) -> np.ndarray:
+def he_normal(shape: tuple, rng=None, dtype=np.float32, std: float | None = None) -> np.ndarray:
     """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
 
-    rng: a NumPy Generator or a seed. Drawn in float64, so that float32 and float64 start alike.
+    rng: a NumPy Generator or a seed. std: another standard deviation. Drawn in float64, so that
+    float32 and float64 start alike.
     """
-    fan_in = math.prod(shape[:-1])
-    weights = np.random.default_rng(rng).standard_normal(shape)
-    return (weights * math.sqrt(2 / fan_in)).astype(dtype)
+    if std is None:
+        fan_in = math.prod(shape[:-1])
+        std = math.sqrt(2 / fan_in)
+    return (np.random.default_rng(rng).standard_normal(shape) * std).astype(dtype)
 
 
 def sum_rows(rows: np.ndarray) -> np.ndarray:
@@ -1301,9 +1303,7 @@ class Dense(Layer):
     def __init__(
         self, in_features: int, out_features: int, *, std=None, rng=None, dtype=np.float32
     ):
-        self.W = he_normal((in_features, out_features), rng, dtype)
-        if std is not None:
-            self.W *= std / math.sqrt(2 / in_features)
+        self.W = he_normal((in_features, out_features), rng, dtype, std)
         self.b = np.zeros(out_features, dtype)
         self.dW = np.zeros_like(self.W)
         self.db = np.zeros_like(self.b)

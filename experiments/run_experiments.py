@@ -196,11 +196,57 @@ def split_suite(args) -> list[Experiment]:
     return suite
 
 
+def ladder_suite(args) -> list[Experiment]:
+    """Every script's way from the plainest version to the fastest, one idea a rung.
+
+    Names are <ladder>-<number>-<rung>. "serial-pytorch" is PyTorch's best eager training of the CNN
+    on one core, beside which the serial ladder is measured.
+    """
+    suite = []
+
+    def climb(ladder, script, rungs, cores=1, launcher=(), **requirements):
+        for step, (rung, options) in enumerate(rungs.items(), 1):
+            name = f"{ladder}-{step}-{rung}"
+            suite.append(
+                Experiment("ladder", name, script, options, cores, launcher, **requirements)
+            )
+
+    size = ["--batch-size", args.batch_size]
+    convs = ("loops", "im2col", "blocked", "fused", "winograd")
+    climb("serial", "serial_cnn.py", {conv: [*size, "--conv", conv] for conv in convs})
+    one_thread = ("env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+    eager = ["--model", "cnn", *size, "--amp", "off", "--augment", "off", "--device", "cpu"]
+    eager += ["--workers", 0]
+    suite.append(Experiment("ladder", "serial-pytorch", "train_cifar.py", eager, 1, one_thread))
+
+    if len(available_cores()) > 1:
+        two_ranks = (find_mpirun(), "-np", 2)
+        reducers = ("allreduce", "ring", "overlap", "shared")
+        rungs = {reducer: [*size, "--reduce", reducer] for reducer in reducers}
+        climb("mpi", "parallel_cnn_mpi.py", rungs, 2, two_ranks)
+
+    # From the script that tutorials write, one option at a time. A ResNet on a CPU: fewer images.
+    tutorial = ["--model", "resnet18", "--batch-size", 64, "--subset", 640, "--epochs", 2]
+    tutorial += ["--device", "cpu"]
+    nchw = ["--memory-format", "nchw"]
+    rungs = {
+        "tutorial": [*tutorial, "--loader", "torchvision", *nchw, "--amp", "off"],
+        "channels_last": [*tutorial, "--loader", "torchvision", "--amp", "off"],
+        "bfloat16": [*tutorial, "--loader", "torchvision"],
+        "batched-loading": tutorial,
+    }
+    climb("pytorch", "train_cifar.py", rungs, len(available_cores()))
+
+    climb("gpu", "gpu_scratch.py", {"kernels": size, "graph": [*size, "--graph"]}, needs_gpu=True)
+    return suite
+
+
 SUITES = {
     "parallel": parallel_suite,
     "hardware": hardware_suite,
     "loading": loading_suite,
     "split": split_suite,
+    "ladder": ladder_suite,
 }
 
 

@@ -492,14 +492,16 @@ def batch_chunks(n: int, bytes_per_image: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def he_normal(shape: tuple, rng=None, dtype=np.float32) -> np.ndarray:
+def he_normal(shape: tuple, rng=None, dtype=np.float32, std: float | None = None) -> np.ndarray:
     """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
 
-    rng: a NumPy Generator or a seed. Drawn in float64, so that float32 and float64 start alike.
+    rng: a NumPy Generator or a seed. std: another standard deviation. Drawn in float64, so that
+    float32 and float64 start alike.
     """
-    fan_in = math.prod(shape[:-1])
-    weights = np.random.default_rng(rng).standard_normal(shape)
-    return (weights * math.sqrt(2 / fan_in)).astype(dtype)
+    if std is None:
+        fan_in = math.prod(shape[:-1])
+        std = math.sqrt(2 / fan_in)
+    return (np.random.default_rng(rng).standard_normal(shape) * std).astype(dtype)
 
 
 def sum_rows(rows: np.ndarray) -> np.ndarray:
@@ -1291,12 +1293,17 @@ class Flatten(Layer):
 
 
 class Dense(Layer):
-    """x @ W + b. W: (in_features, out_features), He-normal; b: (out_features,), zero."""
+    """x @ W + b. W: (in_features, out_features), normal; b: (out_features,), zero.
+
+    std: the standard deviation of W; default He et al.'s.
+    """
 
     param_names = ("W", "b")
 
-    def __init__(self, in_features: int, out_features: int, *, rng=None, dtype=np.float32):
-        self.W = he_normal((in_features, out_features), rng, dtype)
+    def __init__(
+        self, in_features: int, out_features: int, *, std=None, rng=None, dtype=np.float32
+    ):
+        self.W = he_normal((in_features, out_features), rng, dtype, std)
         self.b = np.zeros(out_features, dtype)
         self.dW = np.zeros_like(self.W)
         self.db = np.zeros_like(self.b)
@@ -1398,6 +1405,10 @@ def check_gradient(layer: Layer, x: np.ndarray, tolerance: float = 1e-6) -> floa
 # --------------------------------------------------------------------------------------------------
 
 MODELS = ("cnn", "resnet18")
+
+# Standard deviation of the last layer's weights. All logits then start near zero, and the loss near
+# that of guessing, ln 10 = 2.30: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1.
+OUTPUT_STD = 0.01
 
 
 class Model:
@@ -1538,7 +1549,7 @@ def make_cnn(
             Flatten(),
             dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
             ReLU(),
-            dense(256, 10, rng=rng, dtype=dtype),
+            dense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
         ]
     )
 
@@ -1566,7 +1577,8 @@ def make_resnet18(
         for stride in (1 if width == 64 else 2, 1):
             layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
             channels = width
-    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)])
+    layers += [GlobalAvgPool(), dense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype)]
+    return Model(layers)
 
 
 def make_model(name: str, seed: int = 42, dtype=np.float32) -> Model:
@@ -1718,10 +1730,14 @@ METRICS = tuple(METRIC_FORMATS)
 TRACED_BATCHES = range(2, 7)  # of the first epoch: the first ones still fill caches
 MIB = 2**20
 
-# What a step computes: a run resumes only with the values that its checkpoint was made with.
-FINGERPRINT_OPTIONS = (
-    "model dtype optimizer lr momentum weight_decay seed batch_size subset amp augment nesterov "
-    "schedule schedule_epochs warmup label_smoothing micro_batches image_size loader memory_format"
+# A run resumes only with the options that its checkpoint was made with, except these, which do not
+# change what a step computes. An option that a copied script adds is compared too.
+FREE_OPTIONS = (
+    "epochs data_dir dataset log save_metrics checkpoint checkpoint_every resume quiet trace "
+    "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
+    "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
+    "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
+    "default_run"
 ).split()
 
 
@@ -1866,10 +1882,10 @@ class RunLog:
     def _check_same_run(self):
         """Raise InputError if the log is of another run than the checkpoint."""
         try:
-            fingerprint = json.loads(self.json_path.read_text())["identity"]
+            theirs = dict(json.loads(self.json_path.read_text())["identity"])
         except (OSError, ValueError, LookupError, TypeError):  # nothing is known
             return
-        if fingerprint != self.fingerprint:
+        if fingerprint_difference(self.fingerprint, theirs):
             raise InputError(
                 f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
                 "give --log the file that belongs to it, or a new one"
@@ -2163,17 +2179,23 @@ class RunLog:
 
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
     """The options and data that decide what a run computes; the .json has it as "identity"."""
-    fingerprint = {
-        "augment": "off"
-    }  # of scripts without the option, whose checkpoints agree with it
-    for name in FINGERPRINT_OPTIONS:
-        if hasattr(args, name):
-            fingerprint[name] = getattr(args, name)
+    fingerprint = {"augment": "off"}  # of scripts without the option
+    for name, value in vars(args).items():
+        if name not in FREE_OPTIONS:
+            fingerprint[name] = value
     if hasattr(args, "global_batch_size"):  # the images of a step, however many ranks share it
         fingerprint["batch_size"] = args.global_batch_size
     fingerprint["dataset"] = data.name
     fingerprint["fingerprint"] = data.fingerprint
     return fingerprint
+
+
+def fingerprint_difference(ours: dict, theirs: dict) -> str | None:
+    """The first name that both have with different values; None if there is none."""
+    for name, value in ours.items():
+        if name in theirs and theirs[name] != value:
+            return name
+    return None
 
 
 def require_finite(loss: float, what: str, log: RunLog):
@@ -2409,17 +2431,18 @@ class Checkpoint:
             return False
         try:
             meta, state = self._read()
-            fingerprint = meta["identity"]
+            theirs = dict(meta["identity"])
         except Exception as error:  # zip, NumPy, PyTorch and JSON each have their own errors
             raise InputError(
                 f"--resume: {self.path} is not a valid checkpoint ({error}): start without --resume"
             ) from None
-        for name, value in self.log.fingerprint.items():
-            if fingerprint.get(name) != value:
-                raise InputError(
-                    f"--resume: {self.path} was made with {name} {fingerprint.get(name)}, this run "
-                    f"has {value}: repeat that run's options, or start without --resume"
-                )
+        name = fingerprint_difference(self.log.fingerprint, theirs)
+        if name:
+            raise InputError(
+                f"--resume: {self.path} was made with {name} {theirs[name]}, this run has "
+                f"{self.log.fingerprint[name]}: repeat that run's options, or start without "
+                "--resume"
+            )
         try:
             self._apply(state)
         except (KeyError, ValueError, RuntimeError):
@@ -3220,10 +3243,10 @@ def make_parser(
         default=batch_size,
         help="images per step (default: %(default)s)",
     )
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
     add("--lr", type=positive, help="learning rate (default: 0.01, adam: 0.001)")
     add("--momentum", type=fraction, default=0.9, help="SGD momentum (default: %(default)s)")
     add("--weight-decay", type=fraction, default=0.0, help="default: %(default)s")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
 
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
     dataset = (

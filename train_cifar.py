@@ -24,8 +24,8 @@ more; whether it pays depends on the machine.
     python train_cifar.py --model resnet18 --loader torchvision            # + bfloat16
     python train_cifar.py --model resnet18                                 # + batched loading
 
-Result: measurements/bench.json compares the first rung with the last on two cores; the README has
-the table.
+Result: ResNet-50, batch 64, on 2 cores: 60 images/s, 3.06 (2.93–3.32) times PyTorch's 20 in
+float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired samples).
 """
 
 import argparse
@@ -62,6 +62,7 @@ from common import (
     FETCH_VALIDATE,
     MEAN,
     MIB,
+    OUTPUT_STD,
     PAD,
     RECORD_BYTES,
     STD,
@@ -143,6 +144,7 @@ def make_model(name: str) -> nn.Module:
         if hasattr(layer, "weight"):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+    nn.init.normal_(model[-1].weight, std=OUTPUT_STD)
     return model
 
 

@@ -120,6 +120,80 @@ def use_proxy(monkeypatch, port):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A layer or a model that is wrong says so
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Rebinding(Dense):
+    """The mistake that trains nothing in silence: dW becomes an array that no optimizer sees."""
+
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW = self.dW * 1
+        return dx
+
+
+class Doubling(Dense):
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW[1, 2] *= 2
+        return dx
+
+
+def one_step(model, shape, labels=(0, 1)):
+    logits = model.forward(np.ones((2, *shape), np.float32))
+    _, dlogits = softmax_cross_entropy(logits, np.array(labels))
+    model.backward(dlogits)
+
+
+def test_a_layer_that_rebinds_its_gradient_is_named():
+    with pytest.raises(ValueError, match=r"Rebinding\.dW is a new array.*self\.dW\[\.\.\.\] = "):
+        one_step(Model([Rebinding(3, 4)]), (3,))
+
+
+def test_a_layer_that_rebinds_its_weights_is_named():
+    model = Model([Dense(3, 4)])
+    model.layers[0].W = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match=r"Dense\.W is a new array"):
+        one_step(model, (3,))
+
+
+def test_a_layer_that_is_used_twice_is_named():
+    relu = ReLU()
+    with pytest.raises(ValueError, match="layer 3, ReLU, is in the model twice"):
+        Model([Dense(3, 4), relu, Dense(4, 4), relu])
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match=r"Model\(\[ReLU, Flatten\]\): no layer has parameters"):
+        Model([ReLU(), Flatten()])
+
+
+def test_a_dense_layer_of_the_wrong_width_has_both_numbers():
+    with pytest.raises(ValueError, match=r"Dense\(4, 5\) takes .* \(N, 4\), not of \(N, 3\)"):
+        one_step(Model([Dense(4, 5)]), (3,))
+    with pytest.raises(ValueError, match=r"not of \(N, 2, 2, 3\): .*Flatten"):
+        one_step(Model([Dense(4, 5)]), (2, 2, 3))
+
+
+def test_a_convolution_of_the_wrong_channels_has_both_numbers():
+    with pytest.raises(ValueError, match="Conv2D takes 3 channels, its input has 2"):
+        Conv2D(3, 4).forward(np.ones((1, 4, 4, 2), np.float32))
+
+
+def test_a_label_outside_the_classes_is_named():
+    with pytest.raises(ValueError, match="label 4, but the logits are of 4 classes"):
+        one_step(Model([Dense(3, 4)]), (3,), labels=(0, 4))
+
+
+def test_check_gradient_names_the_worst_entry():
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    assert common.check_gradient(Dense(3, 4, rng=1, dtype=np.float64), x) < 1e-6
+    with pytest.raises(ValueError, match=r"Doubling\.dW\[1, 2\] is .*, central differences give"):
+        common.check_gradient(Doubling(3, 4, rng=1, dtype=np.float64), x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Layers: numerical gradients
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -843,6 +917,14 @@ def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     mine = torch.nn.utils.parameters_to_vector(to_torch(torch, model).parameters()).detach()
     wanted = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     assert abs(mine - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("make", [make_cnn, pytest.param(make_resnet18, marks=pytest.mark.slow)])
+def test_the_first_loss_is_that_of_guessing(make):
+    x_train, y_train, *_ = make_synthetic(64, n_test=1)
+    x, labels = load_batch(x_train, y_train, slice(64))
+    loss, _ = softmax_cross_entropy(make().forward(x), labels)
+    assert loss / 64 == pytest.approx(math.log(10), abs=0.1)
 
 
 def test_the_cnn_has_1070794_parameters():

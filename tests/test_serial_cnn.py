@@ -676,11 +676,29 @@ def test_resume_from_another_model(normal, refused, tmp_path):
         ("--lr", 0.5, "lr 0.01, this run has 0.5"),
         ("--optimizer", "adam", "optimizer sgd, this run has adam"),
         ("--subset", 50, "subset 100, this run has 50"),
+        ("--conv", "fused", "conv winograd, this run has fused"),
     ],
 )
 def test_resume_with_another_option(normal, refused, tmp_path, option, value, about):
     shutil.copy(normal[0] / "run.npz", tmp_path)
     refused(*NORMAL, "--resume", option, value, about=about)
+
+
+def test_a_copy_has_files_and_options_of_its_own(tmp_path, cache):
+    """A copied script logs under its own name, and resumes only with the same value of its option."""
+    source = (REPO / SCRIPT).read_text()
+    line = '    add("--conv",'
+    assert source.count(line) == 1
+    own = '    add("--dropout", type=float, default=0.5)\n'
+    (tmp_path / "my_serial.py").write_text(source.replace(line, own + line))
+    shutil.copy(REPO / "common.py", tmp_path)
+    command = [sys.executable, "my_serial.py", *TINY, "--quiet", "--checkpoint", "run.npz"]
+    finish(start_command(tmp_path, command, cache))
+    assert (tmp_path / "results/my_serial.csv").exists()
+    assert not (tmp_path / LOG).exists()
+    changed = [*command, "--resume", "--dropout", "0.1"]
+    _, err = finish(start_command(tmp_path, changed, cache), status=2)
+    assert "made with dropout 0.5, this run has 0.1" in err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

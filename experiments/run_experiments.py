@@ -52,7 +52,6 @@ from common import (
 )
 
 OUTPUT_LINES = 20  # of a failed run that the index keeps
-SPLIT_MODES = ("all", "split", "pipelined", "replicas")
 
 
 class Experiment(NamedTuple):
@@ -190,7 +189,7 @@ def split_suite(args) -> list[Experiment]:
     script = "train_resnet50_split_cores.py"
     cores = len(available_cores())
     suite = []
-    for mode in SPLIT_MODES:
+    for mode in ("all", "split", "pipelined", "replicas"):
         options = ["--mode", mode, "--batch-size", args.batch_size]
         suite.append(Experiment("split", mode, script, options, cores))
     return suite

@@ -78,10 +78,7 @@ SPLIT_ROWS = {  # name in split_cores.json → name in the table
 
 
 def collect(source, measurements):
-    """Pack the measurements in the folder `source` into `measurements`.
-
-    Raises InputError that names each file that is missing.
-    """
+    """Pack what was measured into `source`. Raises InputError with the names of missing files."""
     needed = [source / name for name in BENCHMARKS]
     needed += [source / name / "index.json" for name in RESULTS_FOLDERS]
     missing = [str(path) for path in needed if not path.is_file()]
@@ -581,9 +578,6 @@ def write_csv(path, columns, rows):
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def build_results(measurements):

@@ -104,6 +104,7 @@ def pack_results(folder, packed, source):
         run["metadata"] = read_json(metadata) if metadata.exists() else None  # None: it failed
         log = folder / run["folder"] / "run.csv"
         if log.exists():
+            # Cells stay text, so that what is unpacked is what was packed, digit by digit.
             rows += [{**run, **row} for row in read_csv(log) if is_kept(row)]
 
     write(packed.with_suffix(".json"), without_paths(to_json(index), source))
@@ -118,6 +119,7 @@ def is_kept(row):
 
 def without_paths(text, source):
     """JSON with paths relative to `source` or the repository, and `python` as the interpreter."""
+    # A committed file should not depend on whose home it was measured in.
     text = text.replace(json.dumps(sys.executable), '"python"')
     text = text.replace(f"{source.resolve()}/", "")
     return text.replace(f"{REPO}/", "")

@@ -182,7 +182,7 @@ def test_each_documented_command_runs_in_one_test():
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A folder for all lines that run a script, with the kernels that Numba has compiled already."""
+    """A folder for all lines that run a script, with the kernels that Numba has compiled."""
     folder = tmp_path_factory.mktemp("scripts")
     if (REPO / "__pycache__").exists():
         shutil.copytree(REPO / "__pycache__", folder / "__pycache__")

@@ -492,14 +492,16 @@ def batch_chunks(n: int, bytes_per_image: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def he_normal(shape: tuple, rng=None, dtype=np.float32) -> np.ndarray:
+def he_normal(shape: tuple, rng=None, dtype=np.float32, std: float | None = None) -> np.ndarray:
     """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
 
-    rng: a NumPy Generator or a seed. Drawn in float64, so that float32 and float64 start alike.
+    rng: a NumPy Generator or a seed. std: another standard deviation. Drawn in float64, so that
+    float32 and float64 start alike.
     """
-    fan_in = math.prod(shape[:-1])
-    weights = np.random.default_rng(rng).standard_normal(shape)
-    return (weights * math.sqrt(2 / fan_in)).astype(dtype)
+    if std is None:
+        fan_in = math.prod(shape[:-1])
+        std = math.sqrt(2 / fan_in)
+    return (np.random.default_rng(rng).standard_normal(shape) * std).astype(dtype)
 
 
 def sum_rows(rows: np.ndarray) -> np.ndarray:
@@ -1291,12 +1293,17 @@ class Flatten(Layer):
 
 
 class Dense(Layer):
-    """x @ W + b. W: (in_features, out_features), He-normal; b: (out_features,), zero."""
+    """x @ W + b. W: (in_features, out_features), normal; b: (out_features,), zero.
+
+    std: the standard deviation of W; default He et al.'s.
+    """
 
     param_names = ("W", "b")
 
-    def __init__(self, in_features: int, out_features: int, *, rng=None, dtype=np.float32):
-        self.W = he_normal((in_features, out_features), rng, dtype)
+    def __init__(
+        self, in_features: int, out_features: int, *, std=None, rng=None, dtype=np.float32
+    ):
+        self.W = he_normal((in_features, out_features), rng, dtype, std)
         self.b = np.zeros(out_features, dtype)
         self.dW = np.zeros_like(self.W)
         self.db = np.zeros_like(self.b)
@@ -1398,6 +1405,10 @@ def check_gradient(layer: Layer, x: np.ndarray, tolerance: float = 1e-6) -> floa
 # --------------------------------------------------------------------------------------------------
 
 MODELS = ("cnn", "resnet18")
+
+# Standard deviation of the last layer's weights. All logits then start near zero, and the loss near
+# that of guessing, ln 10 = 2.30: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1.
+OUTPUT_STD = 0.01
 
 
 class Model:
@@ -1538,7 +1549,7 @@ def make_cnn(
             Flatten(),
             dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
             ReLU(),
-            dense(256, 10, rng=rng, dtype=dtype),
+            dense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
         ]
     )
 
@@ -1566,7 +1577,8 @@ def make_resnet18(
         for stride in (1 if width == 64 else 2, 1):
             layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
             channels = width
-    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)])
+    layers += [GlobalAvgPool(), dense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype)]
+    return Model(layers)
 
 
 def make_model(name: str, seed: int = 42, dtype=np.float32) -> Model:

@@ -919,6 +919,14 @@ def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     assert abs(mine - wanted).max() < 1e-4
 
 
+@pytest.mark.parametrize("make", [make_cnn, pytest.param(make_resnet18, marks=pytest.mark.slow)])
+def test_the_first_loss_is_that_of_guessing(make):
+    x_train, y_train, *_ = make_synthetic(64, n_test=1)
+    x, labels = load_batch(x_train, y_train, slice(64))
+    loss, _ = softmax_cross_entropy(make().forward(x), labels)
+    assert loss / 64 == pytest.approx(math.log(10), abs=0.1)
+
+
 def test_the_cnn_has_1070794_parameters():
     model = make_cnn()
     assert model.params.size == model.grads.size == 1_070_794

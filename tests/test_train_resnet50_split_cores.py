@@ -629,8 +629,14 @@ def test_modes_that_differ_are_not_compared():
             split_cores.check_same_loss({"all": 2.30, "split": loss})
 
 
-def check_benchmark(stdout, folder):
-    """What the benchmark has printed and written after 3 rounds with batches of 4 images."""
+BENCHMARK = ("--batch-size", 4, "--benchmark", "--rounds", 3)
+
+
+@needs_two_cores
+def test_benchmark_compares_all_modes(tiny_script, tmp_path, capsys):
+    """With a small network; tests/test_repository.py runs the documented one with ResNet-50."""
+    tiny_script(BENCHMARK)
+    stdout = capsys.readouterr().out
     rows = {line.strip().split("  ")[0] for line in stdout.splitlines()}
     assert {*split_cores.MODES, split_cores.STOCK_PYTORCH, split_cores.NO_MICRO_BATCHES} <= rows
     for words in (
@@ -640,29 +646,13 @@ def check_benchmark(stdout, folder):
         "of the bound",
     ):
         assert words in stdout
-    files = [path.name for path in (folder / "results").iterdir()]
+    files = [path.name for path in (tmp_path / "results").iterdir()]
     assert files == ["split_cores_benchmark.json"]
-    content = json.loads((folder / "results/split_cores_benchmark.json").read_text())
+    content = json.loads((tmp_path / "results/split_cores_benchmark.json").read_text())
     assert {len(samples) for samples in content["turns"].values()} == {3}
     assert all(sample["seconds"] >= sample["forward"] for sample in content["turns"]["all"])
     assert all(sentence in stdout for sentence in content["findings"])
     assert content["arguments"]["batch_size"] == 4
-
-
-BENCHMARK = ("--batch-size", 4, "--benchmark", "--rounds", 3)
-
-
-@needs_two_cores
-def test_benchmark_compares_all_modes(tiny_script, tmp_path, capsys):
-    tiny_script(BENCHMARK)
-    check_benchmark(capsys.readouterr().out, tmp_path)
-
-
-@pytest.mark.slow
-@needs_two_cores
-def test_benchmark_of_resnet50(run_script, tmp_path):
-    done = run_script(SCRIPT, *TINY, *BENCHMARK, timeout=600)
-    check_benchmark(done.stdout, tmp_path)
 
 
 def test_benchmark_that_cannot_write_starts_nothing(tiny_script, tmp_path, capsys):

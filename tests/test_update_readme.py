@@ -169,7 +169,7 @@ def test_tables_stand_in_any_page(measurements):
     assert filled_in.startswith("Before.\n\n<!-- table: split -->\n|  | images/s |")
     assert filled_in.endswith("\n<!-- end -->\n\nAfter.\n")
     moved[page] = moved[page].replace("split", "splt")
-    with pytest.raises(InputError, match=r"no table 'splt'; there are: speed, .*machine"):
+    with pytest.raises(InputError, match=r"no table 'splt'; there are: scripts, .*machine"):
         update_readme.fill_in_tables(moved, MEASUREMENTS)
 
 

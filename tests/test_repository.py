@@ -71,6 +71,8 @@ NEEDED = {  # {script: {file that it reads: the command that writes it}}
         "results/index.json": "python experiments/run_experiments.py --only serial",
         "results/serial_cnn.csv": "python serial_cnn.py",
         "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py",
+        "results/serial.ckpt.npz": "python serial_cnn.py --checkpoint results/serial.ckpt.npz",
+        "results/mpi.ckpt.npz": "python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz",
     },
     "make_report.py": {
         "results/index.json": "python experiments/run_experiments.py --only serial",

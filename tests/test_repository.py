@@ -71,6 +71,8 @@ NEEDED = {  # {script: {file that it reads: the command that writes it}}
         "results/index.json": "python experiments/run_experiments.py --only serial",
         "results/serial_cnn.csv": "python serial_cnn.py",
         "results/parallel_cnn_mpi.csv": "mpirun -np 2 python parallel_cnn_mpi.py",
+        "results/serial.ckpt.npz": "python serial_cnn.py --checkpoint results/serial.ckpt.npz",
+        "results/mpi.ckpt.npz": "python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz",
     },
     "make_report.py": {
         "results/index.json": "python experiments/run_experiments.py --only serial",
@@ -182,7 +184,7 @@ def test_each_documented_command_runs_in_one_test():
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A folder for all lines that run a script, with the kernels that Numba has compiled already."""
+    """A folder for all lines that run a script, with the kernels that Numba has compiled."""
     folder = tmp_path_factory.mktemp("scripts")
     if (REPO / "__pycache__").exists():
         shutil.copytree(REPO / "__pycache__", folder / "__pycache__")

@@ -51,6 +51,7 @@ from common import (
     stop_processes,
 )
 
+FIRST_SEED = 42  # of repeat 1
 OUTPUT_LINES = 20  # of a failed run that the index keeps
 
 
@@ -369,10 +370,16 @@ def data_options(args, data):
     return options
 
 
-def make_command(experiment, folder, args, data) -> list[str]:
-    """The command line of a run whose results go to `folder`."""
+def make_command(experiment, folder, args, data, repeat=1) -> list[str]:
+    """The command line of a run whose results go to `folder`.
+
+    Each repeat has a seed of its own: otherwise all would reach the same accuracy, and an interval
+    of it would say nothing. (The synthetic images are made from the seed: there all have the same.)
+    """
     command = [*experiment.launcher, sys.executable, REPO / experiment.script]
     command += ["--epochs", args.epochs, *data_options(args, data), *experiment.options]
+    if data.name != "synthetic":
+        command += ["--seed", FIRST_SEED + repeat - 1]
     command += ["--log", folder / "run.csv", "--save-metrics", folder / "run.npz", "--quiet"]
     return [str(word) for word in command]
 
@@ -427,7 +434,7 @@ def run_one(experiment, repeat, args, data, progress, stop) -> dict:
     # An interrupted run is not in the index: it starts anew, and its log must not be continued.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = make_command(experiment, folder, args, data)
+    command = make_command(experiment, folder, args, data, repeat)
 
     start = time.time()
     clock = time.monotonic()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -398,3 +399,19 @@ def test_starts_from_any_folder(tmp_path):
     command = [sys.executable, str(REPO / SCRIPT), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "python experiments/run_experiments.py --epochs 5 --subset 5000" in done.stdout
+
+
+def test_repeats_have_seeds_of_their_own_where_the_data_do_not_come_from_the_seed(tmp_path):
+    args = run_experiments.parse_args(["--subset", "20"])
+    experiment = run_experiments.parallel_suite(args)[0]
+
+    def seeds(dataset):
+        data = SimpleNamespace(name=dataset)
+        commands = [
+            run_experiments.make_command(experiment, tmp_path, args, data, repeat)
+            for repeat in (1, 2, 3)
+        ]
+        return [c[c.index("--seed") + 1] for c in commands if "--seed" in c]
+
+    assert seeds("cifar10") == ["42", "43", "44"]
+    assert seeds("synthetic") == []

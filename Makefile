@@ -58,7 +58,7 @@ analyze: $(READY)  ## tables and plots of the results of make experiments, into 
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
 	$(PYTHON) experiments/make_report.py --pdf
 
-bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick ends within a minute
+bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
 
 MEASURED = results/measured

@@ -37,6 +37,7 @@ from common import (
     MEAN,
     MIB,
     MODELS,
+    OUTPUT_STD,
     PAD,
     SGD,
     STD,
@@ -1428,8 +1429,8 @@ class GpuGlobalAvgPool(GpuLayer, GlobalAvgPool):
 class GpuDense(GpuLayer, Dense):
     """Dense, then ReLU if `relu`. backward() overwrites dout."""
 
-    def __init__(self, in_features, out_features, relu=False, *, rng=None, dtype=np.float32):
-        super().__init__(in_features, out_features, rng=rng, dtype=dtype)
+    def __init__(self, in_features, out_features, relu=False, **options):
+        super().__init__(in_features, out_features, **options)
         self.relu = relu
 
     def forward(self, x):
@@ -1463,7 +1464,7 @@ def cnn_layers(seed, dtype):
         GpuWinogradReLUPool(32, 64, rng=rng, dtype=dtype),
         Flatten(),
         GpuDense(64 * 8 * 8, 256, relu=True, rng=rng, dtype=dtype),
-        GpuDense(256, 10, rng=rng, dtype=dtype),
+        GpuDense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
     ]
 
 
@@ -1481,7 +1482,7 @@ def resnet18_layers(seed, dtype):
             layers.append(GpuBasicBlock(channels, width, stride, rng=rng, dtype=dtype))
             channels = width
     layers.append(GpuGlobalAvgPool())
-    layers.append(GpuDense(512, 10, rng=rng, dtype=dtype))
+    layers.append(GpuDense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype))
     return layers
 
 

@@ -532,8 +532,8 @@ class S3Shards(ImageSource):
         self.bucket = bucket
         self.labels = labels
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        # Shard s has the images bounds[s] to bounds[s + 1] - 1. After the last label none is wanted:
-        # a subset may end within a shard.
+        # Shard s has the images bounds[s] to bounds[s + 1] - 1. After the last label no image is
+        # wanted: a subset may end within a shard.
         ends = np.cumsum([entry.images for entry in entries])
         self.entries = entries[: np.searchsorted(ends, len(labels)) + 1]
         self.bounds = np.minimum([0, *ends[: len(self.entries)]], len(labels))

@@ -21,8 +21,9 @@ and says what the figures mean.
     python train_resnet50_split_cores.py --forward-cores 0 --backward-cores 1 --subset 500
     python train_resnet50_split_cores.py --epochs 2 --checkpoint results/split.pt --resume
 
-Result: images/s on two cores of an AMD EPYC, PyTorch 2.13.0, batch 64 in 4 micro-batches,
-bfloat16, medians of 7 rounds: all 52.4, split 29.5, pipelined 38.5, replicas 54.7.
+Result: images/s on 2 cores, batch 64 in 4 micro-batches, bfloat16: all 52.4; split 29.5, 0.57
+(0.52–0.69) times all; pipelined 38.5, 0.74 (0.66–0.92) times all; replicas 54.7, 1.06 (0.96–1.36)
+times all (AMD EPYC; median (min–max) of 7 rounds).
 
 The last command starts from the beginning if there is no checkpoint yet.
 """

@@ -54,12 +54,13 @@ from metrics import (
     make_groups,
     on_main_machine,
 )
+from plot_ladder import plot_ladder
 from plots import figure_style, plot_suite, save_plot
 from read_runs import Machine, Run, read_logs, read_results
 
 WIDTH = 100  # columns of what is printed
 
-SUITES = ("parallel", "hardware", "loading", "split")
+SUITES = ("parallel", "hardware", "loading", "split", "ladder")
 
 # Columns of the tables that are no metrics but attributes of a RunGroup
 GROUP_SETTINGS = ("n", "cores", "ranks", "threads", "batch", "workers")
@@ -272,7 +273,10 @@ def draw_figures(groups: list[RunGroup], machines: list[Machine], folder: Path) 
     entries = []
     with figure_style():
         for suite, members in by_suite(groups).items():
-            for plot in plot_suite(suite, members):
+            plots = plot_suite(suite, members)
+            if suite == "ladder":
+                plots.insert(0, plot_ladder(members))
+            for plot in plots:
                 notes = figure_notes(members, machines, plot.has_whiskers)
                 entries.append(save_plot(plot, suite, notes, folder))
     return entries

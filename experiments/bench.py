@@ -89,6 +89,7 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
     cores = len(available_cores())
     networks = (("cnn", "CNN", 32), ("cnn", "CNN", 128), ("resnet18", "resnet18", 64))
     rows = {}
+    # From scratch, on one core and on all, against PyTorch on as many.
     for model, shown, images in networks:
         ours = Work("serial", images, options=("--model", model))
         baseline = Work("pytorch", images, options=(model,))
@@ -104,6 +105,7 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
         if ranks <= cores:
             rows.update(scaling_benchmarks(ranks))
 
+    # PyTorch as train_cifar.py uses it against PyTorch as tutorials use it: its first rung.
     trainings = [("cnn", 32), ("resnet18", 32 if quick else 64)]
     if not quick:
         trainings += [("resnet18", 128), ("resnet50", 64)]
@@ -126,6 +128,8 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
 
 def scaling_benchmarks(ranks) -> dict[str, Benchmark]:
     """Rows of several ranks or threads beside our own work on one core, and beside DDP."""
+    # Weak scaling: each rank has the batch of the serial run, so the ranks train as many times more
+    # images in a step. Strong scaling: they share the batch of the serial run.
     serial_32 = Work("serial", 32)
     mpi = Work("mpi", 32 * ranks, ranks)
     overlap = mpi._replace(options=("--reduce", "overlap"))
@@ -202,6 +206,7 @@ class Worker:
 
 def measure(name: str, benchmark: Benchmark, pairs: int, seconds: float, dataset: str) -> dict:
     """Take paired samples of `seconds` each, after one pair as warm-up; returns the row."""
+    # Both start at the same time, because each takes seconds to import its libraries.
     workers = [Worker(work, dataset) for work in (benchmark.ours, benchmark.baseline)]
     try:
         for worker in workers:
@@ -252,6 +257,7 @@ def sgemm_rate(seconds):
 
 def make_row(name, benchmark, samples) -> dict:
     """The row for bench.json."""
+    # The ratio of each pair, not that of the medians: both samples of a pair met the same machine.
     ratios = [sample.ours / sample.baseline for sample in samples]
     row = {
         "name": name,
@@ -264,6 +270,7 @@ def make_row(name, benchmark, samples) -> dict:
         "n": len(samples),
     }
     if benchmark.model:
+        # An image needs as many operations as this fraction of a matrix product.
         products_per_image = count_flops(benchmark.model) / (2 * GEMM_SIZE**3)
         shares = [sample.ours * products_per_image / sample.sgemm for sample in samples]
         row["of_sgemm"] = statistics.median(shares)
@@ -345,6 +352,7 @@ def images_in_epoch(images, quick):
 
 def loading_row(command, images, quick) -> dict:
     """Load three epochs alone, then train two; returns the row without its name."""
+    # Alone, the source is the limit; in a training it should hide behind the computation.
     load = ["--load-only", "--epochs", "3", "--subset", str(images)]
     loaded, peak_ram_mb = run_epochs([*command, *load])
     rates = [float(epoch["images_per_s"]) for epoch in loaded]

@@ -144,6 +144,7 @@ def data_parallel_step(work, data, comm, model, optimizer, reducer):
     def run():
         logits = model.forward(x)
         loss, dlogits = softmax_cross_entropy(logits, labels)
+        # The scripts sum loss, correct answers and stop requests too, during the backward pass.
         sums = np.array([loss, *count_correct(logits, labels), False], np.float64)
         with communication.running():
             request = comm.Iallreduce(MPI.IN_PLACE, sums)
@@ -201,7 +202,7 @@ def ddp_step(work, data, comm):
         folder = tempfile.mkdtemp()  # where the ranks find each other
         atexit.register(shutil.rmtree, folder)
     folder = comm.bcast(folder)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are on this machine
     store = torch.distributed.FileStore(f"{folder}/store", comm.size)
     torch.distributed.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     return pytorch_step(work, data, comm, wrap=torch.nn.parallel.DistributedDataParallel)
@@ -276,6 +277,7 @@ def gpu_step(work, data, comm):
     options = ["--graph", "--batch-size", str(work.images)]
     args = gpu_scratch.parse_args([*work.options, *options, *LEARNING_RATE])
     device = gpu_scratch.Gpu("float32")
+    # A graph is captured for one batch, which stays where it is on the GPU.
     data = data._replace(
         x_train=device.put(data.x_train[: work.images]),
         y_train=device.put(data.y_train[: work.images]),
@@ -300,7 +302,7 @@ def pytorch_gpu_step(work, data, comm):
     for memory_format in ("contiguous_format", "channels_last"):
         step = pytorch_step(work, data, comm, "cuda", memory_format)
         step = step._replace(synchronize=torch.cuda.synchronize)
-        take_sample(step, 20, comm)  # warm-up
+        take_sample(step, 20, comm)  # warm-up, in which cuDNN chooses its algorithms
         rate, _ = take_sample(step, 20, comm)
         if rate > highest_rate:
             highest_rate = rate
@@ -328,6 +330,7 @@ STEPS = {
 
 def run_worker(work: Work, data, comm):
     """Make the step, then take a sample whenever bench.py asks for one."""
+    # BLAS would take all cores, also those on which other ranks compute.
     limit_blas_threads(work.threads)
     step = STEPS[work.kind](work, data, comm)
     take_sample(step, 3, comm)  # warm-up
@@ -346,6 +349,8 @@ def run_worker(work: Work, data, comm):
 
 def take_sample(step: Step, steps: int, comm) -> tuple:
     """Means over the ranks: steps per second, and the share of the time in communication."""
+    # A fixed number of steps, and no look at the clock between them: the ranks stay together, and a
+    # GPU is never waited for.
     if step.communication:
         step.communication.seconds = 0.0
     started = time.perf_counter()

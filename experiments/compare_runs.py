@@ -1,4 +1,5 @@
-"""Comparison of runs with each other: speed beside the differences of their losses, and checkpoints.
+"""Comparison of runs with each other: speed beside the differences of their losses, and
+checkpoints.
 
 analyze_results.py prints this when it is given logs, or two checkpoints:
 

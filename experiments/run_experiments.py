@@ -52,7 +52,6 @@ from common import (
 )
 
 OUTPUT_LINES = 20  # of a failed run that the index keeps
-SPLIT_MODES = ("all", "split", "pipelined", "replicas")
 
 
 class Experiment(NamedTuple):
@@ -162,6 +161,7 @@ def loading_suite(args) -> list[Experiment]:
         for workers in (0, *powers_of_two(1, args.max_cores)):
             name = f"{source}-{workers}-workers"
             cores = max(workers, 1)
+            # Augmentation is part of loading: without it a worker would have little to do.
             train = ["--model", "cnn", "--batch-size", args.batch_size, "--augment", "on"]
             train += ["--source", *source_options, "--workers", workers]
             load = [*train, "--load-only"]
@@ -190,9 +190,54 @@ def split_suite(args) -> list[Experiment]:
     script = "train_resnet50_split_cores.py"
     cores = len(available_cores())
     suite = []
-    for mode in SPLIT_MODES:
+    for mode in ("all", "split", "pipelined", "replicas"):
         options = ["--mode", mode, "--batch-size", args.batch_size]
         suite.append(Experiment("split", mode, script, options, cores))
+    return suite
+
+
+def ladder_suite(args) -> list[Experiment]:
+    """Every script's way from the plainest version to the fastest, one idea a rung.
+
+    Names are <ladder>-<number>-<rung>. "serial-pytorch" is PyTorch's best eager training of the CNN
+    on one core, beside which the serial ladder is measured.
+    """
+    suite = []
+
+    def climb(ladder, script, rungs, cores=1, launcher=(), **requirements):
+        for step, (rung, options) in enumerate(rungs.items(), 1):
+            name = f"{ladder}-{step}-{rung}"
+            suite.append(
+                Experiment("ladder", name, script, options, cores, launcher, **requirements)
+            )
+
+    size = ["--batch-size", args.batch_size]
+    convs = ("loops", "im2col", "blocked", "fused", "winograd")
+    climb("serial", "serial_cnn.py", {conv: [*size, "--conv", conv] for conv in convs})
+    one_thread = ("env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+    eager = ["--model", "cnn", *size, "--amp", "off", "--augment", "off", "--device", "cpu"]
+    eager += ["--workers", 0]
+    suite.append(Experiment("ladder", "serial-pytorch", "train_cifar.py", eager, 1, one_thread))
+
+    if len(available_cores()) > 1:
+        two_ranks = (find_mpirun(), "-np", 2)
+        reducers = ("allreduce", "ring", "overlap", "shared")
+        rungs = {reducer: [*size, "--reduce", reducer] for reducer in reducers}
+        climb("mpi", "parallel_cnn_mpi.py", rungs, 2, two_ranks)
+
+    # From the script that tutorials write, one option at a time. A ResNet on a CPU: fewer images.
+    tutorial = ["--model", "resnet18", "--batch-size", 64, "--subset", 640, "--epochs", 2]
+    tutorial += ["--device", "cpu"]
+    nchw = ["--memory-format", "nchw"]
+    rungs = {
+        "tutorial": [*tutorial, "--loader", "torchvision", *nchw, "--amp", "off"],
+        "channels_last": [*tutorial, "--loader", "torchvision", "--amp", "off"],
+        "bfloat16": [*tutorial, "--loader", "torchvision"],
+        "batched-loading": tutorial,
+    }
+    climb("pytorch", "train_cifar.py", rungs, len(available_cores()))
+
+    climb("gpu", "gpu_scratch.py", {"kernels": size, "graph": [*size, "--graph"]}, needs_gpu=True)
     return suite
 
 
@@ -201,6 +246,7 @@ SUITES = {
     "hardware": hardware_suite,
     "loading": loading_suite,
     "split": split_suite,
+    "ladder": ladder_suite,
 }
 
 
@@ -347,6 +393,7 @@ def export_images(experiments, args, data):
 
 def run_all(experiments, index, args, data) -> list[dict]:
     """Run what is missing, the repeats interleaved; returns the entries of all runs asked for."""
+    # All configurations once, then all again: a machine that gets slower meanwhile does so for all.
     wanted = [(repeat, e) for repeat in range(1, args.repeats + 1) for e in experiments]
     todo = [(repeat, e) for repeat, e in wanted if not is_done(e, repeat, index, args.retry)]
     if len(todo) < len(wanted):
@@ -377,7 +424,8 @@ def run_one(experiment, repeat, args, data, progress, stop) -> dict:
     Raises Interrupted, after ending the processes, if a signal has been received.
     """
     folder = Path(args.results_dir) / experiment.suite / experiment.name / str(repeat)
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+    # An interrupted run is not in the index: it starts anew, and its log must not be continued.
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = make_command(experiment, folder, args, data)
 
@@ -388,6 +436,7 @@ def run_one(experiment, repeat, args, data, progress, stop) -> dict:
     try:
         while time.monotonic() - clock < args.time_limit and not stop.requested:
             if has_ended(process):
+                # A script that ends well without totals has not trained.
                 is_complete = process.returncode == 0 and read_totals(folder)
                 status = "done" if is_complete else "failed"
                 break
@@ -483,14 +532,10 @@ class SuiteProgress:
         self.seconds = defaultdict(list)  # {(suite, configuration): seconds of each of its runs}
         for entry in earlier:
             self._add_seconds(entry)
-        self.bar = tqdm(
-            total=self.total,
-            file=sys.stdout,
-            disable=None,  # where stdout is no terminal
-            bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}",
-            dynamic_ncols=True,
-            leave=False,
-        )
+        options = {"leave": False, "dynamic_ncols": True, "file": sys.stdout}
+        bar_format = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+        # disable=None: no bar where stdout is not a terminal
+        self.bar = tqdm(total=self.total, bar_format=bar_format, disable=None, **options)
 
     def show(self, experiment, repeat, folder, elapsed):
         """Show a run that has been running for `elapsed` seconds."""
@@ -587,13 +632,9 @@ def parse_args(argv=None):
     add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto", help=dataset)
     add("--s3", metavar="URL", help="s3://bucket/prefix, another source for suite loading")
     add("--results-dir", metavar="FOLDER", default="results", help="default: %(default)s")
-    add(
-        "--time-limit",
-        type=number(float, 0, 10**6, exclusive=True),
-        default=1800,
-        metavar="SECONDS",
-        help="longest time for a run; then the next one starts (default: %(default)s)",
-    )
+    seconds = number(float, 0, 10**6, exclusive=True)
+    time_limit = "longest time for a run; then the next one starts (default: %(default)s)"
+    add("--time-limit", type=seconds, default=1800, metavar="SECONDS", help=time_limit)
     oversubscribe = "up to twice as many ranks × threads as cores; such runs are marked"
     add("--oversubscribe", action="store_true", help=oversubscribe)
     add("--retry", action="store_true", help="repeat runs that have failed or timed out before")
@@ -632,6 +673,7 @@ def main(argv=None):
         "cpu": cpu_model(),
         "cores": len(available_cores()),
     }
+    # Two at once would measure each other, and each would overwrite the other's index.
     with locked(results):
         index = Index(results / "index.json", settings)
         index.leave_out(experiments, left_out)

@@ -78,10 +78,7 @@ SPLIT_ROWS = {  # name in split_cores.json → name in the table
 
 
 def collect(source, measurements):
-    """Pack the measurements in the folder `source` into `measurements`.
-
-    Raises InputError that names each file that is missing.
-    """
+    """Pack what was measured into `source`. Raises InputError with the names of missing files."""
     needed = [source / name for name in BENCHMARKS]
     needed += [source / name / "index.json" for name in RESULTS_FOLDERS]
     missing = [str(path) for path in needed if not path.is_file()]
@@ -107,6 +104,7 @@ def pack_results(folder, packed, source):
         run["metadata"] = read_json(metadata) if metadata.exists() else None  # None: it failed
         log = folder / run["folder"] / "run.csv"
         if log.exists():
+            # Cells stay text, so that what is unpacked is what was packed, digit by digit.
             rows += [{**run, **row} for row in read_csv(log) if is_kept(row)]
 
     write(packed.with_suffix(".json"), without_paths(to_json(index), source))
@@ -121,6 +119,7 @@ def is_kept(row):
 
 def without_paths(text, source):
     """JSON with paths relative to `source` or the repository, and `python` as the interpreter."""
+    # A committed file should not depend on whose home it was measured in.
     text = text.replace(json.dumps(sys.executable), '"python"')
     text = text.replace(f"{source.resolve()}/", "")
     return text.replace(f"{REPO}/", "")
@@ -581,9 +580,6 @@ def write_csv(path, columns, rows):
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def build_results(measurements):

@@ -86,7 +86,7 @@ lint: $(READY)  ## check style and format
 test: $(READY)  ## run the quick tests: all that a change can break, within 5 minutes
 	$(PYTHON) -m pytest -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs those that make test leaves out
+test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs what make test does not
 	$(PYTHON) -m pytest $(ARGS)
 
 clean:  ## remove .venv and caches; results/ and data/ stay

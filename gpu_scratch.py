@@ -1679,6 +1679,7 @@ def train(device, model, optimizer, data, args, log, checkpoint, stop, steps):
     """
     n = len(data.y_train)
     batches = math.ceil(n / args.batch_size)
+    log.trace_layers(model)  # on a GPU: the host's launches
     for epoch in range(log.epoch, args.epochs + 1):
         order = device.put(epoch_order(n, args.seed, epoch).astype(np.int32))
         aug_params = None

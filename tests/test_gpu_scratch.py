@@ -837,6 +837,14 @@ def test_augmentation_changes_the_images_and_is_reproducible(here):
     assert losses[0] != losses[1]
 
 
+def test_a_trace_shows_the_layers(here):
+    options = "--dataset synthetic --subset 300 --epochs 1 --device cpu --quiet --trace trace.json"
+    gpu_scratch.main(options.split())
+    events = json.loads((here / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"0 ConvReLUPool forward", "0 ConvReLUPool backward"} <= names
+
+
 @pytest.mark.slow
 def test_interrupted_and_resumed_it_is_the_same_run(tmp_path, cache):
     options = words(

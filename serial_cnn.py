@@ -28,6 +28,7 @@ import numpy as np
 
 from common import (
     MODELS,
+    OUTPUT_STD,
     BasicBlock,
     BatchNorm2D,
     Checkpoint,
@@ -183,8 +184,13 @@ def make_layers(model, conv, rng, dtype):
             first = [Conv(3, 32, **options), ReLU(), MaxPool2D(2)]
             second = [Conv(32, 64, **options), ReLU(), MaxPool2D(2)]
             features = first + second
-        dense = [Dense(64 * 8 * 8, 256, **options), ReLU(), Dense(256, 10, **options)]
-        return [*features, Flatten(), *dense]
+        return [
+            *features,
+            Flatten(),
+            Dense(64 * 8 * 8, 256, **options),
+            ReLU(),
+            Dense(256, 10, std=OUTPUT_STD, **options),
+        ]
 
     # ResNet-18 has no pooling after its convolutions, so "fused" is "blocked" here. Winograd's
     # filtering needs stride 1: the few other convolutions are blocked.
@@ -197,7 +203,7 @@ def make_layers(model, conv, rng, dtype):
             block = BasicBlock(channels, width, stride, conv=Conv, other_conv=OtherConv, **options)
             layers.append(block)
             channels = width
-    return [*layers, GlobalAvgPool(), Dense(512, 10, **options)]
+    return [*layers, GlobalAvgPool(), Dense(512, 10, std=OUTPUT_STD, **options)]
 
 
 def make_model(args):

@@ -113,10 +113,10 @@ def test_interrupted_processes_resume(tmp_path):
     common = ("--subset", 48, "--epochs", 2, "--batch-size", 8, "--model", "resnet18")
     common = (*common, "--checkpoint", "run.pt")
     torchrun(whole, 2, *common)
-    script = pausing(broken, "train_cifar.py", epoch=1, batch=2)
+    script = pausing(broken, "train_cifar.py", epoch=1, batch=1)
     process = start_processes(broken, 2, *common, script=script)
     log = broken / "results/train_cifar.csv"
-    wait_until(process, lambda: count_rows(log) >= 2)
+    wait_until(process, lambda: count_rows(log) >= 1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=180)
     assert process.returncode != 0

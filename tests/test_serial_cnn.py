@@ -721,7 +721,7 @@ def test_a_copy_has_files_and_options_of_its_own(tmp_path, cache):
     [
         ("--lr", 1e10),
         ("--lr", 1e300),
-        ("--lr", 30),
+        ("--lr", 100),
         ("--optimizer", "adam", "--lr", 1e30),
         ("--dtype", "float64", "--lr", 1e300),
     ],

@@ -9,6 +9,10 @@ differently. Batch normalisation (--model resnet18) uses the statistics of the g
     mpirun -np 2 python parallel_cnn_hybrid.py
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10
     python parallel_cnn_hybrid.py --num-threads 2 --global-batch-size 128
+
+Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.26) times PyTorch's
+4,028. ResNet-18, batch 64: 147 images/s, 1.38 (1.26–1.57) times PyTorch's 107 (AMD EPYC; median
+(min–max) of 11 paired samples).
 """
 
 import functools

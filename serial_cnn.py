@@ -19,6 +19,10 @@ loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
     python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000
     python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
     python serial_cnn.py --checkpoint results/serial.ckpt.npz            # Ctrl-C, then add --resume
+
+Result: the CNN on one core. Batch 32: 3,173 images/s, 1.39 (1.27–1.52) times PyTorch's 2,261. Batch
+128: 3,860 images/s, 2.16 (1.72–2.28) times PyTorch's 1,776 (AMD EPYC; median (min–max) of 11 paired
+samples). 10 epochs on all of CIFAR-10 take 157 s; the best test accuracy, in epoch 3, is 67.36%.
 """
 
 import math

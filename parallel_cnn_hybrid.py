@@ -1,10 +1,10 @@
 """Train the CNN or ResNet-18 with MPI ranks × threads: parallel_cnn_mpi.py with threaded layers.
 
-A rank computes its shard of a batch with several threads, which share weights and gradients: fewer
-ranks have less to sum. The layers are those of common.py as Numba kernels: a thread takes whole
-images through a layer in buffers of its own, so that only weights and results leave its core's
-cache. The dense layers and the optimizer, where 98 % of the CNN's parameters are, are divided
-differently. Batch normalisation (--model resnet18) uses the statistics of the global batch.
+A rank computes its shard of a batch with several threads, which share its weights and gradients:
+with fewer ranks there is less to sum. The layers are those of common.py as Numba kernels. A thread
+takes whole images through a layer in a workspace of its own, so that only inputs and results pass
+between its core's cache and memory. The dense layers, which have 98 % of the CNN's parameters, and
+the optimizer divide the parameters instead.
 
     mpirun -np 2 python parallel_cnn_hybrid.py
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10
@@ -15,6 +15,7 @@ Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.
 (min–max) of 11 paired samples).
 """
 
+import argparse
 import functools
 import math
 import os
@@ -40,6 +41,7 @@ from common import (
     ConvReLUPool,
     Dense,
     InputError,
+    Model,
     OverlapReducer,
     RunLog,
     SharedMemoryReducer,
@@ -85,9 +87,9 @@ from common import (
 # What all images add to, a weight's gradient, each thread sums apart; the layer adds those sums up.
 # --------------------------------------------------------------------------------------------------
 
-# No fastmath: Numba optimises the body of a prange twice, by itself and within its function, and a
-# compilation and the same code from the cache may differ as machine code. Strict arithmetic gives
-# the same bits in both.
+# No fastmath: Numba optimises the body of a prange by itself and again within its function, so what
+# it has just compiled and what it loads from its cache may differ as machine code. With strict
+# arithmetic both compute the same bits.
 kernel = functools.partial(njit, cache=True)
 inlined = kernel(forceinline=True)
 
@@ -295,7 +297,7 @@ def conv_forward(x, W, out, stride, padding, padded_images, cols):
     """
     n, oh, ow, channels = out.shape
     chunk_size = cols.shape[1]
-    for chunk in prange(-(-n // chunk_size)):
+    for chunk in prange(-(-n // chunk_size)):  # n / chunk_size, rounded up
         t = get_thread_id()
         start = chunk * chunk_size
         stop = min(start + chunk_size, n)
@@ -326,7 +328,7 @@ def conv_backward(x, dout, W, dx, dWs, stride, padding, padded_images, cols, pro
         np.dot(col.T, dy, products[t])
         dWs[t] += products[t]
         if len(dx):
-            np.dot(dy, W.T, col)
+            np.dot(dy, W.T, col)  # the windows' gradients, in the place of the windows
             for i in range(start, stop):
                 col2im(cols[t, i - start], stride, padding, padded_images[t], dx[i])
 
@@ -421,7 +423,7 @@ def relu_pool_gradient(dout, argmax, dy0, dy1, dy2, dy3, db):
 
 @inlined
 def im2col_for_pooling(x, padded, col):
-    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): first the upper left positions of all pools, …"""
+    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): the windows of the four positions of each pool."""
     pad(x, 1, padded)
     for i in range(2):
         for j in range(2):
@@ -432,7 +434,8 @@ def im2col_for_pooling(x, padded, col):
 def conv_pool_forward(x, W, b, out, argmax, padded_images, cols, ys):
     """x (N, H, W, C), W (9·C, F) → out, argmax (N, H/2, W/2, F).
 
-    The convolution of an image, y (4, H/2, W/2, F), is pooled while it is in the cache.
+    An image's convolution, y (4, H/2, W/2, F), is pooled while it is in the cache. y has the four
+    positions of a pooling window in four arrays.
     """
     n, oh, ow, channels = out.shape
     for i in prange(n):
@@ -820,7 +823,7 @@ def pool_products_gradient(dout, argmax, dM, dbs, tiles):
 def transform_weights(matrix, weights, out):
     """out = matrix @ weights, for a small matrix with zeros and many columns of weights.
 
-    g → U with matrix G ⊗ G (36, 9) and weights (9, C·F); dU → dg with its transpose.
+    w → U with the matrix G ⊗ G (36, 9) and weights (9, C·F); dU → dw with its transpose.
     """
     columns = weights.shape[1]
     for block in prange(-(-columns // 256)):
@@ -884,12 +887,12 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         self.x_shape = x.shape
         self.tiles = self.workspace("tiles", (numba.get_num_threads(), 6, 6, BLOCK), x.dtype)
 
-        # vec(G g Gᵀ) = (G ⊗ G) vec(g)
+        # U = G w Gᵀ for all channels at once: vec(G w Gᵀ) = (G ⊗ G) vec(w)
         self.G2 = np.kron(WINOGRAD_G, WINOGRAD_G).astype(x.dtype)
         self.U = self.workspace("U", (36, c, self.b.size), x.dtype)
         transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
 
-        # Kept for backward(). Each chunk's part is 36 matrices of its own.
+        # backward() needs V again. Each chunk's slice of it holds 36 matrices.
         self.V = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
         self._allocate_output(x)
         for chunk in self._chunks():
@@ -1115,6 +1118,7 @@ class ThreadedBatchNorm2D(BatchNorm2D):
     def _input_gradient(self, dout, mean_dgamma, mean_dbeta):
         dx = self.workspace("dx", dout.shape, dout.dtype)
         self.dshortcut = self.workspace("dshortcut", self.shortcut.shape, dout.dtype)
+        # gamma · inv_std · (d - mean_dbeta - x_hat · mean_dgamma), x_hat = (x - mean) · inv_std
         scale = self.gamma * self.inv_std
         slope = scale * self.inv_std * mean_dgamma
         shift = scale * mean_dbeta
@@ -1135,7 +1139,7 @@ def accumulate(source, target):
 
 
 class ThreadedBasicBlock(BasicBlock):
-    """common.BasicBlock of threaded layers; its two ReLUs and its sum are in the normalisations."""
+    """common.BasicBlock with threads: the normalisations include the two ReLUs and the sum."""
 
     def __init__(
         self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32
@@ -1185,7 +1189,7 @@ def make_stem(rng, dtype):
     ]
 
 
-def make_model(name, seed, dtype):
+def make_model(name: str, seed: int, dtype) -> Model:
     """The network that --model names, of threaded layers."""
     if name == "cnn":
         return make_cnn(
@@ -1198,10 +1202,10 @@ def make_model(name, seed, dtype):
     return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
 
 
-def choose_threads(args, comm):
+def choose_threads(args: argparse.Namespace, comm) -> int:
     """Set and return this rank's number of threads: at most its share of the cores, unless forced.
 
-    More threads than cores would wait for each other at the end of every kernel.
+    With more threads than cores some would wait for the others at the end of every kernel.
     """
     cores = len(available_cores())
     local_ranks = comm.Split_type(MPI.COMM_TYPE_SHARED).size
@@ -1236,7 +1240,7 @@ def choose_threads(args, comm):
     return threads
 
 
-def compile_kernels(name, dtype, comm):
+def compile_kernels(name: str, dtype, comm) -> float:
     """Compile all kernels by using them once; returns the seconds that it took.
 
     Rank 0 first: it writes them to Numba's cache on disk, from where the others load them.

@@ -50,6 +50,16 @@ TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
 DTYPES = [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread():
+    """As in the script: products inside kernels must not start threads of their own."""
+    import scipy.linalg.cython_blas  # noqa: F401 (Numba's BLAS)
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """The number of threads; more than the cores need NUMBA_NUM_THREADS in the environment."""
@@ -202,10 +212,13 @@ def test_threaded_block_is_the_serial_block(threads, channels, stride, dtype):
 
 def test_threaded_pooling_resolves_ties_as_the_serial_one(threads):
     """Constant images: all four positions of most pooling windows are equal to the last bit."""
-    ours, theirs = (layer(3, 32, rng=1) for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool))
+    ours, theirs = (
+        layer(3, 32, rng=1, dtype=np.float64)
+        for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool)
+    )
     theirs.requires_input_grad = False
-    x = np.ones((2, 8, 8, 3), np.float32)
-    dout = np.random.default_rng(0).standard_normal(theirs.forward(x).shape).astype(np.float32)
+    x = np.ones((2, 8, 8, 3))
+    dout = np.random.default_rng(0).standard_normal(theirs.forward(x).shape)
     ours.forward(x)
     ours.backward(dout)
     theirs.backward(dout)
@@ -261,23 +274,33 @@ def test_threads_change_no_result_beyond_rounding(name):
         np.testing.assert_allclose(grads, results[0], rtol=1e-9, atol=1e-11)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    ("ranks", "threads", "dtype", "tolerance"),
-    [
-        (2, 2, "float64", 1e-10),
-        pytest.param(1, 1, "float64", 1e-10, marks=SLOW),
-        pytest.param(1, 2, "float64", 1e-10, marks=SLOW),
-        pytest.param(2, 1, "float64", 1e-10, marks=SLOW),
-        pytest.param(1, 1, "float32", 1e-4, marks=SLOW),
-        pytest.param(1, 2, "float32", 1e-4, marks=SLOW),
-        pytest.param(2, 1, "float32", 1e-4, marks=SLOW),
-        pytest.param(2, 2, "float32", 1e-4, marks=SLOW),
-    ],
+    ("ranks", "threads", "reduce"),
+    [(2, 2, "shared"), pytest.param(2, 2, "overlap", marks=pytest.mark.slow)],
 )
-def test_ranks_and_threads_give_the_serial_weights(
+def test_ranks_times_threads_give_the_serial_weights(
+    tmp_path, serial, cache, ranks, threads, reduce
+):
+    """20 steps with batches of 50, 50, 50, 50 and 3 images, as in test_parallel_cnn_mpi.py."""
+    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 4, "--dtype", "float64")
+    reference = serial(*tiny, "--quiet", "--batch-size", 50)
+    options = ("--quiet", "--global-batch-size", 50, "--checkpoint", "run.npz", "--reduce", reduce)
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": threads}
+    mpirun(tmp_path, ranks, SCRIPT, *tiny, *options, *forced, env=env)
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    metadata = json.loads((tmp_path / METADATA).read_text())
+    assert metadata["ranks"] == ranks
+    assert metadata["threads"] == threads
+    assert metadata["reduce"] == reduce
+    assert metadata["threading_layer"] == "omp"
+    assert all(blas["threads"] == 1 for blas in metadata["blas"])  # NumPy's and SciPy's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "threads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_any_ranks_and_threads_give_the_serial_weights(
     tmp_path, serial, cache, ranks, threads, dtype, tolerance
 ):
     """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps.
@@ -286,40 +309,14 @@ def test_ranks_and_threads_give_the_serial_weights(
     the other way and move weights by the learning rate times its gradient: by up to 6e-5 at 0.0003,
     where training moves them by 6e-3.
     """
-    same = (
-        "--dataset",
-        "synthetic",
-        "--subset",
-        1001,
-        "--epochs",
-        2,
-        "--dtype",
-        dtype,
-        "--quiet",
-        "--lr",
-        0.01 if dtype == "float64" else 0.0001,
-    )
-    reference = serial(*same, "--batch-size", 64)
-    mpirun(
-        tmp_path,
-        ranks,
-        SCRIPT,
-        *same,
-        "--global-batch-size",
-        64,
-        "--checkpoint",
-        "run.npz",
-        "--num-threads",
-        threads,
-        "--force-threads",
-        env={**cache, "NUMBA_NUM_THREADS": 2},
-    )
+    lr = 0.01 if dtype == "float64" else 0.0001
+    same = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype)
+    reference = serial(*same, "--quiet", "--lr", lr, "--batch-size", 64)
+    options = ("--quiet", "--lr", lr, "--global-batch-size", 64, "--checkpoint", "run.npz")
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": 2}
+    mpirun(tmp_path, ranks, SCRIPT, *same, *options, *forced, env=env)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
-    metadata = json.loads((tmp_path / METADATA).read_text())
-    assert metadata["ranks"] == ranks
-    assert metadata["threads"] == threads
-    assert metadata["threading_layer"] == "omp"
-    assert all(blas["threads"] == 1 for blas in metadata["blas"])  # NumPy's and SciPy's
 
 
 RESNET18 = ("--model", "resnet18", "--dataset", "synthetic", "--dtype", "float64")
@@ -341,21 +338,10 @@ def test_resnet18_has_the_statistics_of_the_global_batch(
     """Batches of 4, 4 and 1 images (a rank has none): the serial run's weights and statistics."""
     same = (*RESNET18, "--subset", 9, "--epochs", 1, "--quiet")
     reference = serial(*same, "--batch-size", 4)
-    mpirun(
-        tmp_path,
-        ranks,
-        SCRIPT,
-        *same,
-        *options,
-        "--global-batch-size",
-        4,
-        "--checkpoint",
-        "run.npz",
-        "--num-threads",
-        threads,
-        "--force-threads",
-        env={**cache, "NUMBA_NUM_THREADS": 2},
-    )
+    options = (*options, "--global-batch-size", 4, "--checkpoint", "run.npz")
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": 2}
+    mpirun(tmp_path, ranks, SCRIPT, *same, *options, *forced, env=env)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     assert_same_resnet18_statistics(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     validation = read_log(tmp_path / LOG)[-1]  # in evaluation mode
@@ -366,22 +352,9 @@ def test_resnet18_has_the_statistics_of_the_global_batch(
 @pytest.mark.slow
 def test_resnet18_resumes_bit_for_bit(tmp_path, cache):
     """Two threads, killed in the second epoch: parameters, velocity and running statistics."""
-    options = (
-        *RESNET18,
-        "--subset",
-        8,
-        "--batch-size",
-        4,
-        "--epochs",
-        2,
-        "--checkpoint",
-        "run.npz",
-        "--checkpoint-every",
-        0,
-        "--num-threads",
-        2,
-        "--force-threads",
-    )
+    run = (*RESNET18, "--subset", 8, "--batch-size", 4, "--epochs", 2)
+    saved = ("--checkpoint", "run.npz", "--checkpoint-every", 0)
+    options = (*run, *saved, "--num-threads", 2, "--force-threads")
     env = {**cache, "NUMBA_NUM_THREADS": 2}
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
@@ -405,17 +378,18 @@ def test_compiling_is_reported_and_not_timed(tmp_path, cache):
     """
     env = {**cache, "NUMBA_CACHE_DIR": tmp_path / "numba"}
     options = (*TINY, "--num-threads", 1, "--checkpoint", "run.npz")
-    seconds = []
+    compiling = []
+    training = []
     weights = []
     for _ in range(2):
         out, _ = mpirun(tmp_path, 2, SCRIPT, *options, env=env)
         assert "kernels ready after" in out
         weights.append(read_npz(tmp_path / "run.npz")["params"].tobytes())
         metadata = json.loads((tmp_path / METADATA).read_text())
-        seconds.append(metadata["compile_seconds"])
-        assert metadata["totals"]["train_seconds"] < 5
-    assert seconds[0] > 5
-    assert seconds[1] < seconds[0] / 2  # kept on disk
+        compiling.append(metadata["compile_seconds"])
+        training.append(metadata["totals"]["train_seconds"])
+    assert training[0] < compiling[0] / 2
+    assert compiling[1] < compiling[0] / 2  # kept on disk
     assert weights[0] == weights[1]
 
 

@@ -30,7 +30,9 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+STUDENTS_FILE = r"\bmy_\w+\.py"  # made from docs/exercises/; tests/test_exercises.py runs them
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py") if path.name != "common.py")
+SCRIPTS = [name for name in SCRIPTS if not re.match(STUDENTS_FILE, name)]
 EXPERIMENTS = sorted(path.name for path in REPO.glob("experiments/*.py"))
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in REPO.glob("docs/*.md"))]
 BASE_PACKAGES = ("numpy", "psutil", "threadpoolctl", "tqdm")
@@ -108,6 +110,8 @@ def documented_lines():
     found = {name: usage_lines(REPO / name) for name in SCRIPTS}
     found |= {f"experiments/{n}": usage_lines(REPO / "experiments" / n) for n in EXPERIMENTS}
     found |= {page: page_lines(page) for page in PAGES}
+    for where, lines in found.items():
+        found[where] = [line for line in lines if not re.search(STUDENTS_FILE, line)]
     return {where: lines for where, lines in found.items() if lines}
 
 
@@ -280,7 +284,8 @@ def all_options():
 def test_files_and_options_on_a_page_exist(page):
     text = read_page(page)
     for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
-        places = [REPO / name, REPO / "experiments" / name, REPO / "tests" / name]
+        folders = ("", "experiments", "tests", "docs/exercises")
+        places = [REPO / folder / name for folder in folders]
         assert any(path.exists() for path in places), name
 
     # The options of mpirun, Slurm and pip are not ours, nor are those that a page says to add.

@@ -58,7 +58,7 @@ analyze: $(READY)  ## tables and plots of the results of make experiments, into 
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
 	$(PYTHON) experiments/make_report.py --pdf
 
-bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick ends within a minute
+bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
 
 MEASURED = results/measured
@@ -86,7 +86,7 @@ lint: $(READY)  ## check style and format
 test: $(READY)  ## run the quick tests: all that a change can break, within 5 minutes
 	$(PYTHON) -m pytest -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs those that make test leaves out
+test-all: $(READY)  ## run all tests, within 20 minutes; ARGS='-m slow' runs what make test does not
 	$(PYTHON) -m pytest $(ARGS)
 
 clean:  ## remove .venv and caches; results/ and data/ stay

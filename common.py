@@ -50,6 +50,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -136,8 +137,10 @@ def load_cifar10(
     (x_train, y_train, x_test, y_test), fingerprint = loaded
     if subset is not None:
         test_subset = max(subset // 5, 1)
-        x_train, y_train = x_train[:subset], y_train[:subset]
-        x_test, y_test = x_test[:test_subset], y_test[:test_subset]
+        x_train = x_train[:subset]
+        y_train = y_train[:subset]
+        x_test = x_test[:test_subset]
+        y_test = y_test[:test_subset]
     return Dataset(x_train, y_train, x_test, y_test, name, fingerprint)
 
 
@@ -182,7 +185,8 @@ def _find_batches(data_dir):
 def _read_binary(folder):
     """Read the six files of the binary layout (https://www.cs.toronto.edu/~kriz/cifar.html)."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-    images, labels = [], []
+    images = []
+    labels = []
     for path in [folder / name for name in names]:
         expected = RECORD_BYTES * FILE_RECORDS
         size = path.stat().st_size if path.is_file() else None
@@ -386,8 +390,11 @@ def _synthetic_block(rng, size, class_patterns, shared_patterns):
     def scale(low, high):
         return rng.uniform(low, high, (size, 1, 1, 1)).astype(np.float32)
 
-    rows, columns = shifted(8)[:, :, None], shifted(8)[:, None, :]
-    shared_rows, shared_columns = shifted(32)[:, :, None], shifted(32)[:, None, :]
+    # Index arrays that broadcast to (size, 32, 32): one gather shifts each image by its own amount.
+    rows = shifted(8)[:, :, None]
+    columns = shifted(8)[:, None, :]
+    shared_rows = shifted(32)[:, :, None]
+    shared_columns = shifted(32)[:, None, :]
     pixels = class_patterns[label[:, None, None], pattern[:, None, None], rows, columns]
     pixels *= scale(0.5, 1)
     pixels += shared_patterns[shared[:, None, None], shared_rows, shared_columns]
@@ -491,14 +498,16 @@ def batch_chunks(n: int, bytes_per_image: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def he_normal(shape: tuple, rng=None, dtype=np.float32) -> np.ndarray:
+def he_normal(shape: tuple, rng=None, dtype=np.float32, std: float | None = None) -> np.ndarray:
     """Normal weights of variance 2 / fan_in: He et al., "Delving Deep into Rectifiers", 2015.
 
-    rng: a NumPy Generator or a seed. Drawn in float64, so that float32 and float64 start alike.
+    rng: a NumPy Generator or a seed. std: another standard deviation. Drawn in float64, so that
+    float32 and float64 start alike.
     """
-    fan_in = math.prod(shape[:-1])
-    weights = np.random.default_rng(rng).standard_normal(shape)
-    return (weights * math.sqrt(2 / fan_in)).astype(dtype)
+    if std is None:
+        fan_in = math.prod(shape[:-1])
+        std = math.sqrt(2 / fan_in)
+    return (np.random.default_rng(rng).standard_normal(shape) * std).astype(dtype)
 
 
 def sum_rows(rows: np.ndarray) -> np.ndarray:
@@ -604,6 +613,9 @@ class Conv2D(Layer):
         dx = None
         if self.requires_input_grad:
             dx = self.workspace("dx", self.x_shape, dout.dtype)
+
+        # out = col @ W + b, so dW = colᵀ @ dout, db = the sum of dout, and dcol = dout @ Wᵀ, which
+        # _input_gradient() adds up where the windows overlap.
         for chunk in self._chunks():
             col = self._im2col(chunk, backward=True)
             dy = dout[chunk].reshape(-1, self.b.size)
@@ -630,6 +642,8 @@ class Conv2D(Layer):
                 f"{type(self).__name__}: an input of {h}x{w} pixels, padding included, is smaller "
                 f"than the kernel, {k}x{k}"
             )
+        # A view with six axes: moving by one window is moving by `s` pixels, moving within a window
+        # is moving by one. Windows overlap in memory, so nobody may write into this view.
         stride_n, stride_h, stride_w, stride_c = padded.strides
         shape = (n, (h - k) // s + 1, (w - k) // s + 1, k, k, c)
         strides = (stride_n, s * stride_h, s * stride_w, stride_h, stride_w, stride_c)
@@ -1127,7 +1141,8 @@ class BatchNorm2D(Layer):
         if self.training:
             mean, var = self._batch_statistics(x)
         else:
-            mean, var = self.running_mean, self.running_var
+            mean = self.running_mean
+            var = self.running_var
         self.inv_std = 1 / np.sqrt(var + self.eps)
         return self._normalize(x, mean)
 
@@ -1290,12 +1305,17 @@ class Flatten(Layer):
 
 
 class Dense(Layer):
-    """x @ W + b. W: (in_features, out_features), He-normal; b: (out_features,), zero."""
+    """x @ W + b. W: (in_features, out_features), normal; b: (out_features,), zero.
+
+    std: the standard deviation of W; default He et al.'s.
+    """
 
     param_names = ("W", "b")
 
-    def __init__(self, in_features: int, out_features: int, *, rng=None, dtype=np.float32):
-        self.W = he_normal((in_features, out_features), rng, dtype)
+    def __init__(
+        self, in_features: int, out_features: int, *, std=None, rng=None, dtype=np.float32
+    ):
+        self.W = he_normal((in_features, out_features), rng, dtype, std)
         self.b = np.zeros(out_features, dtype)
         self.dW = np.zeros_like(self.W)
         self.db = np.zeros_like(self.b)
@@ -1397,6 +1417,10 @@ def check_gradient(layer: Layer, x: np.ndarray, tolerance: float = 1e-6) -> floa
 # --------------------------------------------------------------------------------------------------
 
 MODELS = ("cnn", "resnet18")
+
+# Standard deviation of the last layer's weights. All logits then start near zero, and the loss near
+# that of guessing, ln 10 = 2.30: Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 5.1.
+OUTPUT_STD = 0.01
 
 
 class Model:
@@ -1537,7 +1561,7 @@ def make_cnn(
             Flatten(),
             dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
             ReLU(),
-            dense(256, 10, rng=rng, dtype=dtype),
+            dense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
         ]
     )
 
@@ -1565,7 +1589,8 @@ def make_resnet18(
         for stride in (1 if width == 64 else 2, 1):
             layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
             channels = width
-    return Model([*layers, GlobalAvgPool(), dense(512, 10, rng=rng, dtype=dtype)])
+    layers += [GlobalAvgPool(), dense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype)]
+    return Model(layers)
 
 
 def make_model(name: str, seed: int = 42, dtype=np.float32) -> Model:
@@ -1700,7 +1725,12 @@ def make_optimizer(model: Model, args: argparse.Namespace, sgd=SGD, adam=Adam) -
 # Run log
 # --------------------------------------------------------------------------------------------------
 
-TRAIN, VALIDATE, BATCH, FETCH_TRAIN, FETCH_VALIDATE = 0, 1, 2, 10, 11  # types of a log's rows
+# Types of a log's rows
+TRAIN = 0  # training, one epoch
+VALIDATE = 1  # validation, one epoch
+BATCH = 2  # training, one batch
+FETCH_TRAIN = 10  # fetching the training data before the first epoch
+FETCH_VALIDATE = 11  # fetching the validation data
 LOG_COLUMNS = (
     "type epoch start loading duration value1 value2 loss images_per_s "
     "cpu_percent ram_mb gpu_percent gpu_mem_mb forward backward communication"
@@ -1717,10 +1747,14 @@ METRICS = tuple(METRIC_FORMATS)
 TRACED_BATCHES = range(2, 7)  # of the first epoch: the first ones still fill caches
 MIB = 2**20
 
-# What a step computes: a run resumes only with the values that its checkpoint was made with.
-FINGERPRINT_OPTIONS = (
-    "model dtype optimizer lr momentum weight_decay seed batch_size subset amp augment nesterov "
-    "schedule schedule_epochs warmup label_smoothing micro_batches image_size"
+# A run resumes only with the options that its checkpoint was made with, except these, which do not
+# change what a step computes. An option that a copied script adds is compared too.
+FREE_OPTIONS = (
+    "epochs data_dir dataset log save_metrics checkpoint checkpoint_every resume quiet trace "
+    "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
+    "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
+    "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
+    "default_run"
 ).split()
 
 
@@ -1865,10 +1899,10 @@ class RunLog:
     def _check_same_run(self):
         """Raise InputError if the log is of another run than the checkpoint."""
         try:
-            fingerprint = json.loads(self.json_path.read_text())["identity"]
+            theirs = dict(json.loads(self.json_path.read_text())["identity"])
         except (OSError, ValueError, LookupError, TypeError):  # nothing is known
             return
-        if fingerprint != self.fingerprint:
+        if fingerprint_difference(self.fingerprint, theirs):
             raise InputError(
                 f"--resume: {self.args.log} is the log of another run than {self.args.checkpoint}: "
                 "give --log the file that belongs to it, or a new one"
@@ -2162,12 +2196,10 @@ class RunLog:
 
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
     """The options and data that decide what a run computes; the .json has it as "identity"."""
-    fingerprint = {
-        "augment": "off"
-    }  # of scripts without the option, whose checkpoints agree with it
-    for name in FINGERPRINT_OPTIONS:
-        if hasattr(args, name):
-            fingerprint[name] = getattr(args, name)
+    fingerprint = {"augment": "off"}  # of scripts without the option
+    for name, value in vars(args).items():
+        if name not in FREE_OPTIONS:
+            fingerprint[name] = value
     if hasattr(args, "global_batch_size"):  # the images of a step, however many ranks share it
         fingerprint["batch_size"] = args.global_batch_size
     fingerprint["dataset"] = data.name
@@ -2175,14 +2207,24 @@ def run_fingerprint(args: argparse.Namespace, data) -> dict:
     return fingerprint
 
 
+def fingerprint_difference(ours: dict, theirs: dict) -> str | None:
+    """The first name that both have with different values; None if there is none."""
+    for name, value in ours.items():
+        if name in theirs and theirs[name] != value:
+            return name
+    return None
+
+
 def require_finite(loss: float, what: str, log: RunLog):
     """Raise TrainingError if the loss is not finite: such training never recovers."""
     if math.isfinite(loss):
         return
     if what == "loss":
-        epoch, batch = log.epoch, log.batch
+        epoch = log.epoch
+        batch = log.batch
     else:  # of the validation: the log has moved to the next epoch
-        epoch, batch = log.epoch - 1, log.batches
+        epoch = log.epoch - 1
+        batch = log.batches
     step = (epoch - 1) * log.batches + batch
     raise TrainingError(
         f"the {what} is {loss} at step {step} (epoch {epoch}, batch {batch}): try a smaller --lr; "
@@ -2256,7 +2298,8 @@ class ResourceMonitor(threading.Thread):
 
     def _measure_gpu(self):
         """Use in percent and memory in MiB of the whole GPU; None where NVML does not report it."""
-        use, memory = None, None
+        use = None
+        memory = None
         if self._nvml:
             with contextlib.suppress(self._nvml.NVMLError):  # a partitioned GPU (MIG) has no use
                 use = self._nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu
@@ -2408,17 +2451,18 @@ class Checkpoint:
             return False
         try:
             meta, state = self._read()
-            fingerprint = meta["identity"]
+            theirs = dict(meta["identity"])
         except Exception as error:  # zip, NumPy, PyTorch and JSON each have their own errors
             raise InputError(
                 f"--resume: {self.path} is not a valid checkpoint ({error}): start without --resume"
             ) from None
-        for name, value in self.log.fingerprint.items():
-            if fingerprint.get(name) != value:
-                raise InputError(
-                    f"--resume: {self.path} was made with {name} {fingerprint.get(name)}, this run "
-                    f"has {value}: repeat that run's options, or start without --resume"
-                )
+        name = fingerprint_difference(self.log.fingerprint, theirs)
+        if name:
+            raise InputError(
+                f"--resume: {self.path} was made with {name} {theirs[name]}, this run has "
+                f"{self.log.fingerprint[name]}: repeat that run's options, or start without "
+                "--resume"
+            )
         try:
             self._apply(state)
         except (KeyError, ValueError, RuntimeError):
@@ -2466,6 +2510,9 @@ class TorchCheckpoint(Checkpoint):
     def _read(self):
         import torch
 
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(self.path) as file:
+            if "meta.npy" in file.namelist():
+                raise ValueError("it is an .npz file, as scripts without PyTorch write them")
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         return state.pop("meta"), state
 
@@ -2914,6 +2961,7 @@ class OverlapReducer:
     def start(self, grad_slice: slice):
         from mpi4py import MPI
 
+        # Iallreduce only begins: the backward pass of the layers below hides its time.
         self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[grad_slice]))
         if self.overlap:
             MPI.Request.Testall(
@@ -2964,7 +3012,8 @@ class SharedMemoryReducer:
         self.requests = []
         self.unsummed = []  # (slice, request): complete here, and not yet known to be on all ranks
 
-        # All arrays have the same size, rounded up to whole cache lines.
+        # All arrays have the same size, rounded up to whole cache lines. Rank 0 holds the weights
+        # and the optimizer's arrays behind its gradients; every rank sees all of the window.
         private = [model.params, *optimizer.state.values()]
         size = -(-model.grads.nbytes // 64) * 64
         own_size = size * (1 + len(private)) if self.machine.rank == 0 else size
@@ -3101,12 +3150,14 @@ def keep_freed_memory():
     """
     import ctypes
 
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1
+    M_ARENA_MAX = -8
+    M_MMAP_THRESHOLD = -3
+    M_TRIM_THRESHOLD = -1
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(arena_max, 1)
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def make_torch_resnet(name: str, cifar_stem: bool = True):
@@ -3216,10 +3267,10 @@ def make_parser(
         default=batch_size,
         help="images per step (default: %(default)s)",
     )
+    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
     add("--lr", type=positive, help="learning rate (default: 0.01, adam: 0.001)")
     add("--momentum", type=fraction, default=0.9, help="SGD momentum (default: %(default)s)")
     add("--weight-decay", type=fraction, default=0.0, help="default: %(default)s")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="default: %(default)s")
 
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
     dataset = (

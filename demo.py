@@ -350,7 +350,7 @@ def draw_panels(trainings, style, columns, height):
 
 @contextlib.contextmanager
 def alternate_screen():
-    """A screen for the frames, which disappears again and leaves the terminal as it was."""
+    """A screen for the frames; when the block ends, the terminal looks as it did before."""
     try:
         print("\033[?1049h\033[?25l", end="", flush=True)  # alternate screen, no cursor
         yield
@@ -368,7 +368,7 @@ def show_frame(title, trainings, style):
         panels = draw_panels(trainings, style, columns, lines - 13)
         frame = [title[:columns], "", *panels, "", "Ctrl-C stops all three."]
 
-    # From the upper left corner; clear what is left of each line, and below the last one.
+    # From the upper left corner; clear the rest of each line, and all below the last.
     print("\033[H" + "\033[K\r\n".join(frame[:lines]) + "\033[K\033[J", end="", flush=True)
 
 

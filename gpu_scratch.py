@@ -1,11 +1,14 @@
-"""Train the CNN or ResNet-18 from scratch on a GPU: kernels of this file, cuBLAS for matrix products, no cuDNN.
+"""Train the CNN or ResNet-18 from scratch on a GPU: own CUDA kernels and cuBLAS, no cuDNN.
 
-The layers are those of common.py with their work handed to CUDA kernels that each do all that can be done while a value
-is in a register: bias, ReLU and pooling; batch normalisation, ReLU and the residual; softmax, loss, gradient and hit
-counts; the whole optimizer. 3x3 convolutions are Winograd's, with batched matrix products by cuBLAS, or im2col. Data
-set and augmentation live on the GPU. A step needs nothing from the host and no new memory, so --graph captures it once
-and launches it as a whole; the result of a step is read while the next one runs. Without a GPU the same training loop
-runs on NumPy and gives the numbers of serial_cnn.py.
+The layers are those of common.py, computed by CUDA kernels that each do all that can be done while
+a value is in a register: bias, ReLU and pooling; batch normalisation, ReLU and the residual;
+softmax, loss, gradient and hit counts; the whole optimizer. 3x3 convolutions are Winograd's or
+im2col, with matrix products by cuBLAS. The data set is on the GPU and augmented there, so that a
+training step needs nothing from the host.
+
+The ladder, two ways to run the same step:
+1. (default) the host launches the kernels one by one;
+2. --graph: the host captures the step once as a CUDA graph and launches it as a whole.
 
     python gpu_scratch.py
     python gpu_scratch.py --device cuda --graph --batch-size 512 --lr 0.05
@@ -13,15 +16,20 @@ runs on NumPy and gives the numbers of serial_cnn.py.
     python gpu_scratch.py --device cpu --dtype float64 --dataset synthetic --subset 1000 --epochs 1
     python gpu_scratch.py --checkpoint results/gpu.ckpt.npz              # Ctrl-C, then add --resume
 
-The kernels' arithmetic is tested on any machine, compiled as C++. The script has not yet been run on a GPU.
+Without a GPU the same training loop runs on NumPy and gives the numbers of serial_cnn.py. The
+kernels' arithmetic is tested on any machine, compiled as C++. The script has not yet been run on a
+GPU.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,11 +37,16 @@ from common import (
     MEAN,
     MIB,
     MODELS,
+    OUTPUT_STD,
     PAD,
     SGD,
     STD,
+    WINOGRAD_AT,
+    WINOGRAD_BT,
+    WINOGRAD_G,
     Adam,
     BatchNorm2D,
+    Checkpoint,
     Conv2D,
     Dense,
     Flatten,
@@ -41,73 +54,96 @@ from common import (
     InputError,
     Layer,
     Model,
-    Run,
+    RunLog,
+    StopSignal,
     TrainingError,
-    Winograd,
-    array_module,
     augment,
     blas_warning,
     count_correct,
     draw_augmentation,
     epoch_order,
-    get_arrays,
     limit_blas_threads,
     load_batch,
     load_cifar10,
     make_model,
     make_optimizer,
     make_parser,
+    require_finite,
     run_main,
-    set_arrays,
+    save_and_stop,
     softmax_cross_entropy,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-THREADS = 256  # of a block of a kernel that has one thread for each element
-COLUMNS, ROWS = (
-    32,
-    16,
-)  # of a block of a kernel that sums over rows: neighbours read neighbouring channels
-WORKSPACE = 32 * MIB  # of cuBLAS, as NVIDIA advises for the largest GPUs
-LARGEST = 2**30  # elements of an array: kernels count in 32 bits
+# A kernel is a C function that many GPU threads run at once. Threads come in blocks, the blocks of
+# one launch form its grid, and a thread finds its element from blockIdx, blockDim and threadIdx.
+# Two things make the kernels here fast:
+#   - Memory is slow, registers are fast: a kernel does all that can be done while a value is in a
+#     register.
+#   - The 32 threads of a warp read memory together if they read neighbours: arrays are NHWC, and
+#     neighbouring threads have neighbouring channels.
 
-# Arrays are NHWC; `real` is float or double. A kernel with `int n` first has a thread for each of n elements, channels
-# fastest, so that neighbouring threads touch neighbouring memory. A pointer may be null where "or null" is said.
+THREADS = 256  # threads in a block of a kernel that has one thread for each element
+COLUMNS = 32  # threads along the channels in a block of a kernel that sums over rows
+ROWS = 16  # threads along the rows in such a block
+BUSY_BLOCKS = 256  # blocks of a matrix product that keep a whole GPU busy
+MAX_ELEMENTS = 2**30  # in an array, because kernels count in 32 bits
+
+# `real` is float or double. `int n` as the first parameter is the number of elements of a kernel
+# that has one thread for each of them. A pointer may be null where "or null" is said.
 KERNELS = r"""
-#define EACH(i, n) int i = blockIdx.x * blockDim.x + threadIdx.x; if (i >= n) return
 #define KERNEL extern "C" __global__ void
 typedef unsigned char byte;
 
-// --- data ------------------------------------------------------------------------------------------------------------
+// The element i of this thread. The last block may have more threads than elements are left.
+#define ELEMENT_INDEX(i, n) \
+    int i = blockIdx.x * blockDim.x + threadIdx.x; \
+    if (i >= n) return
 
-// x (batch, 32, 32, 3) = the images at `index`, cropped and flipped as `draws` (or null) says, normalised; y = labels.
-KERNEL load_images(int n, const byte *images, const byte *labels, const int *index, const byte *draws, real *x, byte *y)
+// === 1. Data =================================================================================
+
+// x (batch, 32, 32, 3) = the images at `index`, augmented and normalised; y (batch) = their labels.
+// aug_params: 81 flip + 9 dy + dx for each image of the data set, or null for no augmentation.
+KERNEL load_images(int n, const byte *images, const byte *labels, const int *index,
+                   const byte *aug_params, real *x, byte *y)
 {
-    EACH(i, n);
-    int c = i % 3, column = i / 3 % 32, row = i / 96 % 32, image = i / 3072, source = index[image], value = 0;
+    ELEMENT_INDEX(i, n);
+    int c = i % 3;
+    int column = i / 3 % 32;
+    int row = i / 96 % 32;
+    int image = i / 3072;
+    int source = index[image];
     if (i % 3072 == 0) y[image] = labels[source];
-    if (draws) {
-        int draw = draws[source];
-        column = (draw / 81 ? 31 - column : column) + draw % 9 - PAD;
-        row += draw / 9 % 9 - PAD;
+    if (aug_params) {
+        int params = aug_params[source];
+        column = (params / 81 ? 31 - column : column) + params % 9 - PAD;
+        row += params / 9 % 9 - PAD;
     }
-    if (0 <= row && row < 32 && 0 <= column && column < 32) value = images[((source * 32 + row) * 32 + column) * 3 + c];
-    const real scale[] = SCALE, shift[] = SHIFT;
+    int value = 0;  // a crop may reach beyond the image, where pixels are black
+    if (0 <= row && row < 32 && 0 <= column && column < 32)
+        value = images[((source * 32 + row) * 32 + column) * 3 + c];
+    const real scale[] = SCALE;
+    const real shift[] = SHIFT;
     x[i] = value * scale[c] - shift[c];
 }
 
-// --- convolution by im2col -------------------------------------------------------------------------------------------
+// === 2. Convolution by im2col, ReLU and pooling ==============================================
 
-// col (batch, oh, ow, k, k, c): the receptive field of each position of the output; zero outside the image. A thread
-// has one channel of a position, since the divisions that find it take longer than the copies. n = batch oh ow c
-KERNEL im2col(int n, const real *x, int h, int w, int c, int k, int stride, int padding, int oh, int ow, real *col)
+// col (batch, oh, ow, k, k, c): the receptive field of each position of the output, zero outside
+// the image. A thread copies one channel of one position, n = batch oh ow c: the divisions that
+// find the position take longer than the k*k copies.
+KERNEL im2col(int n, const real *x, int h, int w, int c, int k, int stride, int padding, int oh,
+              int ow, real *col)
 {
-    EACH(i, n);
-    int channel = i % c, position = i / c, image = position / ow / oh;
-    int column = position % ow * stride - padding, row = position / ow % oh * stride - padding;
+    ELEMENT_INDEX(i, n);
+    int channel = i % c;
+    int position = i / c;
+    int image = position / ow / oh;
+    int column = position % ow * stride - padding;
+    int row = position / ow % oh * stride - padding;
     x += ((image * h + row) * w + column) * c + channel;
     col += position * k * k * c + channel;
     for (int a = 0; a < k; a++)
@@ -118,14 +154,19 @@ KERNEL im2col(int n, const real *x, int h, int w, int c, int k, int stride, int 
 }
 
 // dx (batch, h, w, c) = the sum of the elements of dcol that are copies of it, + add (or null).
-KERNEL col2im(int n, const real *dcol, const real *add, int h, int w, int c, int k, int stride, int padding, int oh,
-              int ow, real *dx)
+// A thread gathers the copies of its own element: no two threads write to one place, so that no
+// atomic addition is needed and the sum is the same in every run.
+KERNEL col2im(int n, const real *dcol, const real *add, int h, int w, int c, int k, int stride,
+              int padding, int oh, int ow, real *dx)
 {
-    EACH(i, n);
-    int channel = i % c, column = i / c % w + padding, row = i / c / w % h + padding, image = i / c / w / h;
+    ELEMENT_INDEX(i, n);
+    int channel = i % c;
+    int column = i / c % w + padding;
+    int row = i / c / w % h + padding;
+    int image = i / c / w / h;
     real sum = add ? add[i] : 0;
     for (int a = row % stride; a < k; a += stride) {
-        int r = (row - a) / stride;
+        int r = (row - a) / stride;  // the row of the output that has this pixel at offset a
         if (row < a || r >= oh) continue;
         for (int b = column % stride; b < k; b += stride) {
             int q = (column - b) / stride;
@@ -136,187 +177,238 @@ KERNEL col2im(int n, const real *dcol, const real *add, int h, int w, int c, int
     dx[i] = sum;
 }
 
-// max(value, 0), but what is not a number stays so
-__device__ __forceinline__ real rectified(real value) { return value < 0 ? 0 : value; }
+// ReLU that propagates NaN: a training that diverges must show it in its loss. fmax(NaN, 0) is 0.
+__device__ __forceinline__ real relu(real value) { return value < 0 ? 0 : value; }
 
-// out (batch, h, w, c) = ReLU(the largest of a 2x2 window of y + bias); which: the first of the largest, 0 to 3.
-__device__ __forceinline__ real largest(real y0, real y1, real y2, real y3, byte *which)
+// The maximum of a 2x2 window; argmax: the first place, 0 to 3, that has it.
+__device__ __forceinline__ real window_max(real y0, real y1, real y2, real y3, byte *argmax)
 {
-    real upper = y0 >= y1 ? y0 : y1, lower = y2 >= y3 ? y2 : y3;
-    *which = upper >= lower ? (y0 >= y1 ? 0 : 1) : (y2 >= y3 ? 2 : 3);
+    real upper = y0 >= y1 ? y0 : y1;
+    real lower = y2 >= y3 ? y2 : y3;
+    *argmax = upper >= lower ? (y0 >= y1 ? 0 : 1) : (y2 >= y3 ? 2 : 3);
     return upper >= lower ? upper : lower;
 }
 
-KERNEL bias_relu_pool(int n, const real *y, const real *bias, int h, int w, int c, real *out, byte *which)
+// out (batch, h, w, c) = ReLU(the maximum of each 2x2 window of y (batch, 2h, 2w, c), + bias).
+// max(ReLU(y + b)) = ReLU(max(y) + b), so bias and ReLU work on a quarter of the values.
+KERNEL bias_relu_pool(int n, const real *y, const real *bias, int h, int w, int c, real *out,
+                      byte *argmax)
 {
-    EACH(i, n);
-    int channel = i % c, column = i / c % w, row = i / c / w, width = 2 * w * c;
+    ELEMENT_INDEX(i, n);
+    int channel = i % c;
+    int column = i / c % w;
+    int row = i / c / w;  // of all images, one below the other
+    int width = 2 * w * c;
     const real *corner = y + 2 * row * width + 2 * column * c + channel;
-    real value = largest(corner[0], corner[c], corner[width], corner[width + c], which + i) + bias[channel];
-    out[i] = rectified(value);
+    real value = window_max(corner[0], corner[c], corner[width], corner[width + c], argmax + i);
+    out[i] = relu(value + bias[channel]);
 }
 
-KERNEL bias_relu_pool_backward(int n, const real *dout, const real *out, const byte *which, int h, int w, int c,
-                               real *dy)
+// dy (batch, 2h, 2w, c): dout at the place of each window's maximum, if the ReLU let it pass.
+KERNEL bias_relu_pool_backward(int n, const real *dout, const real *out, const byte *argmax,
+                               int h, int w, int c, real *dy)
 {
-    EACH(i, n);
-    int channel = i % c, column = i / c % w, row = i / c / w, width = 2 * w * c;
-    real *corner = dy + 2 * row * width + 2 * column * c + channel, d = out[i] > 0 ? dout[i] : 0;
+    ELEMENT_INDEX(i, n);
+    int channel = i % c;
+    int column = i / c % w;
+    int row = i / c / w;
+    int width = 2 * w * c;
+    real *corner = dy + 2 * row * width + 2 * column * c + channel;
+    real d = out[i] > 0 ? dout[i] : 0;
     for (int place = 0; place < 4; place++)
-        corner[place / 2 * width + place % 2 * c] = which[i] == place ? d : 0;
+        corner[place / 2 * width + place % 2 * c] = argmax[i] == place ? d : 0;
 }
 
-// --- convolution by Winograd's F(4x4, 3x3) ---------------------------------------------------------------------------
+// === 3. Convolution by Winograd's F(4x4, 3x3) ================================================
+//
+// Forward, for each 4x4 tile of the output (backward is the same, transposed, from right to left):
+//
+//   g (3, 3)  weights          -> U = G g G^T    (6, 6) --+
+//                                                         +-> M = sum over c_in of V * U
+//   d (6, 6)  tile of x, with  -> V = B^T d B    (6, 6) --+   (6, 6) -> y = A^T M A  (4, 4)
+//             a border of one
+//
+// V * U is a product of single elements: 36 multiplications in place of 9 * 16 = 144. All tiles
+// and channels together, M = V U is 36 matrix products, which cuBLAS does in one call:
+//   V (36, tiles, c_in), U (36, c_in, c_out), M (36, tiles, c_out), tiles = batch * h/4 * w/4.
+// A thread transforms one tile of one channel, all of it in registers. Its loops are unrolled: only
+// an array whose indices the compiler knows can be in registers.
 
-// A thread has one tile of one channel. Transformed tiles are (36, batch * h/4 * w/4, c): 36 matrices for cuBLAS.
-// out (OUT, OUT) = L in (IN, IN) L^T, for the matrix L of the struct `Matrix`.
-template <class Matrix, int IN, int OUT> __device__ __forceinline__ void transform(const real *in, real *out)
+#define UNROLL _Pragma("unroll")
+
+// Element i of each of COUNT arrays (COUNT, n), to registers and from registers
+template <int COUNT>
+__device__ __forceinline__ void load(real *registers, const real *arrays, int n, int i)
 {
-    real half[OUT * IN];
-#pragma unroll
-    for (int j = 0; j < IN; j++) Matrix::times(in + j, IN, half + j, IN);
-#pragma unroll
-    for (int i = 0; i < OUT; i++) Matrix::times(half + i * IN, 1, out + i * OUT, 1);
+    UNROLL for (int k = 0; k < COUNT; k++) registers[k] = arrays[k * n + i];
 }
 
-#define TILE int channel = i % c, tile = i / c, tiles_w = w / 4, tiles_h = h / 4, column = tile % tiles_w, \
-    row = tile / tiles_w % tiles_h, image = tile / tiles_w / tiles_h
+template <int COUNT>
+__device__ __forceinline__ void store(real *arrays, const real *registers, int n, int i)
+{
+    UNROLL for (int k = 0; k < COUNT; k++) arrays[k * n + i] = registers[k];
+}
 
-// U (36, c_in, c_out) = G w G^T, w (3, 3, c_in, c_out); n = c_in c_out
+// out (OUT, OUT) = L in (IN, IN) L^T, for the matrix L of the struct `Matrix`
+template <class Matrix, int IN, int OUT>
+__device__ __forceinline__ void transform(const real *in, real *out)
+{
+    real half[OUT * IN];  // L in
+    UNROLL for (int j = 0; j < IN; j++) Matrix::times(in + j, IN, half + j, IN);
+    UNROLL for (int i = 0; i < OUT; i++) Matrix::times(half + i * IN, 1, out + i * OUT, 1);
+}
+
+// The place of pixel k of a thread's 4x4 tile in an image (batch, h, w, c)
+#define PIXEL(k) (((image * h + 4 * row + (k) / 4) * w + 4 * column + (k) % 4) * c + channel)
+
+// The place of pooling window k of the tile's four in the pooled image (batch, h/2, w/2, c)
+#define WINDOW(k) \
+    (((image * h / 2 + 2 * row + (k) / 2) * (w / 2) + 2 * column + (k) % 2) * c + channel)
+
+#define TILE_INDEX(i) \
+    int channel = i % c; \
+    int tile = i / c; \
+    int tiles_w = w / 4; \
+    int tiles_h = h / 4; \
+    int column = tile % tiles_w; \
+    int row = tile / tiles_w % tiles_h; \
+    int image = tile / tiles_w / tiles_h
+
+// U (36, c_in, c_out) = G g G^T of the weights (3, 3, c_in, c_out); n = c_in c_out
 KERNEL filter_tiles(int n, const real *weights, real *U)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real g[9], u[36];
-#pragma unroll
-    for (int k = 0; k < 9; k++) g[k] = weights[k * n + i];
+    load<9>(g, weights, n, i);
     transform<G, 3, 6>(g, u);
-#pragma unroll
-    for (int k = 0; k < 36; k++) U[k * n + i] = u[k];
+    store<36>(U, u, n, i);
 }
 
-// dw (3, 3, c_in, c_out) = G^T dU G, dU (36, parts, c_in, c_out) to be summed over its parts; n = c_in c_out
-KERNEL filter_tiles_backward(int n, const real *dU, int parts, real *dweights)
+// dweights (3, 3, c_in, c_out) = G^T dU G, where dU (36, splits, c_in, c_out) is first summed over
+// its splits; n = c_in c_out
+KERNEL filter_tiles_backward(int n, const real *dU, int splits, real *dweights)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real u[36], g[9];
-#pragma unroll
-    for (int k = 0; k < 36; k++) {
+    UNROLL for (int k = 0; k < 36; k++) {
         u[k] = 0;
-        for (int part = 0; part < parts; part++) u[k] += dU[(k * parts + part) * n + i];
+        for (int split = 0; split < splits; split++) u[k] += dU[(k * splits + split) * n + i];
     }
     transform<GT, 6, 3>(u, g);
-#pragma unroll
-    for (int k = 0; k < 9; k++) dweights[k * n + i] = g[k];
+    store<9>(dweights, g, n, i);
 }
 
-// V = B^T d B of the 6x6 tiles of x (batch, h, w, c), 4 apart, zero outside the image
+// V = B^T d B of the 6x6 tiles d of x (batch, h, w, c), 4 apart, zero outside the image
 KERNEL input_tiles(int n, const real *x, int h, int w, int c, real *V)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real d[36], v[36];
-#pragma unroll
-    for (int k = 0; k < 36; k++) {
+    UNROLL for (int k = 0; k < 36; k++) {
         int r = 4 * row - 1 + k / 6, q = 4 * column - 1 + k % 6;
         d[k] = 0 <= r && r < h && 0 <= q && q < w ? x[((image * h + r) * w + q) * c + channel] : 0;
     }
     transform<BT, 6, 6>(d, v);
-#pragma unroll
-    for (int k = 0; k < 36; k++) V[k * n + i] = v[k];
+    store<36>(V, v, n, i);
 }
 
 // y (batch, h, w, c) = A^T M A
 KERNEL output_tiles(int n, const real *M, int h, int w, int c, real *y)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real m[36], out[16];
-#pragma unroll
-    for (int k = 0; k < 36; k++) m[k] = M[k * n + i];
+    load<36>(m, M, n, i);
     transform<AT, 6, 4>(m, out);
-#pragma unroll
-    for (int k = 0; k < 16; k++) y[((image * h + 4 * row + k / 4) * w + 4 * column + k % 4) * c + channel] = out[k];
+    UNROLL for (int k = 0; k < 16; k++) y[PIXEL(k)] = out[k];
 }
 
-// The same followed by bias_relu_pool: out and which (batch, h/2, w/2, c); y itself is never stored.
-KERNEL output_tiles_pool(int n, const real *M, const real *bias, int h, int w, int c, real *out, byte *which)
+// The same followed by bias_relu_pool: out and argmax are (batch, h/2, w/2, c). A tile has four
+// whole pooling windows, so y itself is never stored.
+KERNEL output_tiles_pool(int n, const real *M, const real *bias, int h, int w, int c, real *out,
+                         byte *argmax)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real m[36], y[16];
-#pragma unroll
-    for (int k = 0; k < 36; k++) m[k] = M[k * n + i];
+    load<36>(m, M, n, i);
     transform<AT, 6, 4>(m, y);
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        int r = k / 2, q = k % 2, place = ((image * h / 2 + 2 * row + r) * (w / 2) + 2 * column + q) * c + channel;
-        const real *corner = y + 8 * r + 2 * q;
-        real value = largest(corner[0], corner[1], corner[4], corner[5], which + place) + bias[channel];
-        out[place] = rectified(value);
+    UNROLL for (int k = 0; k < 4; k++) {
+        int place = WINDOW(k);
+        const real *corner = y + 8 * (k / 2) + 2 * (k % 2);
+        real value = window_max(corner[0], corner[1], corner[4], corner[5], argmax + place);
+        out[place] = relu(value + bias[channel]);
     }
 }
 
-// dM = A dy A^T, dy (batch, h, w, c)
+// dM = A dy A^T of dy (batch, h, w, c)
 KERNEL output_tiles_backward(int n, const real *dy, int h, int w, int c, real *dM)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real d[16], m[36];
-#pragma unroll
-    for (int k = 0; k < 16; k++) d[k] = dy[((image * h + 4 * row + k / 4) * w + 4 * column + k % 4) * c + channel];
+    UNROLL for (int k = 0; k < 16; k++) d[k] = dy[PIXEL(k)];
     transform<A, 4, 6>(d, m);
-#pragma unroll
-    for (int k = 0; k < 36; k++) dM[k * n + i] = m[k];
+    store<36>(dM, m, n, i);
 }
 
 // The same from the gradient of the pooled values, dout (batch, h/2, w/2, c): dy is never stored.
-KERNEL output_tiles_pool_backward(int n, const real *dout, const real *out, const byte *which, int h, int w, int c,
-                                  real *dM)
+KERNEL output_tiles_pool_backward(int n, const real *dout, const real *out, const byte *argmax,
+                                  int h, int w, int c, real *dM)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real d[16], m[36];
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        int r = k / 2, q = k % 2, place = ((image * h / 2 + 2 * row + r) * (w / 2) + 2 * column + q) * c + channel;
+    UNROLL for (int k = 0; k < 4; k++) {
+        int place = WINDOW(k);
+        real *corner = d + 8 * (k / 2) + 2 * (k % 2);
         real value = out[place] > 0 ? dout[place] : 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) d[8 * r + 2 * q + j / 2 * 4 + j % 2] = which[place] == j ? value : 0;
+        UNROLL for (int j = 0; j < 4; j++)
+            corner[j / 2 * 4 + j % 2] = argmax[place] == j ? value : 0;
     }
     transform<A, 4, 6>(d, m);
-#pragma unroll
-    for (int k = 0; k < 36; k++) dM[k * n + i] = m[k];
+    store<36>(dM, m, n, i);
 }
 
-// dx (batch, h, w, c) = the sum of the overlapping tiles B dV B^T, + add (or null). A tile reaches one pixel into its
-// neighbours, and that pixel's row of B has one entry: so a thread needs its own 36 values and 28 of its neighbours'.
+// dx (batch, h, w, c) = the sum of the overlapping 6x6 tiles B dV B^T, + add (or null).
+// As in col2im, a thread gathers: it writes the 4x4 pixels of its own tile. Each neighbour reaches
+// one pixel into them, and that pixel's row of B has only one entry. So a thread needs the 36
+// values of its own tile and a frame of 28 of its neighbours': v (8, 8).
 KERNEL input_tiles_backward(int n, const real *dV, const real *add, int h, int w, int c, real *dx)
 {
-    EACH(i, n);
-    TILE;
+    ELEMENT_INDEX(i, n);
+    TILE_INDEX(i);
     real v[64], d[16];
-#pragma unroll
-    for (int k = 0; k < 64; k++) {
-        int a = k / 8, b = k % 8, up = a == 7 ? 1 : a == 0 ? -1 : 0, right = b == 7 ? 1 : b == 0 ? -1 : 0;
+    UNROLL for (int k = 0; k < 64; k++) {
+        int a = k / 8, b = k % 8;
+        int up = a == 7 ? 1 : a == 0 ? -1 : 0;  // the tile that has v[a, b], relative to this one
+        int right = b == 7 ? 1 : b == 0 ? -1 : 0;
         int place = (a == 7 ? 0 : a == 0 ? 5 : a - 1) * 6 + (b == 7 ? 0 : b == 0 ? 5 : b - 1);
-        bool inside = 0 <= row + up && row + up < tiles_h && 0 <= column + right && column + right < tiles_w;
+        bool inside = 0 <= row + up && row + up < tiles_h
+                      && 0 <= column + right && column + right < tiles_w;
         v[k] = inside ? dV[place * n + i + (up * tiles_w + right) * c] : 0;
     }
     transform<Overlap, 8, 4>(v, d);
-#pragma unroll
-    for (int k = 0; k < 16; k++) {
-        int place = ((image * h + 4 * row + k / 4) * w + 4 * column + k % 4) * c + channel;
+    UNROLL for (int k = 0; k < 16; k++) {
+        int place = PIXEL(k);
         dx[place] = add ? d[k] + add[place] : d[k];
     }
 }
 
-// --- sums over rows: blocks of COLUMNS x ROWS threads, gridDim.y parts -----------------------------------------------
+// === 4. Sums over the rows of (rows, c) ======================================================
+//
+// Two launches: first gridDim.y blocks for each COLUMNS channels write partial sums, then these
+// few are summed. An atomic addition would need one launch only, but adds in another order in
+// every run, and no two runs would agree bit for bit.
+// Within a block of COLUMNS x ROWS threads, a thread first sums rows of its channel in a register;
+// then the block's threads add up in shared memory, half of them at each step (a tree).
 
-#define EACH_ROW(row, rows) for (int row = blockIdx.y * ROWS + threadIdx.y; row < rows; row += gridDim.y * ROWS)
+#define EACH_ROW(row, rows) \
+    for (int row = blockIdx.y * ROWS + threadIdx.y; row < rows; row += gridDim.y * ROWS)
 #define PLACE (threadIdx.y * COLUMNS + threadIdx.x)
 
-// The sum over the block's rows, in every thread.
-__device__ __forceinline__ real sum_block(real value, real *shared)
+// The sum of `value` over the block's rows, returned to every thread.
+__device__ __forceinline__ real block_sum(real value, real *shared)
 {
     shared[PLACE] = value;
     for (unsigned half = ROWS / 2; half; half /= 2) {
@@ -325,12 +417,12 @@ __device__ __forceinline__ real sum_block(real value, real *shared)
     }
     __syncthreads();
     value = shared[threadIdx.x];
-    __syncthreads();
+    __syncthreads();  // all have read it before the next call overwrites it
     return value;
 }
 
-// parts (gridDim.y, c) of the sums over the rows of a (rows, c), where mask (or null) is positive
-KERNEL sum_rows(const real *a, const real *mask, int rows, int c, real *parts)
+// partials (gridDim.y, c) of the sums over the rows of a, of those where mask (or null) is positive
+KERNEL sum_rows(const real *a, const real *mask, int rows, int c, real *partials)
 {
     __shared__ real shared[ROWS * COLUMNS];
     int channel = blockIdx.x * COLUMNS + threadIdx.x;
@@ -339,112 +431,125 @@ KERNEL sum_rows(const real *a, const real *mask, int rows, int c, real *parts)
         int i = row * c + channel;
         if (!mask || mask[i] > 0) sum += a[i];
     }
-    sum = sum_block(sum, shared);
-    if (channel < c && threadIdx.y == 0) parts[blockIdx.y * c + channel] = sum;
+    sum = block_sum(sum, shared);
+    if (channel < c && threadIdx.y == 0) partials[blockIdx.y * c + channel] = sum;
 }
 
-// sums (n) = parts (count, n) summed over count
-KERNEL sum_parts(int n, const real *parts, int count, real *sums)
+// sums (n) = partials (count, n) summed over count
+KERNEL sum_partials(int n, const real *partials, int count, real *sums)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real sum = 0;
-    for (int part = 0; part < count; part++) sum += parts[part * n + i];
+    for (int p = 0; p < count; p++) sum += partials[p * n + i];
     sums[i] = sum;
 }
 
-// --- batch normalisation ---------------------------------------------------------------------------------------------
+// === 5. Batch normalisation ==================================================================
 
-// Count, mean and sum of squared deviations, and how two such are one: Chan et al., 1979, as in common.py.
+// Moments of a set of values: their number, mean, and sum of squared deviations from the mean.
+// E x^2 - (E x)^2 would take one pass too, but loses all digits where the mean is large.
 struct Moments { real count, mean, squares; };
 
+// The moments of two sets together: Chan et al., "Updating Formulae and a Pairwise Algorithm for
+// Computing Sample Variances", 1979, as in common.py.
 __device__ __forceinline__ Moments merge(Moments a, Moments b)
 {
     real count = a.count + b.count;
     if (count == 0) return a;
-    real difference = b.mean - a.mean, share = b.count / count;
-    real squares = a.squares + b.squares + difference * difference * a.count * share;
-    Moments both = {count, a.mean + difference * share, squares};
+    real difference = b.mean - a.mean;
+    real weight = b.count / count;
+    real squares = a.squares + b.squares + difference * difference * a.count * weight;
+    Moments both = {count, a.mean + difference * weight, squares};
     return both;
 }
 
-__device__ __forceinline__ Moments merge_block(Moments mine, Moments *shared)
+// The merged moments of the block's rows, returned to every thread.
+__device__ __forceinline__ Moments block_merge(Moments moments, Moments *shared)
 {
-    shared[PLACE] = mine;
+    shared[PLACE] = moments;
     for (unsigned half = ROWS / 2; half; half /= 2) {
         __syncthreads();
-        if (threadIdx.y < half) shared[PLACE] = merge(shared[PLACE], shared[PLACE + half * COLUMNS]);
+        if (threadIdx.y < half)
+            shared[PLACE] = merge(shared[PLACE], shared[PLACE + half * COLUMNS]);
     }
     __syncthreads();
     return shared[threadIdx.x];
 }
 
-// parts (gridDim.y, 3, c): the moments of the channels of x (rows, c)
-KERNEL norm_moments(const real *x, int rows, int c, real *parts)
+// partials (gridDim.y, 3, c): the moments of the channels of x (rows, c)
+KERNEL norm_moments(const real *x, int rows, int c, real *partials)
 {
     __shared__ Moments shared[ROWS * COLUMNS];
     int channel = blockIdx.x * COLUMNS + threadIdx.x;
     Moments m = {0, 0, 0};
     if (channel < c) EACH_ROW(row, rows) {
-        real value = x[row * c + channel], difference = value - m.mean;
+        real value = x[row * c + channel];
+        real difference = value - m.mean;
         m.count += 1;
         m.mean += difference / m.count;
         m.squares += difference * (value - m.mean);
     }
-    m = merge_block(m, shared);
+    m = block_merge(m, shared);
     if (channel < c && threadIdx.y == 0) {
-        real *part = parts + blockIdx.y * 3 * c + channel;
-        part[0] = m.count, part[c] = m.mean, part[2 * c] = m.squares;
+        real *partial = partials + blockIdx.y * 3 * c + channel;
+        partial[0] = m.count;
+        partial[c] = m.mean;
+        partial[2 * c] = m.squares;
     }
 }
 
-// From the parts: mean, inverse deviation, and the step of the running statistics. One block for COLUMNS channels.
-KERNEL norm_statistics(const real *parts, int count, int c, real eps, real momentum, real *running_mean,
-                       real *running_var, real *mean, real *inverse)
+// From the partials (count, 3, c): the batch's mean and inv_std = 1 / sqrt(var + eps); moves the
+// running statistics towards the batch's. One block for COLUMNS channels.
+KERNEL norm_statistics(const real *partials, int count, int c, real eps, real momentum,
+                       real *running_mean, real *running_var, real *mean, real *inv_std)
 {
     __shared__ Moments shared[ROWS * COLUMNS];
     int channel = blockIdx.x * COLUMNS + threadIdx.x;
     Moments m = {0, 0, 0};
     if (channel < c) for (int p = threadIdx.y; p < count; p += ROWS) {
-        const real *part = parts + p * 3 * c + channel;
-        Moments other = {part[0], part[c], part[2 * c]};
+        const real *partial = partials + p * 3 * c + channel;
+        Moments other = {partial[0], partial[c], partial[2 * c]};
         m = merge(m, other);
     }
-    m = merge_block(m, shared);
+    m = block_merge(m, shared);
     if (channel < c && threadIdx.y == 0) {
         mean[channel] = m.mean;
-        inverse[channel] = 1 / sqrt(m.squares / m.count + eps);
+        inv_std[channel] = 1 / sqrt(m.squares / m.count + eps);
         running_mean[channel] += momentum * (m.mean - running_mean[channel]);
         running_var[channel] += momentum * (m.squares / (m.count - 1) - running_var[channel]);
     }
 }
 
-// inverse (n) deviation from running variances, for evaluation
-KERNEL norm_inverse(int n, const real *var, real eps, real *inverse)
+// inv_std (n) from running variances, for evaluation
+KERNEL norm_inv_std(int n, const real *var, real eps, real *inv_std)
 {
-    EACH(i, n);
-    inverse[i] = 1 / sqrt(var[i] + eps);
+    ELEMENT_INDEX(i, n);
+    inv_std[i] = 1 / sqrt(var[i] + eps);
 }
 
-// out = gamma (x - mean) inverse + beta, + add (or null), then ReLU if asked for
-KERNEL norm_forward(int n, const real *x, const real *mean, const real *inverse, const real *gamma, const real *beta,
-                    const real *add, int relu, int c, real *out)
+// out = gamma x_hat + beta, + add (or null), then ReLU if asked for; x_hat = (x - mean) inv_std
+KERNEL norm_forward(int n, const real *x, const real *mean, const real *inv_std, const real *gamma,
+                    const real *beta, const real *add, int relu_too, int c, real *out)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     int channel = i % c;
-    real value = (x[i] - mean[channel]) * inverse[channel] * gamma[channel] + beta[channel];
+    real value = (x[i] - mean[channel]) * inv_std[channel] * gamma[channel] + beta[channel];
     if (add) value += add[i];
-    out[i] = relu ? rectified(value) : value;
+    out[i] = relu_too ? relu(value) : value;
 }
 
-// parts (gridDim.y, 2, c) of dgamma and dbeta. out: the output, if it went through a ReLU, or null
-KERNEL norm_backward_sums(const real *dout, const real *out, const real *x, const real *mean, const real *inverse,
-                          int rows, int c, real *parts)
+// partials (gridDim.y, 2, c) of dgamma = the sum of dout x_hat, and dbeta = the sum of dout.
+// out: the output, if it went through a ReLU, or null
+KERNEL norm_param_gradients(const real *dout, const real *out, const real *x, const real *mean,
+                            const real *inv_std, int rows, int c, real *partials)
 {
     __shared__ real shared[ROWS * COLUMNS];
     int channel = blockIdx.x * COLUMNS + threadIdx.x;
-    real dgamma = 0, dbeta = 0;
+    real dgamma = 0;
+    real dbeta = 0;
     if (channel < c) {
-        real m = mean[channel], inv = inverse[channel];
+        real m = mean[channel];
+        real inv = inv_std[channel];
         EACH_ROW(row, rows) {
             int i = row * c + channel;
             real d = !out || out[i] > 0 ? dout[i] : 0;
@@ -452,44 +557,52 @@ KERNEL norm_backward_sums(const real *dout, const real *out, const real *x, cons
             dbeta += d;
         }
     }
-    dgamma = sum_block(dgamma, shared);
-    dbeta = sum_block(dbeta, shared);
+    dgamma = block_sum(dgamma, shared);
+    dbeta = block_sum(dbeta, shared);
     if (channel < c && threadIdx.y == 0) {
-        real *part = parts + blockIdx.y * 2 * c + channel;
-        part[0] = dgamma, part[c] = dbeta;
+        real *partial = partials + blockIdx.y * 2 * c + channel;
+        partial[0] = dgamma;
+        partial[c] = dbeta;
     }
 }
 
-// dgamma and dbeta from their parts. One block for COLUMNS channels.
-KERNEL norm_backward_finish(const real *parts, int count, int c, real *dgamma, real *dbeta)
+// dgamma and dbeta (c) from their partials (count, 2, c). One block for COLUMNS channels.
+KERNEL norm_sum_gradients(const real *partials, int count, int c, real *dgamma, real *dbeta)
 {
     __shared__ real shared[ROWS * COLUMNS];
     int channel = blockIdx.x * COLUMNS + threadIdx.x;
     real sums[2] = {0, 0};
     if (channel < c) for (int p = threadIdx.y; p < count; p += ROWS)
-        for (int k = 0; k < 2; k++) sums[k] += parts[(2 * p + k) * c + channel];
-    for (int k = 0; k < 2; k++) sums[k] = sum_block(sums[k], shared);
-    if (channel < c && threadIdx.y == 0) dgamma[channel] = sums[0], dbeta[channel] = sums[1];
+        for (int k = 0; k < 2; k++) sums[k] += partials[(2 * p + k) * c + channel];
+    for (int k = 0; k < 2; k++) sums[k] = block_sum(sums[k], shared);
+    if (channel < c && threadIdx.y == 0) {
+        dgamma[channel] = sums[0];
+        dbeta[channel] = sums[1];
+    }
 }
 
-// dx, and dadd (or null), the gradient of what was added
-KERNEL norm_backward(int n, const real *dout, const real *out, const real *x, const real *mean, const real *inverse,
-                     const real *gamma, const real *dgamma, const real *dbeta, int c, real *dx, real *dadd)
+// dx, and dadd (or null), the gradient of what was added. The mean depends on x and so does the
+// variance: that is what dbeta and dgamma, as means over the batch, take away from dout.
+KERNEL norm_input_gradient(int n, const real *dout, const real *out, const real *x,
+                           const real *mean, const real *inv_std, const real *gamma,
+                           const real *dgamma, const real *dbeta, int c, real *dx, real *dadd)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     int channel = i % c;
-    real d = !out || out[i] > 0 ? dout[i] : 0, normal = (x[i] - mean[channel]) * inverse[channel];
-    real share = (real)1 / (n / c);
+    real d = !out || out[i] > 0 ? dout[i] : 0;
+    real x_hat = (x[i] - mean[channel]) * inv_std[channel];
+    real fraction = (real)1 / (n / c);
     if (dadd) dadd[i] = d;
-    dx[i] = gamma[channel] * inverse[channel] * (d - (dbeta[channel] + normal * dgamma[channel]) * share);
+    dx[i] = gamma[channel] * inv_std[channel]
+            * (d - (dbeta[channel] + x_hat * dgamma[channel]) * fraction);
 }
 
-// --- the head --------------------------------------------------------------------------------------------------------
+// === 6. The head: average pooling, dense layers, loss ========================================
 
 // out (batch, c): the mean of x (batch, positions, c)
 KERNEL average(int n, const real *x, int positions, int c, real *out)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     const real *first = x + i / c * positions * c + i % c;
     real sum = 0;
     for (int p = 0; p < positions; p++) sum += first[p * c];
@@ -498,46 +611,53 @@ KERNEL average(int n, const real *x, int positions, int c, real *out)
 
 KERNEL average_backward(int n, const real *dout, int positions, int c, real *dx)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     dx[i] = dout[i / (positions * c) * c + i % c] / positions;
 }
 
-KERNEL add_bias(int n, real *y, const real *bias, int relu, int c)
+KERNEL add_bias(int n, real *y, const real *bias, int relu_too, int c)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real value = y[i] + bias[i % c];
-    y[i] = relu ? rectified(value) : value;
+    y[i] = relu_too ? relu(value) : value;
 }
 
 KERNEL relu_backward(int n, real *dout, const real *out)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     if (!(out[i] > 0)) dout[i] = 0;
 }
 
-// dlogits (batch, classes), and to sums[3] the summed loss and how many labels are the largest and among the five
-// largest logits; added if `add`. One block.
-KERNEL softmax_cross_entropy(const real *logits, const byte *labels, int batch, int classes, int add, real *dlogits,
-                             double *sums)
+// dlogits (batch, classes) = softmax - one-hot label, and in sums[3] the summed loss and how many
+// labels are the largest and among the five largest logits; `add`: added to what is there. One
+// block, a thread for each image: that is little work, and so the sums need no second launch.
+KERNEL softmax_cross_entropy(const real *logits, const byte *labels, int batch, int classes,
+                             int add, real *dlogits, double *sums)
 {
     __shared__ double shared[3][THREADS];
-    double mine[3] = {0, 0, 0};
+    double local[3] = {0, 0, 0};
     for (int i = threadIdx.x; i < batch; i += THREADS) {
         const real *row = logits + i * classes;
-        int label = labels[i], above = 0, equal_before = 0;
-        real correct = row[label], most = row[0], sum = 0;
+        int label = labels[i];
+        int above = 0;  // classes with a larger logit than the label's
+        int equal_before = 0;  // classes that argmax would take first
+        real correct = row[label];
+        real largest = row[0];
+        real sum = 0;
         for (int k = 0; k < classes; k++) {
-            if (!(row[k] <= most)) most = row[k];
+            if (!(row[k] <= largest)) largest = row[k];  // a NaN too: the loss must show it
             above += row[k] > correct;
             equal_before += k < label && row[k] == correct;
         }
-        for (int k = 0; k < classes; k++) sum += exp(row[k] - most);
-        for (int k = 0; k < classes; k++) dlogits[i * classes + k] = exp(row[k] - most) / sum - (k == label);
-        mine[0] += log(sum) - (correct - most);
-        mine[1] += above + equal_before == 0;
-        mine[2] += above < 5;
+        // Less the largest logit, which changes nothing in the result, exp cannot overflow.
+        for (int k = 0; k < classes; k++) sum += exp(row[k] - largest);
+        for (int k = 0; k < classes; k++)
+            dlogits[i * classes + k] = exp(row[k] - largest) / sum - (k == label);
+        local[0] += log(sum) - (correct - largest);
+        local[1] += above + equal_before == 0;
+        local[2] += above < 5;
     }
-    for (int k = 0; k < 3; k++) shared[k][threadIdx.x] = mine[k];
+    for (int k = 0; k < 3; k++) shared[k][threadIdx.x] = local[k];
     for (unsigned half = THREADS / 2; half; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half)
@@ -547,54 +667,45 @@ KERNEL softmax_cross_entropy(const real *logits, const byte *labels, int batch, 
         for (int k = 0; k < 3; k++) sums[k] = (add ? sums[k] : 0) + shared[k][0];
 }
 
-// --- the optimizer, over the flat buffers ----------------------------------------------------------------------------
+// === 7. Optimizers, over the model's flat buffers ============================================
+//
+// scale: 1 / the number of images, since gradients are sums over the batch. counters[0] is the
+// number of steps; it is kept on the GPU because a captured graph cannot be given a new one.
 
-KERNEL sgd(int n, real *w, const real *grads, real *velocity, real lr, real momentum, real weight_decay, real scale,
-           double *steps)
+KERNEL sgd(int n, real *w, const real *grads, real *velocity, real lr, real momentum,
+           real weight_decay, real scale, double *counters)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real v = momentum * velocity[i] + (grads[i] * scale + weight_decay * w[i]);
     velocity[i] = v;
     w[i] -= lr * v;
-    if (i == 0) steps[0] += 1;
+    if (i == 0) counters[0] += 1;
 }
 
-// steps: the number of steps, 1 - beta1^steps, sqrt(1 - beta2^steps). One thread: all others need it.
-KERNEL adam_begin(int n, double beta1, double beta2, double *steps)
+// counters: the number of steps, 1 - beta1^steps, sqrt(1 - beta2^steps). One thread, in a launch
+// of its own, because all threads of the next kernel need them.
+KERNEL adam_begin(int n, double beta1, double beta2, double *counters)
 {
-    EACH(i, n);
-    steps[0] += 1;
-    steps[1] = 1 - pow(beta1, steps[0]);
-    steps[2] = sqrt(1 - pow(beta2, steps[0]));
+    ELEMENT_INDEX(i, n);
+    counters[0] += 1;
+    counters[1] = 1 - pow(beta1, counters[0]);
+    counters[2] = sqrt(1 - pow(beta2, counters[0]));
 }
 
-KERNEL adam(int n, real *w, const real *grads, real *m, real *v, real lr, real beta1, real beta2, real eps,
-            real weight_decay, real scale, const double *steps)
+KERNEL adam(int n, real *w, const real *grads, real *m, real *v, real lr, real beta1, real beta2,
+            real eps, real weight_decay, real scale, const double *counters)
 {
-    EACH(i, n);
+    ELEMENT_INDEX(i, n);
     real g = grads[i] * scale + weight_decay * w[i];
     m[i] = beta1 * m[i] + (1 - beta1) * g;
     v[i] = beta2 * v[i] + (1 - beta2) * g * g;
-    w[i] -= lr / (real)steps[1] * (m[i] / (sqrt(v[i]) / (real)steps[2] + eps));
+    w[i] -= lr / (real)counters[1] * (m[i] / (sqrt(v[i]) / (real)counters[2] + eps));
 }
 """
 
 
-def kernel_source(dtype):
-    """The kernels for float32 or float64, with the constants of common.py: normalisation and Winograd's matrices."""
-    B = Winograd.BT.T
-    overlap = np.zeros(
-        (4, 8)
-    )  # one pixel of the tile before, the tile's own six rows, one pixel of the tile after
-    overlap[:, 1:7], overlap[0, 0], overlap[3, 7] = B[1:5], B[5, 5], B[0, 0]
-    matrices = {
-        "BT": Winograd.BT,
-        "G": Winograd.G,
-        "GT": Winograd.G.T,
-        "AT": Winograd.AT,
-        "A": Winograd.AT.T,
-        "Overlap": overlap,
-    }
+def kernel_source(dtype) -> str:
+    """The kernels for float32 or float64, after the constants that they share with common.py."""
     std = np.array(STD)
     constants = {
         "real": {4: "float", 8: "double"}[np.dtype(dtype).itemsize],
@@ -602,38 +713,56 @@ def kernel_source(dtype):
         "THREADS": THREADS,
         "COLUMNS": COLUMNS,
         "ROWS": ROWS,
-        "SCALE": _braces(1 / (255 * std)),
-        "SHIFT": _braces(np.array(MEAN) / std),
+        "SCALE": _array_literal(1 / (255 * std)),
+        "SHIFT": _array_literal(np.array(MEAN) / std),
     }
-    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return defines + "".join(_unrolled(*item) for item in matrices.items()) + KERNELS
+    source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+
+    # For input_tiles_backward: the four rows of B that belong to a tile's own pixels, and the one
+    # entry each by which the tile before and the tile after reach into them.
+    B = WINOGRAD_BT.T
+    overlap = np.zeros((4, 8))
+    overlap[:, 1:7] = B[1:5]
+    overlap[0, 0] = B[5, 5]
+    overlap[3, 7] = B[0, 0]
+
+    source += _unrolled_product("BT", WINOGRAD_BT)
+    source += _unrolled_product("G", WINOGRAD_G)
+    source += _unrolled_product("GT", WINOGRAD_G.T)
+    source += _unrolled_product("AT", WINOGRAD_AT)
+    source += _unrolled_product("A", WINOGRAD_AT.T)
+    source += _unrolled_product("Overlap", overlap)
+    return source + KERNELS
 
 
-def _braces(values):
+def _array_literal(values):
     return "{" + ", ".join(f"(real){value!r}" for value in values.tolist()) + "}"
 
 
-def _unrolled(name, matrix):
-    """A struct whose times() multiplies the matrix by a vector, zeros left out."""
+def _unrolled_product(name, matrix):
+    """A struct whose times() multiplies the matrix by a vector: written out, without its zeros."""
     lines = []
     for i, row in enumerate(matrix.tolist()):
         terms = [f"(real){value!r} * in[{j} * step]" for j, value in enumerate(row) if value]
         lines.append(f"        out[{i} * out_step] = {' + '.join(terms)};\n")
+    signature = "void times(const real *in, int step, real *out, int out_step)"
     return (
-        f"struct {name} {{\n    static __device__ __forceinline__ void times(const real *in, int step, real *out, "
-        f"int out_step)\n    {{\n{''.join(lines)}    }}\n}};\n"
+        f"struct {name} {{\n    static __device__ __forceinline__ {signature}\n"
+        f"    {{\n{''.join(lines)}    }}\n}};\n"
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Devices: NumPy on the CPU, CuPy on a GPU
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Cpu:
     """The training steps on NumPy, with the layers of common.py: what serial_cnn.py does."""
 
-    name, overlaps, uuid = "cpu", False, None  # overlaps: works while the host goes on
+    name = "cpu"
+    uuid = None
+    asynchronous = False  # whether the device works while the host goes on
 
     def __init__(self, dtype):
         self.dtype = np.dtype(dtype)
@@ -645,288 +774,308 @@ class Cpu:
         return make_optimizer(model, args)
 
     def put(self, array):
+        """An array of the host, on the device."""
         return array
 
-    get = put
+    def get(self, array):
+        """An array of the device, on the host."""
+        return array
 
-    def load(self, images, labels, index, draws=None):
-        """x (n, 32, 32, 3) and labels (n,) at `index`, augmented as draws (of all images) says, normalised."""
-        if draws is None:
+    def load(self, images, labels, index, aug_params=None):
+        """The batch at `index`: x (n, 32, 32, 3), normalised, and labels (n,).
+
+        aug_params: those of all images, from draw_augmentation(); None for no augmentation.
+        """
+        if aug_params is None:
             return load_batch(images, labels, index, self.dtype)
-        return load_batch(
-            augment(images[index], draws[index]), labels[index], slice(None), self.dtype
-        )
+        augmented = augment(images[index], aug_params[index])
+        return load_batch(augmented, labels[index], slice(None), self.dtype)
 
     def loss(self, logits, labels, sums=None):
-        """dlogits and [summed loss, top-1, top-5], added to `sums` if given."""
+        """dlogits and [summed loss, top-1, top-5]; the latter added to `sums` if given."""
         loss, dlogits = softmax_cross_entropy(logits, labels)
         result = np.array([loss, *count_correct(logits, labels)])
-        return dlogits, result if sums is None else np.add(sums, result, out=sums)
+        if sums is not None:
+            sums += result
+            result = sums
+        return dlogits, result
+
+    def start_read(self, sums):
+        """Start to copy sums to the host; returns a function that waits for them, as floats."""
+        return sums.tolist
 
     def mark(self):
         """A point in time, for seconds()."""
         return time.perf_counter()
 
-    def read(self, sums):
-        """A function that returns the sums as floats."""
-        return lambda: sums.tolist()
-
     def seconds(self, since, until):
+        """Seconds between two marks that the device has passed."""
         return until - since
 
     def memory(self):
+        """Totals for the run log: the device's memory in MiB."""
         return {}
 
 
-class Kernels:
-    """What the layers below need of a device: kernels by name, matrix products, arrays that are kept between steps.
+class Gpu:
+    """The same duties on the GPU that CuPy uses, and what the layers below need of it.
 
-    launch() and gemm() are Gpu's. A test that has NumPy and a C++ compiler gives its own.
+    All work goes to one stream: calls return at once, and the GPU does the work in their order.
     """
 
-    FILL = 256  # blocks of a matrix product that keep a GPU busy
-
-    def __init__(self, xp, dtype):
-        self.xp, self.dtype, self.rooms = xp, np.dtype(dtype), {}
-
-    def room(self, key, shape, dtype=None):
-        """An array for `key`, whose memory later calls with the same key share; it grows where it must."""
-        size = math.prod(shape)
-        if size > LARGEST:
-            raise InputError(
-                f"an array of {size:,} values would be needed: give a smaller --batch-size"
-            )
-        kept = self.rooms.get(key)
-        if kept is None or kept.size < size:
-            self.rooms[key] = kept = None  # freed before more is asked for
-            kept = self.rooms[key] = self.xp.empty(size, dtype or self.dtype)
-        return kept[:size].reshape(shape)
-
-    def argument(self, value):
-        """A kernel's argument as C has it: int, real, a null pointer; arrays and NumPy's scalars as they are."""
-        if value is None:
-            return np.uintp(0)
-        if isinstance(value, np.generic) or not isinstance(value, (int, float)):
-            return value
-        return self.dtype.type(value) if isinstance(value, float) else np.int32(value)
-
-    def each(self, name, n, *args):
-        """Run a kernel that has a thread for each of n elements."""
-        self.launch(name, (-(-n // THREADS),), (THREADS,), n, *args)
-
-    def sum_rows(self, name, rows, c, values, *args):
-        """Run a kernel over the rows of (rows, c); returns its parts, (parts, values, c), and their number."""
-        columns = -(-c // COLUMNS)
-        count = max(1, min(rows // (4 * ROWS), 512 // columns))
-        parts = self.room("parts", (count, values, c))
-        self.launch(name, (columns, count), (COLUMNS, ROWS), *args, rows, c, parts)
-        return parts, count
-
-    def sum_columns(self, name, c, *args):
-        """Run a kernel with a block for every COLUMNS channels."""
-        self.launch(name, (-(-c // COLUMNS),), (COLUMNS, ROWS), *args)
-
-    def bias_gradient(self, dout, db, mask=None):
-        """db (c,) = the sum of dout (..., c), where `mask` is positive."""
-        c = db.size
-        parts, count = self.sum_rows("sum_rows", dout.size // c, c, 1, dout, mask)
-        self.each("sum_parts", c, parts, count, db)
-
-    def product_of_rows(self, a, b, shape):
-        """aᵀ b, summed over the rows of (k, rows, m) and (k, rows, n), as (k, parts, m, n) that are to be summed.
-
-        A product with few results and long sums would leave most of a GPU idle: the sums are cut into parts.
-        """
-        (k, rows, m), n = shape[:2] + a.shape[-1:], b.shape[-1]
-        tiles, parts = k * -(-m // 64) * -(-n // 64), 1
-        while parts * tiles < self.FILL and rows % (2 * parts) == 0 and rows // (2 * parts) >= 64:
-            parts *= 2
-        out = self.room("products", (k, parts, m, n))
-        self.gemm(
-            a.reshape(k * parts, -1, m),
-            b.reshape(k * parts, -1, n),
-            out.reshape(-1, m, n),
-            transpose_a=True,
-        )
-        return out, parts
-
-    def make_model(self, name, seed):
-        model = Model(
-            {"cnn": cnn_layers, "resnet18": resnet18_layers}[name](seed, self.dtype), self.xp
-        )
-        for layer in model.layers:
-            for leaf in layer.leaves():
-                leaf.gpu = self
-        return model
-
-    def make_optimizer(self, model, args):
-        optimizer = make_optimizer(model, args, FusedSGD, FusedAdam)
-        optimizer.gpu = self
-        return optimizer
-
-    def load(self, images, labels, index, draws=None):
-        x, y = (
-            self.room("x", (len(index), *images.shape[1:])),
-            self.room("y", (len(index),), np.uint8),
-        )
-        self.each("load_images", x.size, images, labels, index, draws, x, y)
-        return x, y
-
-    def loss(self, logits, labels, sums=None):
-        result = self.room("sums", (3,), np.float64) if sums is None else sums
-        dlogits = self.room("dlogits", logits.shape)
-        self.launch(
-            "softmax_cross_entropy",
-            (1,),
-            (THREADS,),
-            logits,
-            labels,
-            *logits.shape,
-            sums is not None,
-            dlogits,
-            result,
-        )
-        return dlogits, result
-
-
-class Gpu(Kernels):
-    """The same on the GPU that CuPy uses."""
-
-    overlaps = True
+    asynchronous = True
 
     def __init__(self, dtype, tf32=False):
         import cupy
 
-        super().__init__(cupy, dtype)
+        self.cupy = cupy
+        self.dtype = np.dtype(dtype)
+        self.workspaces = {}
         self.stream = own_stream()
         number = cupy.cuda.Device().id
         self.name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
         self.uuid = gpu_uuid(number)
         self.module = cupy.RawModule(code=kernel_source(dtype), options=("--std=c++14",))
         self.functions = {}
-        self.one, self.zero = np.ones(1, dtype), np.zeros(1, dtype)
-        self._open_cublas(tf32)
+        self.gemm = Cublas(self.dtype, self.stream, tf32).gemm
 
-    def _open_cublas(self, tf32):
-        """cuBLAS itself, since CuPy refuses to call it while a stream is captured (cupy/cupy #6290)."""
-        library, letter = load_cublas(), {4: "S", 8: "D"}[self.dtype.itemsize]
-        pointer, integer, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-        begin = [
-            pointer,
-            *[integer] * 5,
-            pointer,
-        ]  # handle, transposed or not twice, m, n, k, alpha
-        single, stacked = (
-            library[f"cublas{letter}gemm_v2"],
-            library[f"cublas{letter}gemmStridedBatched"],
-        )
-        single.argtypes = [*begin, *[pointer, integer] * 2, pointer, pointer, integer]
-        stacked.argtypes = [
-            *begin,
-            *[pointer, integer, stride] * 2,
-            pointer,
-            pointer,
-            integer,
-            stride,
-            integer,
-        ]
-        self.products, self.handle = (single, stacked), pointer()
-        self.workspace = self.xp.empty(
-            WORKSPACE, np.uint8
-        )  # its own would be taken anew within a graph
-        self._check(library.cublasCreate_v2(ctypes.byref(self.handle)))
-        self._check(library.cublasSetStream_v2(self.handle, pointer(self.stream.ptr)))
-        workspace = pointer(self.workspace.data.ptr), ctypes.c_size_t(WORKSPACE)
-        self._check(library.cublasSetWorkspace_v2(self.handle, *workspace))
-        self._check(
-            library.cublasSetMathMode(self.handle, 3 if tf32 else 0)
-        )  # CUBLAS_TF32_TENSOR_OP_MATH, DEFAULT
+    # -- what the training needs, as of Cpu --------------------------------------------------------
 
-    def _check(self, status):
-        if status:
-            raise TrainingError(f"cuBLAS failed with status {status}")
+    def make_model(self, name, seed):
+        layers = {"cnn": cnn_layers, "resnet18": resnet18_layers}[name]
+        model = GpuModel(layers(seed, self.dtype))
+        model.to_device(self)
+        return model
 
-    def launch(self, name, grid, block, *args):
-        function = self.functions.get(name) or self.functions.setdefault(
-            name, self.module.get_function(name)
-        )
-        function(grid, block, tuple(map(self.argument, args)))
-
-    def gemm(self, a, b, out, transpose_a=False, transpose_b=False):
-        """out = a @ b for matrices, or stacks of them, that lie in memory row by row."""
-        (m, n), k, stacked = out.shape[-2:], a.shape[-2 if transpose_a else -1], out.ndim == 3
-        # to cuBLAS, which reads column by column, each is its transpose: outᵀ = bᵀ aᵀ
-        start = (self.handle, int(transpose_b), int(transpose_a), n, m, k, self.one.ctypes.data)
-        if stacked and len(out) > 1:
-            status = self.products[1](
-                *start,
-                b.data.ptr,
-                b.shape[2],
-                b.shape[1] * b.shape[2],
-                a.data.ptr,
-                a.shape[2],
-                a.shape[1] * a.shape[2],
-                self.zero.ctypes.data,
-                out.data.ptr,
-                n,
-                m * n,
-                len(out),
-            )
-        else:
-            status = self.products[0](
-                *start,
-                b.data.ptr,
-                b.shape[-1],
-                a.data.ptr,
-                a.shape[-1],
-                self.zero.ctypes.data,
-                out.data.ptr,
-                n,
-            )
-        self._check(status)
+    def make_optimizer(self, model, args):
+        sgd = functools.partial(GpuSGD, self)
+        adam = functools.partial(GpuAdam, self)
+        return make_optimizer(model, args, sgd, adam)
 
     def put(self, array):
-        return self.xp.asarray(np.ascontiguousarray(array))
+        return self.cupy.asarray(np.ascontiguousarray(array))
 
     def get(self, array):
-        return self.xp.asnumpy(array)
+        return self.cupy.asnumpy(array)
+
+    def load(self, images, labels, index, aug_params=None):
+        x = self.workspace("x", (len(index), *images.shape[1:]))
+        y = self.workspace("y", (len(index),), np.uint8)
+        self.elementwise("load_images", x.size, images, labels, index, aug_params, x, y)
+        return x, y
+
+    def loss(self, logits, labels, sums=None):
+        add = sums is not None
+        result = sums if add else self.workspace("sums", (3,), np.float64)
+        dlogits = self.workspace("dlogits", logits.shape)
+        args = (logits, labels, *logits.shape, add, dlogits, result)
+        self.launch("softmax_cross_entropy", (1,), (THREADS,), *args)
+        return dlogits, result
+
+    def start_read(self, sums):
+        import cupyx
+
+        # Only into pinned memory can the GPU copy while the host goes on.
+        host = cupyx.empty_pinned(sums.shape, sums.dtype)
+        sums.get(stream=self.stream, out=host, blocking=False)
+        copied = self.mark()
+
+        def wait():
+            copied.synchronize()
+            return host.tolist()
+
+        return wait
 
     def mark(self):
-        event = self.xp.cuda.Event()
+        event = self.cupy.cuda.Event()
         event.record(self.stream)
         return event
 
     def seconds(self, since, until):
-        return self.xp.cuda.get_elapsed_time(since, until) / 1000
-
-    def read(self, sums):
-        """Start to copy the sums; returns a function that waits for them, and for all that was launched before."""
-        import cupyx
-
-        host = cupyx.empty_pinned(sums.shape, sums.dtype)
-        sums.get(stream=self.stream, out=host, blocking=False)
-        copied = self.mark()
-        return lambda: (copied.synchronize(), host.tolist())[1]
-
-    def capture(self, function):
-        """A function that runs what function() launches, as one CUDA graph."""
-        self.stream.begin_capture()
-        function()
-        return self.stream.end_capture().launch
+        return self.cupy.cuda.get_elapsed_time(since, until) / 1000
 
     def memory(self):
-        """MiB: what this process's arrays take, what CuPy's pool has reserved for them, all of the GPU's in use."""
-        pool, (free, total) = self.xp.get_default_memory_pool(), self.xp.cuda.runtime.memGetInfo()
+        pool = self.cupy.get_default_memory_pool()
+        free, total = self.cupy.cuda.runtime.memGetInfo()
         return {
-            "gpu_arrays_mb": pool.used_bytes() / MIB,
-            "gpu_pool_mb": pool.total_bytes() / MIB,
-            "gpu_device_mb": (total - free) / MIB,
+            "gpu_arrays_mb": pool.used_bytes() / MIB,  # this process's arrays
+            "gpu_pool_mb": pool.total_bytes() / MIB,  # what CuPy has reserved for them
+            "gpu_device_mb": (total - free) / MIB,  # what all processes use of this GPU
         }
+
+    # -- what the layers need ----------------------------------------------------------------------
+
+    def workspace(self, key, shape, dtype=None):
+        """An array for `key`, whose memory later calls with the same key share; grows if it must.
+
+        So once the largest batch has been seen, a step allocates nothing and its arrays stay where
+        they are. A captured graph needs both.
+        """
+        size = math.prod(shape)
+        if size > MAX_ELEMENTS:
+            raise InputError(f"an array would have {size:,} values: use a smaller --batch-size")
+        kept = self.workspaces.get(key)
+        if kept is None or kept.size < size:
+            self.workspaces[key] = kept = None  # freed before more is asked for
+            kept = self.allocate(size, dtype or self.dtype)
+            self.workspaces[key] = kept
+        return kept[:size].reshape(shape)
+
+    def allocate(self, size, dtype):
+        return self.cupy.empty(size, dtype)
+
+    def launch(self, name, grid, block, *args):
+        """Run a kernel with a grid of blocks of threads."""
+        if name not in self.functions:
+            self.functions[name] = self.module.get_function(name)
+        self.functions[name](grid, block, tuple(map(self.argument, args)))
+
+    def argument(self, value):
+        """A kernel's argument as C has it: int, real or null pointer; arrays stay as they are."""
+        if value is None:
+            return np.uintp(0)
+        if isinstance(value, np.generic):  # the caller has chosen the type
+            return value
+        if isinstance(value, float):
+            return self.dtype.type(value)
+        if isinstance(value, int):
+            return np.int32(value)
+        return value
+
+    def elementwise(self, name, n, *args):
+        """Run a kernel that has one thread for each of n elements."""
+        self.launch(name, (math.ceil(n / THREADS),), (THREADS,), n, *args)
+
+    def reduce_rows(self, name, rows, c, values, *args):
+        """Run a kernel that sums `values` values for each channel over the rows of (rows, c).
+
+        Returns its partial sums (count, values, c) and count.
+        """
+        columns = math.ceil(c / COLUMNS)
+        # At least four rows for a thread, and at most 512 blocks in all, enough to fill a GPU.
+        count = max(1, min(rows // (4 * ROWS), 512 // columns))
+        partials = self.workspace("partials", (count, values, c))
+        self.launch(name, (columns, count), (COLUMNS, ROWS), *args, rows, c, partials)
+        return partials, count
+
+    def combine_partials(self, name, c, *args):
+        """Run a kernel that combines the partial sums of reduce_rows()."""
+        self.launch(name, (math.ceil(c / COLUMNS),), (COLUMNS, ROWS), *args)
+
+    def bias_gradient(self, dout, db, mask=None):
+        """db (c,) = the sum of dout (..., c) where `mask` is positive."""
+        c = db.size
+        partials, count = self.reduce_rows("sum_rows", dout.size // c, c, 1, dout, mask)
+        self.elementwise("sum_partials", c, partials, count, db)
+
+    def split_gemm(self, a, b):
+        """aᵀ b of stacks (count, rows, m), (count, rows, n) → (count, splits, m, n) and splits.
+
+        The products still have to be summed over splits. cuBLAS gives each tile of a product to one
+        block. A weight gradient has few tiles, each of them a sum over thousands of rows, and would
+        leave most of a GPU idle: so the rows are split ("split-K") until there are enough tiles.
+        """
+        count, rows, m = a.shape
+        n = b.shape[2]
+        tiles = count * math.ceil(m / 64) * math.ceil(n / 64)
+        splits = 1
+        while splits * tiles < BUSY_BLOCKS and rows % (2 * splits) == 0:
+            if rows // (2 * splits) < 64:
+                break
+            splits *= 2
+        products = self.workspace("products", (count, splits, m, n))
+        a = a.reshape(count * splits, -1, m)
+        b = b.reshape(count * splits, -1, n)
+        self.gemm(a, b, products.reshape(-1, m, n), transpose_a=True)
+        return products, splits
+
+
+class Cublas:
+    """Matrix products by cuBLAS, called directly.
+
+    CuPy refuses to call cuBLAS while a stream is captured (cupy/cupy #6290), though cuBLAS can.
+    """
+
+    WORKSPACE = 32 * MIB  # as NVIDIA advises for the largest GPUs
+
+    def __init__(self, dtype, stream, tf32):
+        import cupy
+
+        library = load_cublas()
+        letter = {4: "S", 8: "D"}[dtype.itemsize]
+        pointer = ctypes.c_void_p
+        integer = ctypes.c_int
+        stride = ctypes.c_longlong
+
+        # The types of C's arguments, which ctypes cannot know. Both functions begin with
+        # handle, transpose A, transpose B, m, n, k, alpha.
+        begin = [pointer, integer, integer, integer, integer, integer, pointer]
+
+        # cublasSgemm_v2(..., A, lda, B, ldb, beta, C, ldc)
+        matrix = [pointer, integer]
+        self.single = library[f"cublas{letter}gemm_v2"]
+        self.single.argtypes = [*begin, *matrix, *matrix, pointer, *matrix]
+
+        # cublasSgemmStridedBatched(..., A, lda, strideA, B, ldb, strideB, beta, C, ldc, strideC,
+        # count): matrix i of a stack begins i strides after its first
+        matrix = [pointer, integer, stride]
+        self.batched = library[f"cublas{letter}gemmStridedBatched"]
+        self.batched.argtypes = [*begin, *matrix, *matrix, pointer, *matrix, integer]
+
+        self.alpha = np.ones(1, dtype)  # out = alpha a b + beta out
+        self.beta = np.zeros(1, dtype)
+        self.handle = pointer()
+        check_cublas(library.cublasCreate_v2(ctypes.byref(self.handle)))
+        check_cublas(library.cublasSetStream_v2(self.handle, pointer(stream.ptr)))
+
+        # Within a graph cuBLAS would allocate a workspace for each product: it gets this one.
+        self.workspace = cupy.empty(self.WORKSPACE, np.uint8)
+        address = pointer(self.workspace.data.ptr)
+        size = ctypes.c_size_t(self.WORKSPACE)
+        check_cublas(library.cublasSetWorkspace_v2(self.handle, address, size))
+
+        mode = 3 if tf32 else 0  # CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_DEFAULT_MATH
+        check_cublas(library.cublasSetMathMode(self.handle, mode))
+
+    def gemm(self, a, b, out, transpose_a=False, transpose_b=False):
+        """out = a @ b, for matrices stored row by row or stacks of them (count, rows, columns).
+
+        cuBLAS expects matrices column by column, and so takes each of ours for its transpose.
+        Because outᵀ = bᵀ aᵀ, it computes the right thing without a copy if it is given b first,
+        then a, and the shape of outᵀ, (n, m).
+        """
+        m, n = out.shape[-2:]
+        k = a.shape[-2] if transpose_a else a.shape[-1]
+        lda = a.shape[-1]  # the leading dimension: how far apart rows of ours begin
+        ldb = b.shape[-1]
+        alpha = self.alpha.ctypes.data
+        beta = self.beta.ctypes.data
+        begin = (self.handle, int(transpose_b), int(transpose_a), n, m, k, alpha)
+        if out.ndim == 2 or len(out) == 1:
+            a_and_b = (b.data.ptr, ldb, a.data.ptr, lda)
+            status = self.single(*begin, *a_and_b, beta, out.data.ptr, n)
+        else:
+            a_and_b = (b.data.ptr, ldb, k * n, a.data.ptr, lda, m * k)
+            status = self.batched(*begin, *a_and_b, beta, out.data.ptr, n, m * n, len(out))
+        check_cublas(status)
+
+
+def check_cublas(status):
+    if status:
+        raise TrainingError(f"cuBLAS failed with status {status}")
+
+
+def load_cublas():
+    """The cuBLAS that belongs to CuPy's CUDA."""
+    from cupy_backends.cuda.api import runtime
+    from cupy_backends.cuda.libs import cublas  # noqa: F401 (it finds and loads the library)
+
+    return ctypes.CDLL(f"libcublas.so.{runtime.runtimeGetVersion() // 1000}")
 
 
 @functools.cache
 def own_stream():
-    """The stream of all that this process does on a GPU, since the default stream cannot be captured."""
+    """The stream of all that this process does on a GPU: the default stream cannot be captured."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -935,615 +1084,720 @@ def own_stream():
 
 
 def gpu_uuid(number):
-    """A GPU's name for NVML, from the driver, since CuPy's ends at the first byte that is zero."""
+    """A GPU's name for NVML, from the driver: CuPy's ends at the first byte that is zero."""
     octets = (ctypes.c_ubyte * 16)()
     status = ctypes.CDLL("libcuda.so.1").cuDeviceGetUuid(octets, number)
     return None if status else f"GPU-{uuid.UUID(bytes=bytes(octets))}"
 
 
-def load_cublas():
-    """The cuBLAS that belongs to CuPy's CUDA."""
-    from cupy_backends.cuda.api import runtime
-    from cupy_backends.cuda.libs import cublas  # noqa: F401 (CuPy knows where the library is, and loads it)
+def choose_device(args):
+    """The Gpu or Cpu that --device asks for."""
+    if args.device == "cpu":
+        if args.graph or args.tf32 == "on":
+            raise InputError("--graph and --tf32 need a GPU: leave them out, or --device cpu")
+        return make_cpu(args.dtype)
+    missing = missing_for_gpu()
+    if missing is None:
+        return Gpu(args.dtype, args.tf32 == "on")
+    if args.device == "cuda":
+        raise InputError(f"--device cuda: {missing}")
+    print(f"Training on the CPU with NumPy: {missing}", file=sys.stderr)
+    return make_cpu(args.dtype)
 
-    return ctypes.CDLL(f"libcublas.so.{runtime.runtimeGetVersion() // 1000}")
+
+def make_cpu(dtype):
+    """The Cpu, limited to one core as serial_cnn.py is."""
+    limit_blas_threads(1)
+    warning = blas_warning()
+    if warning:
+        print(warning, file=sys.stderr)
+    return Cpu(dtype)
 
 
-def missing_for_gpu():
-    """What stands in the way of a GPU, in words with what to do; None if nothing does."""
+def missing_for_gpu() -> str | None:
+    """What is missing for training on a GPU, and what to do about it; None if nothing is."""
+    install = "python -m pip install -r requirements-gpu.txt"
+    no_driver = "" if has_driver() else "no NVIDIA driver is found"
     try:
         import cupy
     except ImportError as error:
-        if getattr(error, "name", None) == "cupy":
-            driver = "" if _has_driver() else "no NVIDIA driver is found, and "
-            return f"{driver}CuPy is not installed: python -m pip install -r requirements-gpu.txt"
-        return f"CuPy cannot be imported ({' '.join(str(error).split())}): install it again"
-    runtime = cupy.cuda.runtime
+        if getattr(error, "name", None) != "cupy":
+            return f"CuPy cannot be imported ({one_line(error)}): install it again"
+        both = f"{no_driver}, and " if no_driver else ""
+        return f"{both}CuPy is not installed: {install}"
+    if no_driver:
+        return no_driver
     try:
-        devices = runtime.getDeviceCount()
-    except runtime.CUDARuntimeError:
-        devices, driver, needed = 0, runtime.driverGetVersion(), runtime.runtimeGetVersion()
-        if not driver:
-            return "no NVIDIA driver is found"
-        if driver // 1000 < needed // 1000:
-            return (
-                f"the NVIDIA driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, this CuPy needs "
-                f"CUDA {needed // 1000}: update the driver"
-            )
-    if not devices:
-        return "the NVIDIA driver finds no GPU that this process may use (is CUDA_VISIBLE_DEVICES set?)"
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"{one_line(error)}: update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES"
     try:
         from cupy_backends.cuda.libs import nvrtc
 
         nvrtc.getVersion()
         load_cublas()
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        return (
-            f"a CUDA library is missing ({reason}): python -m pip install -r requirements-gpu.txt"
-        )
+        return f"a CUDA library is missing ({one_line(error)}): {install}"
     return None
 
 
-def _has_driver():
+def has_driver():
     try:
-        return bool(ctypes.CDLL("libcuda.so.1"))
+        ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
+    return True
 
 
-def choose_device(args):
-    """The Gpu or Cpu that --device asks for."""
-    missing = missing_for_gpu() if args.device != "cpu" else None
-    if missing and args.device == "cuda":
-        raise InputError(f"--device cuda: {missing}")
-    if args.device == "cpu" and (args.graph or args.tf32 == "on"):
-        raise InputError("--graph and --tf32 need a GPU: leave them out, or --device cpu")
-    if missing:
-        print(f"Training on the CPU with NumPy: {missing}", file=sys.stderr)
-    if args.device == "cpu" or missing:
-        args.graph, args.tf32 = False, "off"  # what the sidecar will say
-        limit_blas_threads(1)
-        if warning := blas_warning():
-            print(warning, file=sys.stderr)
-        return Cpu(args.dtype)
-    return Gpu(args.dtype, args.tf32 == "on")
+def one_line(error):
+    return " ".join(str(error).split())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Layers: those of common.py, done by the kernels
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Layers: GpuX is common.py's X, computed by the kernels
+# --------------------------------------------------------------------------------------------------
+
+# There are two kinds of memory. self.workspace() has arrays of one layer, which must last from its
+# forward() to its backward(). gpu.workspace() has arrays that all layers share, because the next
+# kernel or layer uses them up at once: im2col's gradients, Winograd's products, and gradients of
+# activations, "dx" of the input of a layer or block, "dy" of the output of a convolution.
 
 
 class GpuLayer(Layer):
-    """What the layers below share. `gpu` is set by make_model()."""
+    """What the layers below share. GpuModel.to_device() sets `gpu`."""
 
     gpu = None
 
-    def room(self, name, shape, dtype=None):
-        """An array of this layer's own, kept between calls. gpu.room() has those that layers may share."""
-        return self.gpu.room((id(self), name), shape, dtype)
+    def workspace(self, name, shape, dtype=None):
+        """An array of this layer's own, kept between calls."""
+        return self.gpu.workspace((id(self), name), shape, dtype)
 
 
-class Im2col(GpuLayer, Conv2D):
-    """Conv2D without bias, by im2col and one matrix product. backward(dout, add): `add` is added to dx."""
+class GpuConv2D(GpuLayer, Conv2D):
+    """Conv2D without bias, by im2col and one matrix product for the whole batch.
 
-    dx_name = "dx"  # of the shared array that dx is written to
+    backward(dout, add): `add` is added to dx, in the kernel that writes it.
+    """
+
+    dx_name = "dx"  # the shared array that dx is written to
 
     def forward(self, x):
-        self.x_shape, y = x.shape, self.room("out", self._out_shape(x.shape))
-        self._multiply(x, y)
+        self.x_shape = x.shape
+        y = self.workspace("out", self._out_shape(x.shape))
+        self._convolve(x, y)
         return y
 
     def backward(self, dout, add=None):
         self._weight_gradient(dout)
-        if self.needs_dx:
-            return self._input_gradient(dout, add)
+        if not self.requires_input_grad:
+            return None
+        return self._input_gradient(dout, add)
 
     def _out_shape(self, x_shape):
         n, h, w, _ = x_shape
-        k, s, p = self.kernel_size, self.stride, self.padding
-        return (n, (h + 2 * p - k) // s + 1, (w + 2 * p - k) // s + 1, self.b.size)
+        oh = (h + 2 * self.padding - self.kernel_size) // self.stride + 1
+        ow = (w + 2 * self.padding - self.kernel_size) // self.stride + 1
+        return n, oh, ow, self.b.size
 
     def _geometry(self, out_shape):
-        return (*self.x_shape[1:], self.kernel_size, self.stride, self.padding, *out_shape[1:3])
+        """The kernels' arguments h, w, c, k, stride, padding, oh, ow."""
+        _, oh, ow, _ = out_shape
+        return (*self.x_shape[1:], self.kernel_size, self.stride, self.padding, oh, ow)
 
-    def _multiply(self, x, y):
-        rows, window = y.size // self.b.size, self.W.size // self.b.size
-        self.col = self.room("col", (rows, window))
-        self.gpu.each("im2col", rows * x.shape[3], x, *self._geometry(y.shape), self.col)
+    def _convolve(self, x, y):
+        """y (n, oh, ow, c_out) = col (n·oh·ow, k·k·c_in) @ W (k·k·c_in, c_out); keeps col."""
+        rows = y.size // self.b.size
+        window = self.W.size // self.b.size
+        self.col = self.workspace("col", (rows, window))
+        self.gpu.elementwise("im2col", rows * x.shape[3], x, *self._geometry(y.shape), self.col)
         self.gpu.gemm(self.col, self.W.reshape(window, -1), y.reshape(rows, -1))
 
     def _weight_gradient(self, dy):
-        rows = len(self.col)
-        products, parts = self.gpu.product_of_rows(self.col, dy.reshape(rows, -1), (1, rows))
-        self.gpu.each("sum_parts", self.dW.size, products, parts, self.dW)
+        """dW (k·k·c_in, c_out) = colᵀ @ dy"""
+        rows, window = self.col.shape
+        products, splits = self.gpu.split_gemm(
+            self.col.reshape(1, rows, window), dy.reshape(1, rows, -1)
+        )
+        self.gpu.elementwise("sum_partials", self.dW.size, products, splits, self.dW)
 
     def _input_gradient(self, dy, add):
-        dcol = self.gpu.room("dcol", self.col.shape)
-        self.gpu.gemm(
-            dy.reshape(len(dcol), -1), self.W.reshape(dcol.shape[1], -1), dcol, transpose_b=True
-        )
-        dx = self.gpu.room(self.dx_name, self.x_shape)
-        self.gpu.each("col2im", dx.size, dcol, add, *self._geometry(dy.shape), dx)
+        """dx from dcol (n·oh·ow, k·k·c_in) = dy @ Wᵀ"""
+        rows, window = self.col.shape
+        dcol = self.gpu.workspace("dcol", (rows, window))
+        self.gpu.gemm(dy.reshape(rows, -1), self.W.reshape(window, -1), dcol, transpose_b=True)
+        dx = self.gpu.workspace(self.dx_name, self.x_shape)
+        self.gpu.elementwise("col2im", dx.size, dcol, add, *self._geometry(dy.shape), dx)
         return dx
 
 
-class Im2colReLUPool(Im2col):
-    """ConvReLUPool: bias, ReLU and pooling in one kernel."""
+class GpuConvReLUPool(GpuConv2D):
+    """ConvReLUPool by im2col: bias, ReLU and pooling in one kernel after the product."""
 
     def forward(self, x):
         self.x_shape = x.shape
         n, h, w, c = self._out_shape(x.shape)
-        y = self.gpu.room("y of pool", (n, h, w, c))
-        self._multiply(x, y)
+        y = self.gpu.workspace("before pooling", (n, h, w, c))
+        self._convolve(x, y)
         pooled = (n, h // 2, w // 2, c)
-        self.out, self.which = self.room("out", pooled), self.room("which", pooled, np.uint8)
-        self.gpu.each(
-            "bias_relu_pool", self.out.size, y, self.b, *self.out.shape[1:], self.out, self.which
-        )
+        self.out = self.workspace("out", pooled)
+        self.argmax = self.workspace("argmax", pooled, np.uint8)
+        args = (y, self.b, *pooled[1:], self.out, self.argmax)
+        self.gpu.elementwise("bias_relu_pool", self.out.size, *args)
         return self.out
 
     def backward(self, dout, add=None):
         n, h, w, c = self.out.shape
-        dy = self.gpu.room("y of pool", (n, 2 * h, 2 * w, c))
-        self.gpu.each(
-            "bias_relu_pool_backward", self.out.size, dout, self.out, self.which, h, w, c, dy
-        )
-        self.gpu.bias_gradient(dout, self.db, self.out)
+        # y is not needed any more, argmax says enough: dy takes its place.
+        dy = self.gpu.workspace("before pooling", (n, 2 * h, 2 * w, c))
+        args = (dout, self.out, self.argmax, h, w, c, dy)
+        self.gpu.elementwise("bias_relu_pool_backward", self.out.size, *args)
+        self.gpu.bias_gradient(dout, self.db, mask=self.out)
         return super().backward(dy, add)
 
 
-class WinogradConv(Im2col):
-    """WinogradConv2D without bias: the 36 matrix products are one call. H and W must be multiples of 4."""
+class GpuWinogradConv2D(GpuConv2D):
+    """WinogradConv2D without bias: 36 matrix products in one call. H and W: multiples of 4."""
 
     def forward(self, x):
-        self.x_shape, y = x.shape, self.room("out", self._out_shape(x.shape))
-        self.gpu.each("output_tiles", y.size // 16, self._multiply_tiles(x), *y.shape[1:], y)
+        self.x_shape = x.shape
+        M = self._multiply_tiles(x)
+        y = self.workspace("out", self._out_shape(x.shape))
+        self.gpu.elementwise("output_tiles", y.size // 16, M, *y.shape[1:], y)
         return y
 
     def backward(self, dout, add=None):
-        dM = self.gpu.room("M", (36, dout.size // 16 // self.b.size, self.b.size))
-        self.gpu.each("output_tiles_backward", dout.size // 16, dout, *dout.shape[1:], dM)
+        n, h, w, c = dout.shape
+        dM = self.gpu.workspace("M", (36, n * h * w // 16, c))
+        self.gpu.elementwise("output_tiles_backward", dout.size // 16, dout, h, w, c, dM)
         return self._backward_tiles(dM, add)
 
     def _multiply_tiles(self, x):
-        """M (36, tiles, C_out) from x; keeps V and U."""
-        gpu, tiles, (c_in, c_out) = self.gpu, x.size // 16 // x.shape[3], self.W.shape[2:]
-        self.U, self.V = self.room("U", (36, c_in, c_out)), self.room("V", (36, tiles, c_in))
-        gpu.each("filter_tiles", c_in * c_out, self.W, self.U)
-        gpu.each("input_tiles", tiles * c_in, x, *x.shape[1:], self.V)
-        M = gpu.room("M", (36, tiles, c_out))
-        gpu.gemm(self.V, self.U, M)
+        """M (36, tiles, c_out) = V (36, tiles, c_in) @ U (36, c_in, c_out); keeps V and U."""
+        n, h, w, c_in = x.shape
+        c_out = self.b.size
+        tiles = n * h * w // 16
+        self.U = self.workspace("U", (36, c_in, c_out))
+        self.V = self.workspace("V", (36, tiles, c_in))
+        self.gpu.elementwise("filter_tiles", c_in * c_out, self.W, self.U)
+        self.gpu.elementwise("input_tiles", tiles * c_in, x, h, w, c_in, self.V)
+        M = self.gpu.workspace("M", (36, tiles, c_out))
+        self.gpu.gemm(self.V, self.U, M)
         return M
 
     def _backward_tiles(self, dM, add):
-        gpu, (_, tiles, c_in) = self.gpu, self.V.shape
-        dU, parts = gpu.product_of_rows(self.V, dM, (36, tiles))
-        gpu.each("filter_tiles_backward", self.W.size // 9, dU, parts, self.dW)
-        if self.needs_dx:
-            dV, dx = gpu.room("dV", self.V.shape), gpu.room(self.dx_name, self.x_shape)
-            gpu.gemm(dM, self.U, dV, transpose_b=True)
-            gpu.each("input_tiles_backward", tiles * c_in, dV, add, *self.x_shape[1:], dx)
-            return dx
+        """From dM: dU = Vᵀ @ dM and from it dW; dV = dM @ Uᵀ and from it dx."""
+        _, tiles, c_in = self.V.shape
+        dU, splits = self.gpu.split_gemm(self.V, dM)
+        self.gpu.elementwise("filter_tiles_backward", self.W.size // 9, dU, splits, self.dW)
+        if not self.requires_input_grad:
+            return None
+        dV = self.gpu.workspace("dV", self.V.shape)
+        self.gpu.gemm(dM, self.U, dV, transpose_b=True)
+        dx = self.gpu.workspace(self.dx_name, self.x_shape)
+        args = (dV, add, *self.x_shape[1:], dx)
+        self.gpu.elementwise("input_tiles_backward", tiles * c_in, *args)
+        return dx
 
 
-class WinogradConvReLUPool(WinogradConv):
-    """WinogradReLUPool: bias, ReLU and pooling on the tiles, while they are in registers."""
+class GpuWinogradReLUPool(GpuWinogradConv2D):
+    """WinogradReLUPool: bias, ReLU and pooling while a tile is in registers."""
 
     def forward(self, x):
-        self.x_shape, (n, h, w, c) = x.shape, self._out_shape(x.shape)
+        self.x_shape = x.shape
+        M = self._multiply_tiles(x)
+        n, h, w, c = self._out_shape(x.shape)
         pooled = (n, h // 2, w // 2, c)
-        self.out, self.which = self.room("out", pooled), self.room("which", pooled, np.uint8)
-        self.gpu.each(
-            "output_tiles_pool",
-            n * h * w * c // 16,
-            self._multiply_tiles(x),
-            self.b,
-            h,
-            w,
-            c,
-            self.out,
-            self.which,
-        )
+        self.out = self.workspace("out", pooled)
+        self.argmax = self.workspace("argmax", pooled, np.uint8)
+        args = (M, self.b, h, w, c, self.out, self.argmax)
+        self.gpu.elementwise("output_tiles_pool", n * h * w * c // 16, *args)
         return self.out
 
     def backward(self, dout, add=None):
         n, h, w, c = self._out_shape(self.x_shape)
-        dM = self.gpu.room("M", (36, n * h * w // 16, c))
-        self.gpu.each(
-            "output_tiles_pool_backward", dM.size // 36, dout, self.out, self.which, h, w, c, dM
-        )
-        self.gpu.bias_gradient(dout, self.db, self.out)
+        dM = self.gpu.workspace("M", (36, n * h * w // 16, c))
+        args = (dout, self.out, self.argmax, h, w, c, dM)
+        self.gpu.elementwise("output_tiles_pool_backward", n * h * w * c // 16, *args)
+        self.gpu.bias_gradient(dout, self.db, mask=self.out)
         return self._backward_tiles(dM, add)
 
 
-class Norm(GpuLayer, BatchNorm2D):
-    """BatchNorm2D, then + `add`, then ReLU if `relu`. After backward() `dadd` is the gradient of `add`."""
+class GpuBatchNorm2D(GpuLayer, BatchNorm2D):
+    """BatchNorm2D, then + `add`, then ReLU if `relu`. backward() sets `dadd`, add's gradient."""
 
     def __init__(self, channels, relu=False, *, dtype=np.float32):
         super().__init__(channels, dtype=dtype)
         self.relu = relu
 
     def forward(self, x, add=None):
-        gpu, c = self.gpu, x.shape[3]
-        self.x, self.out, self.added = x, self.room("out", x.shape), add is not None
-        self.mean, self.inverse = self.room("mean", (c,)), self.room("inverse", (c,))
-        mean = self.mean if self.training else self.running_mean
+        gpu = self.gpu
+        c = x.shape[3]
+        self.x = x
+        self.added = add is not None
+        self.mean = self.workspace("mean", (c,))
+        self.inv_std = self.workspace("inv_std", (c,))
         if self.training:
-            parts, count = gpu.sum_rows("norm_moments", x.size // c, c, 3, x)
-            gpu.sum_columns(
-                "norm_statistics",
-                c,
-                parts,
-                count,
-                c,
-                self.eps,
-                self.momentum,
-                self.running_mean,
-                self.running_var,
-                self.mean,
-                self.inverse,
-            )
+            # x is read twice: here for the statistics, below to normalise with them.
+            mean = self.mean
+            partials, count = gpu.reduce_rows("norm_moments", x.size // c, c, 3, x)
+            running = (self.running_mean, self.running_var)
+            args = (partials, count, c, self.eps, self.momentum, *running, mean, self.inv_std)
+            gpu.combine_partials("norm_statistics", c, *args)
         else:
-            gpu.each("norm_inverse", c, self.running_var, self.eps, self.inverse)
-        gpu.each(
-            "norm_forward",
-            x.size,
-            x,
-            mean,
-            self.inverse,
-            self.gamma,
-            self.beta,
-            add,
-            self.relu,
-            c,
-            self.out,
-        )
+            mean = self.running_mean
+            gpu.elementwise("norm_inv_std", c, self.running_var, self.eps, self.inv_std)
+        self.out = self.workspace("out", x.shape)
+        args = (x, mean, self.inv_std, self.gamma, self.beta, add, self.relu, c, self.out)
+        gpu.elementwise("norm_forward", x.size, *args)
         return self.out
 
     def backward(self, dout):
-        gpu, c, x, out = self.gpu, self.gamma.size, self.x, self.out if self.relu else None
-        parts, count = gpu.sum_rows(
-            "norm_backward_sums", x.size // c, c, 2, dout, out, x, self.mean, self.inverse
-        )
-        gpu.sum_columns("norm_backward_finish", c, parts, count, c, self.dgamma, self.dbeta)
-        dx, self.dadd = gpu.room("dy", x.shape), gpu.room("dadd", x.shape) if self.added else None
-        gpu.each(
-            "norm_backward",
-            x.size,
-            dout,
-            out,
-            x,
-            self.mean,
-            self.inverse,
-            self.gamma,
-            self.dgamma,
-            self.dbeta,
-            c,
-            dx,
-            self.dadd,
-        )
+        gpu = self.gpu
+        c = self.gamma.size
+        x = self.x
+        # Where the output is 0, the ReLU has stopped the value, and stops the gradient: no mask is
+        # kept. x_hat is computed again, which is cheaper than to keep and read it.
+        out = self.out if self.relu else None
+        saved = (dout, out, x, self.mean, self.inv_std)
+
+        partials, count = gpu.reduce_rows("norm_param_gradients", x.size // c, c, 2, *saved)
+        gpu.combine_partials("norm_sum_gradients", c, partials, count, c, self.dgamma, self.dbeta)
+
+        dx = gpu.workspace("dy", x.shape)
+        self.dadd = gpu.workspace("dadd", x.shape) if self.added else None
+        args = (*saved, self.gamma, self.dgamma, self.dbeta, c, dx, self.dadd)
+        gpu.elementwise("norm_input_gradient", x.size, *args)
         return dx
 
 
-class Block(Layer):
-    """BasicBlock. Gradients of activations live in arrays that all blocks share: "dx", "dy", "dadd" and "dshortcut"."""
+class GpuBasicBlock(Layer):
+    """BasicBlock. Its additions, one forward and one backward, are done by the kernel before them.
+
+    "dadd" and "dshortcut" are the gradients at the two ends of the shortcut.
+    """
 
     def __init__(self, in_channels, out_channels, stride=1, *, rng=None, dtype=np.float32):
-        options = {"bias": False, "rng": rng, "dtype": dtype}
-        self.conv1 = (WinogradConv if stride == 1 else Im2col)(
-            in_channels, out_channels, stride=stride, **options
-        )
-        self.norm1 = Norm(out_channels, relu=True, dtype=dtype)
-        self.conv2 = WinogradConv(out_channels, out_channels, **options)
-        self.norm2 = Norm(out_channels, relu=True, dtype=dtype)
+        options = {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
+        if stride == 1:
+            self.conv1 = GpuWinogradConv2D(in_channels, out_channels, **options)
+        else:
+            self.conv1 = GpuConv2D(in_channels, out_channels, stride=stride, **options)
+        self.norm1 = GpuBatchNorm2D(out_channels, relu=True, dtype=dtype)
+        self.conv2 = GpuWinogradConv2D(out_channels, out_channels, **options)
+        self.norm2 = GpuBatchNorm2D(out_channels, relu=True, dtype=dtype)
         self.shortcut = []
         if stride != 1 or in_channels != out_channels:
-            conv = Im2col(in_channels, out_channels, 1, stride, 0, **options)
-            conv.dx_name = "dshortcut"
-            self.shortcut = [conv, Norm(out_channels, dtype=dtype)]
+            conv = GpuConv2D(in_channels, out_channels, 1, stride, 0, **options)
+            conv.dx_name = "dshortcut"  # must last until conv1's backward() adds it to "dx"
+            self.shortcut = [conv, GpuBatchNorm2D(out_channels, dtype=dtype)]
 
     def leaves(self):
         yield from (self.conv1, self.norm1, self.conv2, self.norm2, *self.shortcut)
 
     def forward(self, x):
         shortcut = x
-        for part in self.shortcut:
-            shortcut = part.forward(shortcut)
+        for layer in self.shortcut:
+            shortcut = layer.forward(shortcut)
         y = self.norm1.forward(self.conv1.forward(x))
         return self.norm2.forward(self.conv2.forward(y), add=shortcut)
 
     def backward(self, dout):
-        dx = self.conv2.backward(self.norm2.backward(dout))
+        # norm2 and norm1 write "dy", conv2 and conv1 read it and write "dx": dout, too, is in "dx",
+        # which is free again when norm2 has read it.
+        dy = self.conv2.backward(self.norm2.backward(dout))
         dshortcut = self.norm2.dadd
-        for part in reversed(self.shortcut):
-            dshortcut = part.backward(dshortcut)
-        return self.conv1.backward(self.norm1.backward(dx), add=dshortcut)
+        for layer in reversed(self.shortcut):
+            dshortcut = layer.backward(dshortcut)
+        return self.conv1.backward(self.norm1.backward(dy), add=dshortcut)
 
 
-class AvgPool(GpuLayer, GlobalAvgPool):
+class GpuGlobalAvgPool(GpuLayer, GlobalAvgPool):
     def forward(self, x):
-        self.x_shape, (n, h, w, c) = x.shape, x.shape
-        out = self.room("out", (n, c))
-        self.gpu.each("average", out.size, x, h * w, c, out)
+        self.x_shape = x.shape
+        n, h, w, c = x.shape
+        out = self.workspace("out", (n, c))
+        self.gpu.elementwise("average", out.size, x, h * w, c, out)
         return out
 
     def backward(self, dout):
-        dx, (_, h, w, c) = self.gpu.room("dx", self.x_shape), self.x_shape
-        self.gpu.each("average_backward", dx.size, dout, h * w, c, dx)
+        _, h, w, c = self.x_shape
+        dx = self.gpu.workspace("dx", self.x_shape)
+        self.gpu.elementwise("average_backward", dx.size, dout, h * w, c, dx)
         return dx
 
 
-class DenseReLU(GpuLayer, Dense):
+class GpuDense(GpuLayer, Dense):
     """Dense, then ReLU if `relu`. backward() overwrites dout."""
 
-    def __init__(self, in_features, out_features, relu=False, *, rng=None, dtype=np.float32):
-        super().__init__(in_features, out_features, rng=rng, dtype=dtype)
+    def __init__(self, in_features, out_features, relu=False, **options):
+        super().__init__(in_features, out_features, **options)
         self.relu = relu
 
     def forward(self, x):
-        self.x, self.out = x, self.room("out", (len(x), self.b.size))
+        self.x = x
+        self.out = self.workspace("out", (len(x), self.b.size))
         self.gpu.gemm(x, self.W, self.out)
-        self.gpu.each("add_bias", self.out.size, self.out, self.b, self.relu, self.b.size)
+        args = (self.out, self.b, self.relu, self.b.size)
+        self.gpu.elementwise("add_bias", self.out.size, *args)
         return self.out
 
     def backward(self, dout):
         if self.relu:
-            self.gpu.each("relu_backward", dout.size, dout, self.out)
+            self.gpu.elementwise("relu_backward", dout.size, dout, self.out)
         self.gpu.bias_gradient(dout, self.db)
         self.gpu.gemm(self.x, dout, self.dW, transpose_a=True)
-        dx = self.room("dx", self.x.shape)
+        dx = self.workspace("dx", self.x.shape)
         self.gpu.gemm(dout, self.W, dx, transpose_b=True)
         return dx
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and optimizers
+# --------------------------------------------------------------------------------------------------
 
 
 def cnn_layers(seed, dtype):
     """The layers of common.make_cnn(), with the same weights from the same seed."""
     rng = np.random.default_rng(seed)
     return [
-        Im2colReLUPool(3, 32, rng=rng, dtype=dtype),
-        WinogradConvReLUPool(32, 64, rng=rng, dtype=dtype),
+        GpuConvReLUPool(3, 32, rng=rng, dtype=dtype),
+        GpuWinogradReLUPool(32, 64, rng=rng, dtype=dtype),
         Flatten(),
-        DenseReLU(64 * 8 * 8, 256, relu=True, rng=rng, dtype=dtype),
-        DenseReLU(256, 10, rng=rng, dtype=dtype),
+        GpuDense(64 * 8 * 8, 256, relu=True, rng=rng, dtype=dtype),
+        GpuDense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
     ]
 
 
 def resnet18_layers(seed, dtype):
     """The layers of common.make_resnet18(), with the same weights from the same seed."""
     rng = np.random.default_rng(seed)
-    layers, channels = (
-        [Im2col(3, 64, bias=False, rng=rng, dtype=dtype), Norm(64, relu=True, dtype=dtype)],
-        64,
-    )
+    layers = [
+        GpuConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+        GpuBatchNorm2D(64, relu=True, dtype=dtype),
+    ]
+    channels = 64
     for width in (64, 128, 256, 512):
-        for stride in (1 if width == 64 else 2, 1):
-            layers.append(Block(channels, width, stride, rng=rng, dtype=dtype))
+        first_stride = 1 if width == 64 else 2
+        for stride in (first_stride, 1):
+            layers.append(GpuBasicBlock(channels, width, stride, rng=rng, dtype=dtype))
             channels = width
-    return [*layers, AvgPool(), DenseReLU(512, 10, rng=rng, dtype=dtype)]
+    layers.append(GpuGlobalAvgPool())
+    layers.append(GpuDense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype))
+    return layers
 
 
-class Fused:
-    """An optimizer whose step is one kernel. `steps` is counted on the device, where a captured step counts too."""
+class GpuModel(Model):
+    """A Model that is built with NumPy, then moved to a GPU. Its state_dict() is on the host."""
 
-    gpu = None
+    def to_device(self, gpu):
+        """Move parameters, gradients and buffers to the GPU, and let the layers use its kernels."""
+        self.gpu = gpu
+        self.use_memory(gpu.put(self.params), gpu.put(self.grads))
+        for leaf in self.leaves():
+            leaf.gpu = gpu
+            for name in leaf.buffer_names:
+                setattr(leaf, name, gpu.put(getattr(leaf, name)))
+
+    def state_dict(self):
+        return {name: self.gpu.get(array) for name, array in super().state_dict().items()}
+
+    def load_state_dict(self, state):
+        for name, array in super().state_dict().items():
+            array[...] = self.gpu.put(state[name])
+
+
+class GpuOptimizer:
+    """What GpuSGD and GpuAdam share: their state is on the GPU. A step is one kernel or two."""
+
+    def __init__(self, gpu, model, *args, **kwargs):
+        self.gpu = gpu
+        self.counters = gpu.put(np.zeros(3))  # as the kernels describe them
+        super().__init__(model, *args, **kwargs)
+        self.state = {name: gpu.put(array) for name, array in self.state.items()}
 
     @property
     def steps(self):
-        return int(self._steps[0])
+        """The number of steps, read from the GPU, where a captured graph counts too."""
+        return int(self.counters[0])
 
     @steps.setter
     def steps(self, steps):
-        if not hasattr(self, "_steps"):
-            self._steps = array_module(self.model.params).zeros(3)
-        self._steps[0] = steps
+        self.counters[0] = steps
+
+    def state_dict(self):
+        return {name: self.gpu.get(array) for name, array in super().state_dict().items()}
+
+    def load_state_dict(self, state):
+        for name, array in self.state.items():
+            array[...] = self.gpu.put(state[f"optimizer_{name}"])
+        self.steps = int(state["optimizer_steps"])
 
 
-class FusedSGD(Fused, SGD):
+class GpuSGD(GpuOptimizer, SGD):
     def step(self, count):
-        w, options = (
-            self.model.params,
-            (float(self.lr), float(self.momentum), float(self.weight_decay), 1 / count),
-        )
-        self.gpu.each(
-            "sgd", w.size, w, self.model.grads, self.slots["velocity"], *options, self._steps
-        )
+        w = self.model.params
+        options = (float(self.lr), float(self.momentum), float(self.weight_decay), 1 / count)
+        args = (w, self.model.grads, self.state["velocity"], *options, self.counters)
+        self.gpu.elementwise("sgd", w.size, *args)
 
 
-class FusedAdam(Fused, Adam):
+class GpuAdam(GpuOptimizer, Adam):
     def step(self, count):
-        w, m, v = self.model.params, self.slots["m"], self.slots["v"]
-        self.gpu.each("adam_begin", 1, *map(np.float64, self.betas), self._steps)
-        self.gpu.each(
-            "adam",
-            w.size,
-            w,
-            self.model.grads,
-            m,
-            v,
-            float(self.lr),
-            *self.betas,
-            self.eps,
-            float(self.weight_decay),
-            1 / count,
-            self._steps,
-        )
+        w = self.model.params
+        beta1, beta2 = self.betas
+        begin = (np.float64(beta1), np.float64(beta2), self.counters)
+        self.gpu.elementwise("adam_begin", 1, *begin)
+        moments = (self.state["m"], self.state["v"])
+        options = (float(self.lr), beta1, beta2, self.eps, float(self.weight_decay), 1 / count)
+        args = (w, self.model.grads, *moments, *options, self.counters)
+        self.gpu.elementwise("adam", w.size, *args)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# A training step, in two ways
+# --------------------------------------------------------------------------------------------------
 
 
-def train_step(device, model, optimizer, x, labels, mark=lambda: None):
-    """One step on one batch. Returns [summed loss, top-1, top-5] on the device and the marks around its two passes."""
-    started = mark()
-    logits = model.forward(x)
-    dlogits, sums = device.loss(logits, labels)
-    forward = mark()
-    model.backward(dlogits)
-    backward = mark()
+def untimed(phase):
+    """Stands in for PhaseTimer.timed where nothing is to be measured."""
+    return contextlib.nullcontext()
+
+
+# Rung 1, the default: the host launches the kernels one by one, 34 for `cnn`, 287 for `resnet18`.
+# It works for any batch, each phase can be timed, and an error shows where it happens. But a launch
+# takes the host some microseconds: a GPU that needs less than that for a kernel waits for the host.
+
+
+def train_step(device, model, optimizer, x, labels, timed=untimed):
+    """Train on one batch. Returns [summed loss, top-1, top-5], on the device."""
+    with timed("forward"):
+        logits = model.forward(x)
+        dlogits, sums = device.loss(logits, labels)
+    with timed("backward"):
+        model.backward(dlogits)
     optimizer.step(len(labels))
-    return sums, (started, forward, backward)
+    return sums
+
+
+# Rung 2, --graph: the launches are recorded once and then repeated by a single call, so the GPU
+# goes from kernel to kernel without the host, and small batches no longer wait for Python.
+# The price: all arguments are frozen, so arrays cannot move and each batch size needs a graph of
+# its own; the phases within cannot be timed.
+
+
+class CapturedStep:
+    """train_step() for batches of one size. x and labels: where device.load() puts such a batch."""
+
+    def __init__(self, device, model, optimizer, x, labels):
+        device.stream.begin_capture()  # from here the stream records and runs nothing
+        self.sums = train_step(device, model, optimizer, x, labels)
+        self.graph = device.stream.end_capture()
+
+    def __call__(self, x, labels, timed=untimed):
+        self.graph.launch()
+        return self.sums
 
 
 def make_steps(device, model, optimizer, data, args):
-    """{batch size: step(x, labels)} for all sizes of an epoch, as one CUDA graph each with --graph.
+    """{batch size: step(x, labels, timed)} for the batch sizes of an epoch, captured with --graph.
 
-    On a GPU each size is trained once, which compiles and reserves memory; what that has changed is put back.
+    A step returns [summed loss, top-1, top-5], on the device. A GPU is warmed up first.
     """
     n = len(data.y_train)
-    sizes = sorted({min(args.batch_size, n), n % args.batch_size} - {0}, reverse=True)
-    steps = dict.fromkeys(
-        sizes, lambda *batch: train_step(device, model, optimizer, *batch, device.mark)
-    )
-    if not device.overlaps:
-        return steps
-    before = {name: device.get(array) for name, array in get_arrays(model, optimizer).items()}
-    batches = {
-        size: lambda size=size: device.load(
-            data.x_train, data.y_train, device.put(np.arange(size, dtype="i4"))
-        )
-        for size in sizes
-    }
-    for size in (
-        sizes
-    ):  # all before the first graph, which knows arrays by their place: none may grow after it
-        steps[size](*batches[size]())
-    set_arrays(model, optimizer, before)
-    for size in sizes if args.graph else ():
-        steps[size] = captured_step(device, model, optimizer, *batches[size]())
+    sizes = {min(args.batch_size, n), n % args.batch_size}  # whole batches, and what is left
+    sizes.discard(0)
+    if device.asynchronous:
+        warm_up(device, model, optimizer, data, sizes)
+
+    steps = {}
+    for size in sizes:
+        if args.graph:
+            x, labels = load_first(device, data, size)
+            steps[size] = CapturedStep(device, model, optimizer, x, labels)
+        else:
+            steps[size] = functools.partial(train_step, device, model, optimizer)
     return steps
 
 
-def captured_step(device, model, optimizer, x, labels):
-    """step(x, labels) as one launch; x and labels are where they were when it was captured."""
-    results = []
-    launch = device.capture(lambda: results.extend(train_step(device, model, optimizer, x, labels)))
+def warm_up(device, model, optimizer, data, sizes):
+    """Train once on a batch of each size, then put the weights back.
 
-    def step(*_):
-        launch()
-        return results[0], None
-
-    return step
-
-
-def train(device, model, optimizer, data, args, run, steps):
-    """Train for args.epochs epochs on data; everything measured goes to run.
-
-    A GPU works behind the host's back: a batch is counted when the one after it has been launched, except where its
-    end is waited for because a checkpoint or the end of the run is due.
+    That compiles the kernels and reserves all memory, before the clock starts. A graph depends on
+    it: workspaces may not grow, and so move, once their addresses are in it.
     """
-    n, size = len(data.y_train), args.batch_size
-    for epoch in range(run.epoch, args.epochs + 1):
+    model_state = model.state_dict()
+    optimizer_state = optimizer.state_dict()
+    for size in sorted(sizes, reverse=True):  # the largest first: no workspace is made twice
+        x, labels = load_first(device, data, size)
+        train_step(device, model, optimizer, x, labels)
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+
+
+def load_first(device, data, size):
+    """The first `size` training images as a batch."""
+    index = device.put(np.arange(size, dtype=np.int32))
+    return device.load(data.x_train, data.y_train, index)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+class PhaseTimer:
+    """Measures the phases of a batch by marks on the device, which are read when it has ended."""
+
+    def __init__(self, device):
+        self.device = device
+        self.marks = []  # (phase, mark before it, mark after it)
+
+    @contextlib.contextmanager
+    def timed(self, phase):
+        before = self.device.mark()
+        yield
+        self.marks.append((phase, before, self.device.mark()))
+
+    def seconds(self):
+        """[(phase, seconds)]; the device must have passed all marks."""
+        return [(phase, self.device.seconds(*marks)) for phase, *marks in self.marks]
+
+
+class LaunchedBatch(NamedTuple):
+    """A batch that the device may still be working on."""
+
+    images: int
+    wait: Callable  # waits for its end; returns [summed loss, top-1, top-5]
+    timer: PhaseTimer
+
+
+def train(device, model, optimizer, data, args, log, checkpoint, stop, steps):
+    """Train for args.epochs epochs; everything measured goes to the log.
+
+    A GPU works behind the host's back. So that it never waits for the host, a batch is counted
+    only when the next one has been launched.
+    """
+    n = len(data.y_train)
+    batches = math.ceil(n / args.batch_size)
+    log.trace_layers(model)  # on a GPU: the host's launches
+    for epoch in range(log.epoch, args.epochs + 1):
         order = device.put(epoch_order(n, args.seed, epoch).astype(np.int32))
-        draws = device.put(draw_augmentation(n, args.seed, epoch)) if args.augment == "on" else None
-        running = None
-        run.start_epoch(epoch, math.ceil(n / size))
-        for batch in range(run.batch, math.ceil(n / size)):
-            started = device.mark()
-            x, labels = device.load(
-                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], draws
-            )
-            loaded = device.mark()
-            sums, phases = steps[len(labels)](x, labels)
-            launched = (len(labels), device.read(sums), (started, loaded), phases)
+        aug_params = None
+        if args.augment == "on":
+            aug_params = device.put(draw_augmentation(n, args.seed, epoch))
+        log.start_epoch(epoch, batches)
+        running = None  # the batch that has been launched and not counted
+
+        for batch in range(log.batch, batches):
+            timer = PhaseTimer(device)
+            with timer.timed("loading"):
+                index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
+                x, labels = device.load(data.x_train, data.y_train, index, aug_params)
+            sums = steps[len(labels)](x, labels, timer.timed)
+            launched = LaunchedBatch(len(labels), device.start_read(sums), timer)
             if running:
-                end_batch(device, run, *running, more=True)
+                end_batch(running, log)
             running = launched
-            if run.due() or not device.overlaps:
-                running = end_batch(device, run, *running)
+
+            # A checkpoint must hold the weights of just the batches that the log has counted: the
+            # running batch has changed them, so it is waited for. NumPy has none that is running.
+            if stop.requested or checkpoint.due() or not device.asynchronous:
+                end_batch(running, log)
+                running = None
+                if stop.requested:
+                    save_and_stop(checkpoint, log, stop)
+                if checkpoint.due():
+                    checkpoint.save()
+
         if running:
-            end_batch(device, run, *running)
-        run.end_training()
-        run.end_epoch(*evaluate(device, model, data.x_test, data.y_test, size))
+            end_batch(running, log)
+        log.end_training()
+        loss, top1, top5, loading = evaluate(device, model, data, args.batch_size)
+        log.end_epoch(loss, top1, top5, loading)
+        require_finite(loss, "validation loss", log)
+        checkpoint.save()
+        if stop.requested and epoch < args.epochs:
+            save_and_stop(checkpoint, log, stop)
 
 
-def end_batch(device, run, images, result, loading, phases, more=False):
-    """Wait for a step and count it."""
-    loss, top1, top5 = result()
-    seconds = {}
-    if phases:
-        started, forward, backward = phases
-        seconds = {
-            "forward": device.seconds(started, forward),
-            "backward": device.seconds(forward, backward),
-        }
-    run.end_batch(
-        images, loss, int(top1), int(top5), device.seconds(*loading), more=more, **seconds
-    )
+def end_batch(batch, log):
+    """Wait for a batch and count it."""
+    loss, top1, top5 = batch.wait()
+    for phase, seconds in batch.timer.seconds():
+        log.add_seconds(phase, seconds)
+    log.end_batch(batch.images, loss, int(top1), int(top5))
+    require_finite(loss, "loss", log)
 
 
-def evaluate(device, model, images, labels, batch_size):
-    """Mean loss, top-1 and top-5 accuracy, seconds spent loading batches; summed on the device, read once."""
+def evaluate(device, model, data, batch_size):
+    """Mean loss, top-1 and top-5 accuracy on the test images, and seconds spent loading batches.
+
+    Results are summed on the device and read once.
+    """
     model.train(False)
-    n, sums, loading = len(labels), device.put(np.zeros(3)), []
+    n = len(data.y_test)
+    batch_size = min(batch_size, len(data.y_train))  # larger ones would make workspaces grow
+    sums = device.put(np.zeros(3))
     index = device.put(np.arange(n, dtype=np.int32))
+    timer = PhaseTimer(device)
     for start in range(0, n, batch_size):
-        started = device.mark()
-        x, y = device.load(images, labels, index[start : start + batch_size])
-        loading.append((started, device.mark()))
-        device.loss(model.forward(x), y, sums)
+        with timer.timed("loading"):
+            batch = index[start : start + batch_size]
+            x, labels = device.load(data.x_test, data.y_test, batch)
+        device.loss(model.forward(x), labels, sums)
     model.train(True)
-    result = device.read(sums)()
-    return *(value / n for value in result), sum(device.seconds(*marks) for marks in loading)
+    loss, top1, top5 = device.start_read(sums)()
+    loading = sum(seconds for _, seconds in timer.seconds())
+    return loss / n, top1 / n, top5 / n, loading
 
 
 def parse_args(argv=None):
-    parser = make_parser("gpu_scratch", __doc__, MODELS)
+    parser = make_parser(__file__, __doc__, MODELS)
     add = parser.add_argument
+    on_off = ("on", "off")
+    device = "auto: a GPU if CuPy finds one, else NumPy (default: %(default)s)"
+    tf32 = "let tensor cores round the factors of products to 11 bits (default: %(default)s)"
+    graph = "capture the training step as a CUDA graph"
+    augment = "random crops and flips (default: %(default)s)"
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: a GPU if CuPy finds one, else NumPy (default: %(default)s)",
-    )
-    add(
-        "--tf32",
-        choices=("on", "off"),
-        default="off",
-        help="let tensor cores round the factors of products to 11 bits (default: %(default)s)",
-    )
-    add("--graph", action="store_true", help="capture the training step as a CUDA graph")
-    add(
-        "--augment",
-        choices=("on", "off"),
-        default="off",
-        help="random crops and flips (default: %(default)s)",
-    )
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=device)
+    add("--tf32", choices=on_off, default="off", help=tf32)
+    add("--graph", action="store_true", help=graph)
+    add("--augment", choices=on_off, default="off", help=augment)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args)
+    if not device.asynchronous:
+        # --device auto has found no GPU: the run metadata records what is done, not what was asked.
+        args.graph = False
+        args.tf32 = "off"
+
+    # The whole data set, 184 MB, goes to the device: no batch waits for the host.
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    arrays = {
-        name: device.put(getattr(data, name)) for name in ("x_train", "y_train", "x_test", "y_test")
-    }
-    data = data._replace(**arrays)
+    data = data._replace(
+        x_train=device.put(data.x_train),
+        y_train=device.put(data.y_train),
+        x_test=device.put(data.x_test),
+        y_test=device.put(data.y_test),
+    )
     model = device.make_model(args.model, args.seed)
     optimizer = device.make_optimizer(model, args)
     steps = make_steps(device, model, optimizer, data, args)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # run stops at the first loss that is not finite
-        with Run(
-            args,
-            "gpu_scratch",
-            data,
-            lambda: {
-                name: device.get(array) for name, array in get_arrays(model, optimizer).items()
-            },
-            lambda arrays: set_arrays(model, optimizer, arrays),
-            {"device": device.name, "tf32": args.tf32, "graph": args.graph},
-            gpu_uuid=device.uuid,
-        ) as run:
-            train(device, model, optimizer, data, args, run, steps)
-            run.totals.update(device.memory())
-            run.finish()
+
+    info = {"device": device.name, "tf32": args.tf32, "graph": args.graph}
+    log = RunLog(args, __file__, data, info, gpu_uuid=device.uuid)
+    checkpoint = Checkpoint(args, log, model, optimizer)
+    if args.resume:
+        checkpoint.load()
+
+    # Overflows need no warning: the run stops at the first loss that is not finite.
+    with np.errstate(over="ignore", invalid="ignore"), StopSignal() as stop, log:
+        train(device, model, optimizer, data, args, log, checkpoint, stop, steps)
+        log.totals.update(device.memory())
+        log.finish()
 
 
 if __name__ == "__main__":

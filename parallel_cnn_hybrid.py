@@ -1,15 +1,21 @@
-"""Train the CNN or ResNet-18 over MPI ranks × threads: parallel_cnn_mpi.py with layers that share images among threads.
+"""Train the CNN or ResNet-18 with MPI ranks × threads: parallel_cnn_mpi.py with threaded layers.
 
-The layers below are those of common.py as Numba kernels: the loop over the images of a rank's share is a `prange` over
-OpenMP threads, and inside it each thread works through an image in buffers of its own, so that nothing but weights and
-results leaves its cache. Dense layers and the optimizer are threaded too: 98 % of the CNN's parameters are theirs.
---model resnet18 shares its batch normalisation among threads and ranks: the statistics are the global batch's.
+A rank computes its shard of a batch with several threads, which share its weights and gradients:
+with fewer ranks there is less to sum. The layers are those of common.py as Numba kernels. A thread
+takes whole images through a layer in a workspace of its own, so that only inputs and results pass
+between its core's cache and memory. The dense layers, which have 98 % of the CNN's parameters, and
+the optimizer divide the parameters instead.
 
     mpirun -np 2 python parallel_cnn_hybrid.py
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10
     python parallel_cnn_hybrid.py --num-threads 2 --global-batch-size 128
+
+Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.26) times PyTorch's
+4,028. ResNet-18, batch 64: 147 images/s, 1.38 (1.26–1.57) times PyTorch's 107 (AMD EPYC; median
+(min–max) of 11 paired samples).
 """
 
+import argparse
 import functools
 import math
 import os
@@ -25,64 +31,71 @@ from common import (
     CACHE_BYTES,
     MODELS,
     SGD,
+    WINOGRAD_G,
+    WINOGRAD_POINTS,
     Adam,
     BasicBlock,
     BatchNorm2D,
+    Checkpoint,
     Conv2D,
     ConvReLUPool,
     Dense,
     InputError,
-    Run,
+    Model,
+    OverlapReducer,
+    RunLog,
+    SharedMemoryReducer,
+    StopSignal,
     WinogradConv2D,
-    add_rank_options,
+    abort_on_exception,
+    add_mpi_options,
+    assert_replicas_identical,
     available_cores,
     blas_warning,
-    check_equal,
     check_launcher,
+    choose_reduce,
+    collective,
+    collective_run,
     count_correct,
     epoch_order,
     evaluate,
-    get_arrays,
+    gather_from_all,
+    gather_trace,
     limit_blas_threads,
     load_batch,
-    load_on_all,
+    load_data_collectively,
+    log_communication,
     make_cnn,
     make_optimizer,
     make_parser,
     make_resnet18,
     number,
-    report_communication,
+    require_finite,
     run_main,
-    running_on_all,
-    set_arrays,
-    share,
+    save_and_stop,
+    shard,
     softmax_cross_entropy,
-    stop_all_on_error,
-    together,
 )
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Threaded layers. Scratch arrays have a first axis of one entry per thread.
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# How threads share the work
+#
+# Numba compiles a kernel to machine code. `prange` divides its iterations among OpenMP threads, a
+# contiguous range for each. Nothing orders the threads before the end of the loop, so no two
+# iterations may write to the same place: every thread has a workspace of its own, which also stays
+# in the cache of its core. (Arrays with one entry per thread have plural names: `cols` has `col`s.)
+# What all images add to, a weight's gradient, each thread sums apart; the layer adds those sums up.
+# --------------------------------------------------------------------------------------------------
 
-# The compiler uses vector instructions where it can prove that loads and stores do not meet: in loops over two rows of
-# channels (copy), and over one tile, whose positions lie at distances that it knows. Every step has one of these forms.
-
-BLOCK = 32  # channels in a tile
-A, B = (
-    float(p) for p in (WinogradConv2D.POINTS[1], WinogradConv2D.POINTS[3])
-)  # 0, A, -A, B, -B and infinity
-
-# No fastmath: what has just been compiled and what comes from the cache differ as machine code (Numba optimises the
-# body of a prange both by itself and within its function), and only strict arithmetic gives the same bits in both.
+# No fastmath: Numba optimises the body of a prange by itself and again within its function, so what
+# it has just compiled and what it loads from its cache may differ as machine code. With strict
+# arithmetic both compute the same bits.
 kernel = functools.partial(njit, cache=True)
 inlined = kernel(forceinline=True)
 
 
-def check_blocks(*channels):
-    for c in channels:
-        if c % BLOCK:
-            raise ValueError(f"{c} channels: the threaded convolutions take multiples of {BLOCK}")
+# Loops over neighbouring values, the channels of one position: the compiler makes vector
+# instructions of them. An `inlined` function becomes part of the kernel that calls it.
 
 
 @inlined
@@ -103,209 +116,481 @@ def add_scaled(factor, source, target):
         target[c] += factor * source[c]
 
 
-@inlined
-def pool(tile, at, right, below):
-    """Of four positions the maximum → the first of them, and which was the first maximum, 0 to 3 → its right."""
-    zero, one, two, three = (
-        tile.dtype.type(0),
-        tile.dtype.type(1),
-        tile.dtype.type(2),
-        tile.dtype.type(3),
-    )
-    for i in range(at, at + BLOCK):
-        y0, y1, y2, y3 = tile[i], tile[i + right], tile[i + below], tile[i + below + right]
-        upper, lower = max(y0, y1), max(y2, y3)
-        upper_won, lower_won = zero if y0 >= y1 else one, two if y2 >= y3 else three
-        tile[i], tile[i + right] = max(upper, lower), upper_won if upper >= lower else lower_won
-
-
-@inlined
-def bias_relu(y, which, b, out, won):
-    """out = ReLU(y + b), won = which, 4 where ReLU is closed. All (BLOCK,)."""
-    zero, four = y.dtype.type(0), y.dtype.type(4)
-    for c in range(out.size):
-        value = y[c] + b[c]
-        closed = value <= 0  # False for NaN, which goes on to the loss
-        out[c] = zero if closed else value
-        won[c] = four if closed else which[c]
-
-
-@inlined
-def relu_gradient(dout, won, dy, which):
-    """dy = dout where ReLU is open, else 0; which = won. All (BLOCK,)."""
-    zero = dy.dtype.type(0)
-    for c in range(dout.size):
-        dy[c] = dout[c] if won[c] < 4 else zero
-        which[c] = won[c]
-
-
-@inlined
-def unpool(tile, at, right, below):
-    """From what relu_gradient has left in the first position and its right: the gradient of all four."""
-    zero, one, two, three = (
-        tile.dtype.type(0),
-        tile.dtype.type(1),
-        tile.dtype.type(2),
-        tile.dtype.type(3),
-    )
-    for i in range(at, at + BLOCK):
-        d, which = tile[i], tile[i + right]
-        tile[i], tile[i + right] = d if which == zero else zero, d if which == one else zero
-        tile[i + below], tile[i + below + right] = (
-            d if which == two else zero,
-            d if which == three else zero,
-        )
-
-
-@inlined
-def im2col_for_pooling(x, planes, col):
-    """x (H, W, C) → col (9·C, H·W): a row for each place in a 3×3 window, columns in the order of pool()'s positions.
-
-    planes (C, 2, H + 2, W/2 + 1): the image padded by 1, even and odd columns apart, so that col takes whole rows.
-    """
-    height, width, channels = x.shape
-    ow = width // 2
-    for h in range(height):
-        for w in range(width):
-            for c in range(channels):
-                planes[c, (w + 1) % 2, h + 1, (w + 1) // 2] = x[h, w, c]
-    for kh in range(3):
-        for kw in range(3):
-            for c in range(channels):
-                row, to = col[(3 * kh + kw) * channels + c], 0
-                for i in range(2):
-                    for j in range(2):
-                        odd, first = (kw + j) % 2, (kw + j) // 2
-                        for h in range(i + kh, height + kh, 2):
-                            copy(planes[c, odd, h, first : first + ow], row[to : to + ow])
-                            to += ow
+# --------------------------------------------------------------------------------------------------
+# Optimizers: the simplest kernels, one iteration per parameter
+# --------------------------------------------------------------------------------------------------
 
 
 @kernel(parallel=True)
-def conv_pool_forward(x, W, b, out, won, planes, cols, ys, tiles):
-    """im2col, product, bias, ReLU and pooling. x (N, H, W, C), W (9·C, F) → out, won (N, H/2, W/2, F)."""
+def sgd_update(w, g, velocity, scale, lr, momentum, weight_decay):
+    """common.SGD's update of w from the summed gradients g, all in one pass over memory."""
+    for i in prange(w.size):
+        velocity[i] = momentum * velocity[i] + (g[i] * scale + weight_decay * w[i])
+        w[i] -= lr * velocity[i]
+
+
+class ThreadedSGD(SGD):
+    def step(self, count, grads=None, shards=None):
+        self.steps += 1
+        w = self.model.params
+        g = self.model.grads if grads is None else grads
+        velocity = self.state["velocity"]
+
+        # Python's floats would make the kernel compute in float64.
+        scalars = [1 / count, self.lr, self.momentum, self.weight_decay]
+        scalars = [w.dtype.type(value) for value in scalars]
+        for own in [slice(None)] if shards is None else shards:
+            sgd_update(w[own], g[own], velocity[own], *scalars)
+
+
+@kernel(parallel=True)
+def adam_update(w, g, m, v, scale, lr, beta1, beta2, v_correction, eps, weight_decay):
+    """common.Adam's update of w; lr includes the bias correction of m."""
+    one = w.dtype.type(1)
+    for i in prange(w.size):
+        gradient = g[i] * scale + weight_decay * w[i]
+        m[i] = beta1 * m[i] + (one - beta1) * gradient
+        v[i] = beta2 * v[i] + (one - beta2) * gradient * gradient
+        w[i] -= lr * m[i] / (np.sqrt(v[i]) * v_correction + eps)
+
+
+class ThreadedAdam(Adam):
+    def step(self, count, grads=None, shards=None):
+        self.steps += 1
+        w = self.model.params
+        g = self.model.grads if grads is None else grads
+        m = self.state["m"]
+        v = self.state["v"]
+
+        beta1, beta2 = self.betas
+        lr = self.lr / (1 - beta1**self.steps)
+        v_correction = 1 / math.sqrt(1 - beta2**self.steps)
+        scalars = [1 / count, lr, beta1, beta2, v_correction, self.eps, self.weight_decay]
+        scalars = [w.dtype.type(value) for value in scalars]
+        for own in [slice(None)] if shards is None else shards:
+            adam_update(w[own], g[own], m[own], v[own], *scalars)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense layers: threads share the input features, not the images
+#
+# The CNN's first dense layer has 98 % of its parameters. If threads shared the images, each would
+# read all of W and have a dW of its own, 4 MB. So each has its rows of W and dW instead.
+# --------------------------------------------------------------------------------------------------
+
+
+@inlined
+def thread_range(n, t, threads):
+    """Thread t's range of n items, as start and stop."""
+    return n * t // threads, n * (t + 1) // threads
+
+
+@kernel(parallel=True)
+def dense_forward(x, W, xs, outs):
+    """outs[t] (N, F_out) = thread t's columns of x times its rows of W; their sum is x @ W.
+
+    xs[t] = thread t's columns of x (N, F_in), contiguous as BLAS wants them, kept for backward().
+    """
+    threads = len(outs)
+    n = len(x)
+    for t in prange(threads):
+        start, stop = thread_range(len(W), t, threads)
+        local_x = xs[t, : n * (stop - start)].reshape(n, stop - start)
+        local_x[...] = x[:, start:stop]
+        np.dot(local_x, W[start:stop], outs[t])
+
+
+@kernel(parallel=True)
+def dense_backward(xs, dout, W, dW, dx, dx_transposed):
+    """dW = xᵀ dout and dx = dout Wᵀ: each thread its rows of dW and its columns of dx (N, F_in)."""
+    threads = len(xs)
+    n = len(dout)
+    for t in prange(threads):
+        start, stop = thread_range(len(W), t, threads)
+        local_x = xs[t, : n * (stop - start)].reshape(n, stop - start)
+        np.dot(local_x.T, dout, dW[start:stop])
+        # BLAS is faster with the long dimension first: dxᵀ (F_in, N) = W doutᵀ, then transposed,
+        # 16 columns at a time, a cache line of dx.
+        np.dot(W[start:stop], dout.T, dx_transposed[start:stop])
+        for first in range(start, stop, 16):
+            for i in range(n):
+                for k in range(first, min(first + 16, stop)):
+                    dx[i, k] = dx_transposed[k, i]
+
+
+class ThreadedDense(Dense):
+    """common.Dense with threads: x (N, F_in) → x @ W + b (N, F_out)."""
+
+    def forward(self, x):
+        n, features = x.shape
+        threads = numba.get_num_threads()
+        self.xs = self.workspace("xs", (threads, n * -(-features // threads)), x.dtype)
+        outs = self.workspace("outs", (threads, n, self.b.size), x.dtype)
+        dense_forward(x, self.W, self.xs, outs)
+
+        out = self.workspace("out", (n, self.b.size), x.dtype)
+        outs.sum(axis=0, out=out)
+        out += self.b
+        return out
+
+    def backward(self, dout):
+        n = len(dout)
+        features = len(self.W)
+        if n == 0:  # BLAS takes no empty matrices; NumPy does
+            self.x = np.zeros((0, features), dout.dtype)
+            return super().backward(dout)
+        dx = self.workspace("dx", (n, features), dout.dtype)
+        dx_transposed = self.workspace("dx_transposed", (features, n), dout.dtype)
+        dense_backward(self.xs, dout, self.W, self.dW, dx, dx_transposed)
+        dout.sum(axis=0, out=self.db)
+        return dx
+
+
+# --------------------------------------------------------------------------------------------------
+# Any convolution, by im2col: the windows of a few images are the rows of one matrix
+# --------------------------------------------------------------------------------------------------
+
+
+@inlined
+def pad(x, padding, padded):
+    """x (H, W, C) → padded (H + 2 padding, (W + 2 padding)·C): the image with zeros around it."""
+    height, width, channels = x.shape
+    padded[...] = 0
+    for h in range(height):
+        inner = padded[padding + h, padding * channels : (padding + width) * channels]
+        copy(x[h].reshape(-1), inner)
+
+
+@inlined
+def copy_windows(padded, channels, top, left, stride, col):
+    """col (OH, OW, K, K·C) = the windows from (top, left) on, each K lines of K·C values."""
+    oh, ow, kernel_size, line = col.shape
+    for h in range(oh):
+        for w in range(ow):
+            start = (left + stride * w) * channels
+            for k in range(kernel_size):
+                copy(padded[top + stride * h + k, start : start + line], col[h, w, k])
+
+
+@inlined
+def col2im(col, stride, padding, padded, dx):
+    """pad and copy_windows transposed: dx (H, W, C) = the sum of the windows' gradients col."""
+    height, width, channels = dx.shape
+    oh, ow, kernel_size, line = col.shape
+    padded[...] = 0
+    for i in range(oh):
+        for j in range(ow):
+            left = stride * j * channels
+            for k in range(kernel_size):
+                add(col[i, j, k], padded[stride * i + k, left : left + line])
+    for h in range(height):
+        inner = padded[padding + h, padding * channels : (padding + width) * channels]
+        copy(inner, dx[h].reshape(-1))
+
+
+@kernel(parallel=True)
+def conv_forward(x, W, out, stride, padding, padded_images, cols):
+    """x (N, H, W, C), W (K·K·C, F) → out (N, OH, OW, F).
+
+    Threads share chunks of images, as many as cols[t] (chunk size, OH, OW, K, K·C) has room for:
+    so the matrix of a chunk is still in the cache when it is multiplied.
+    """
+    n, oh, ow, channels = out.shape
+    chunk_size = cols.shape[1]
+    for chunk in prange(-(-n // chunk_size)):  # n / chunk_size, rounded up
+        t = get_thread_id()
+        start = chunk * chunk_size
+        stop = min(start + chunk_size, n)
+        for i in range(start, stop):
+            pad(x[i], padding, padded_images[t])
+            copy_windows(padded_images[t], x.shape[3], 0, 0, stride, cols[t, i - start])
+        col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
+        np.dot(col, W, out[start:stop].reshape(-1, channels))
+
+
+@kernel(parallel=True)
+def conv_backward(x, dout, W, dx, dWs, stride, padding, padded_images, cols, products):
+    """Add each chunk's dW (K·K·C, F) to its thread's sum, dWs[t]; set dx, unless that is empty.
+
+    The matrix is made again, which is cheaper than to fetch one K² times as large as x from memory.
+    """
+    n, oh, ow, channels = dout.shape
+    chunk_size = cols.shape[1]
+    for chunk in prange(-(-n // chunk_size)):
+        t = get_thread_id()
+        start = chunk * chunk_size
+        stop = min(start + chunk_size, n)
+        for i in range(start, stop):
+            pad(x[i], padding, padded_images[t])
+            copy_windows(padded_images[t], x.shape[3], 0, 0, stride, cols[t, i - start])
+        col = cols[t, : stop - start].reshape((stop - start) * oh * ow, len(W))
+        dy = dout[start:stop].reshape(-1, channels)
+        np.dot(col.T, dy, products[t])
+        dWs[t] += products[t]
+        if len(dx):
+            np.dot(dy, W.T, col)  # the windows' gradients, in the place of the windows
+            for i in range(start, stop):
+                col2im(cols[t, i - start], stride, padding, padded_images[t], dx[i])
+
+
+class ThreadedConv2D(Conv2D):
+    """common.Conv2D with threads: any kernel size, stride and padding."""
+
+    MIN_ROWS = 512  # of a matrix product, if there are enough images: BLAS is slow on small ones
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → (N, OH, OW, C_out)"""
+        n, h, w, c = x.shape
+        k = self.kernel_size
+        padded_h = h + 2 * self.padding
+        padded_w = w + 2 * self.padding
+        oh = (padded_h - k) // self.stride + 1
+        ow = (padded_w - k) // self.stride + 1
+        threads = numba.get_num_threads()
+
+        # Enough images for MIN_ROWS rows, but at least one chunk for every thread.
+        chunk_size = max(1, min(-(-self.MIN_ROWS // (oh * ow)), -(-n // threads)))
+        self.padded_images = self.workspace(
+            "padded_images", (threads, padded_h, padded_w * c), x.dtype
+        )
+        self.cols = self.workspace("cols", (threads, chunk_size, oh, ow, k, k * c), x.dtype)
+
+        self.x = x
+        out = self.workspace("out", (n, oh, ow, self.b.size), x.dtype)
+        W = self.W.reshape(-1, self.b.size)
+        conv_forward(x, W, out, self.stride, self.padding, self.padded_images, self.cols)
+        if self.has_bias:
+            out += self.b
+        return out
+
+    def backward(self, dout):
+        """dout (N, OH, OW, C_out) → dx (N, H, W, C_in), or None if nobody needs it."""
+        W = self.W.reshape(-1, self.b.size)
+        threads = len(self.cols)
+        dWs = self.workspace("dWs", (threads, *W.shape), dout.dtype)
+        products = self.workspace("products", (threads, *W.shape), dout.dtype)
+        n = len(self.x) if self.requires_input_grad else 0
+        dx = self.workspace("dx", (n, *self.x.shape[1:]), dout.dtype)
+
+        dWs.fill(0)
+        geometry = (self.stride, self.padding, self.padded_images, self.cols)
+        conv_backward(self.x, dout, W, dx, dWs, *geometry, products)
+        dWs.sum(axis=0, out=self.dW.reshape(W.shape))
+        if self.has_bias:
+            dout.sum(axis=(0, 1, 2), out=self.db)
+        return dx if self.requires_input_grad else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Convolution with bias, ReLU and 2×2 pooling in one pass
+#
+# max(ReLU(y + b)) = ReLU(max(y) + b): bias and ReLU work on a quarter of the values, and backward()
+# needs no more of y than which of four was the maximum.
+# --------------------------------------------------------------------------------------------------
+
+CLOSED = 4  # argmax where ReLU is closed; otherwise 0 to 3, row by row
+
+
+@inlined
+def relu_pool(y0, y1, y2, y3, b, out, argmax):
+    """out = ReLU(max(y0, y1, y2, y3) + b); argmax: which it was, of equal ones the first.
+
+    y0 and y1 are the upper, y2 and y3 the lower positions of a pooling window. All (channels,).
+    """
+    for c in range(out.size):
+        upper = max(y0[c], y1[c])
+        lower = max(y2[c], y3[c])
+        upper_argmax = 0 if y0[c] >= y1[c] else 1
+        lower_argmax = 2 if y2[c] >= y3[c] else 3
+        largest = upper_argmax if upper >= lower else lower_argmax
+        value = max(upper, lower) + b[c]
+        is_closed = value <= 0  # False for NaN, which goes on to the loss
+        out[c] = 0 if is_closed else value
+        argmax[c] = CLOSED if is_closed else largest
+
+
+@inlined
+def relu_pool_gradient(dout, argmax, dy0, dy1, dy2, dy3, db):
+    """relu_pool transposed: dout goes to the position of the maximum, and to db, unless closed."""
+    zero = dout.dtype.type(0)
+    for c in range(dout.size):
+        dy0[c] = dout[c] if argmax[c] == 0 else zero
+        dy1[c] = dout[c] if argmax[c] == 1 else zero
+        dy2[c] = dout[c] if argmax[c] == 2 else zero
+        dy3[c] = dout[c] if argmax[c] == 3 else zero
+        db[c] += dout[c] if argmax[c] != CLOSED else zero
+
+
+@inlined
+def im2col_for_pooling(x, padded, col):
+    """x (H, W, C) → col (4, H/2, W/2, 3, 3·C): the windows of the four positions of each pool."""
+    pad(x, 1, padded)
+    for i in range(2):
+        for j in range(2):
+            copy_windows(padded, x.shape[2], i, j, 2, col[2 * i + j])
+
+
+@kernel(parallel=True)
+def conv_pool_forward(x, W, b, out, argmax, padded_images, cols, ys):
+    """x (N, H, W, C), W (9·C, F) → out, argmax (N, H/2, W/2, F).
+
+    An image's convolution, y (4, H/2, W/2, F), is pooled while it is in the cache. y has the four
+    positions of a pooling window in four arrays.
+    """
     n, oh, ow, channels = out.shape
     for i in prange(n):
         t = get_thread_id()
-        y, tile = ys[t], tiles[t]
-        im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t].T, W, y)
-        for row in range(oh * ow):
-            h, w = divmod(row, ow)
-            for f in range(0, channels, BLOCK):
-                for k in range(4):
-                    copy(y[row + k * oh * ow, f : f + BLOCK], tile[k])
-                pool(tile.reshape(-1), 0, BLOCK, 2 * BLOCK)
-                bias_relu(
-                    tile[0],
-                    tile[1],
-                    b[f : f + BLOCK],
-                    out[i, h, w, f : f + BLOCK],
-                    won[i, h, w, f : f + BLOCK],
-                )
+        y = ys[t]
+        im2col_for_pooling(x[i], padded_images[t], cols[t])
+        np.dot(cols[t].reshape(4 * oh * ow, len(W)), W, y.reshape(-1, channels))
+        for h in range(oh):
+            for w in range(ow):
+                y0 = y[0, h, w]
+                y1 = y[1, h, w]
+                y2 = y[2, h, w]
+                y3 = y[3, h, w]
+                relu_pool(y0, y1, y2, y3, b, out[i, h, w], argmax[i, h, w])
 
 
 @kernel(parallel=True)
-def conv_pool_backward(x, dout, won, dWs, dbs, planes, cols, ys, tiles, products):
-    """Adds each image's dW (9·C, F) and db (F,) to its thread's sums."""
+def conv_pool_backward(x, dout, argmax, dWs, dbs, padded_images, cols, ys, products):
+    """Add each image's dW (9·C, F) and db (F,) to its thread's sums, dWs[t] and dbs[t]."""
     n, oh, ow, channels = dout.shape
     for i in prange(n):
         t = get_thread_id()
-        dy, tile = ys[t], tiles[t]
-        for row in range(oh * ow):
-            h, w = divmod(row, ow)
-            for f in range(0, channels, BLOCK):
-                relu_gradient(
-                    dout[i, h, w, f : f + BLOCK], won[i, h, w, f : f + BLOCK], tile[0], tile[1]
-                )
-                add(tile[0], dbs[t, f : f + BLOCK])
-                unpool(tile.reshape(-1), 0, BLOCK, 2 * BLOCK)
-                for k in range(4):
-                    copy(tile[k], dy[row + k * oh * ow, f : f + BLOCK])
-        im2col_for_pooling(x[i], planes[t], cols[t])
-        np.dot(cols[t], dy, products[t])
+        dy = ys[t]
+        for h in range(oh):
+            for w in range(ow):
+                dy0 = dy[0, h, w]
+                dy1 = dy[1, h, w]
+                dy2 = dy[2, h, w]
+                dy3 = dy[3, h, w]
+                relu_pool_gradient(dout[i, h, w], argmax[i, h, w], dy0, dy1, dy2, dy3, dbs[t])
+        im2col_for_pooling(x[i], padded_images[t], cols[t])
+        col = cols[t].reshape(4 * oh * ow, len(products[t]))
+        np.dot(col.T, dy.reshape(-1, channels), products[t])
         dWs[t] += products[t]
 
 
 class ThreadedConvReLUPool(ConvReLUPool):
-    """ConvReLUPool for a model's first layer: kernel 3, stride 1, padding 1, even H and W, no dx.
+    """common.ConvReLUPool with threads, for a model's first layer: backward() returns no dx.
 
-    out_channels: a multiple of BLOCK.
+    Kernel 3, stride 1, padding 1; H and W: even.
     """
 
     def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
-        check_blocks(out_channels)
         super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
 
     def forward(self, x):
+        """x (N, H, W, C_in) → (N, H/2, W/2, C_out)"""
         n, h, w, c = x.shape
         if h % 2 or w % 2:
             raise ValueError(
-                f"ThreadedConvReLUPool takes images of 2n x 2m pixels, not {h}x{w}: use ConvReLUPool"
+                "ThreadedConvReLUPool takes images of 2n x 2m pixels, "
+                f"not {h}x{w}: use ConvReLUPool"
             )
-        f, threads = self.b.size, numba.get_num_threads()
+        f = self.b.size
+        threads = numba.get_num_threads()
         self.x = x
-        self.out = self.scratch("out", (n, h // 2, w // 2, f), x)
-        self.won = self.scratch("won", (n, h // 2, w // 2, f), x, dtype=np.uint8)
-        self.own = (
-            self.scratch("planes", (threads, c, 2, h + 2, w // 2 + 1), x),
-            self.scratch("cols", (threads, 9 * c, h * w), x),
-            self.scratch("ys", (threads, h * w, f), x),
-            self.scratch("tiles", (threads, 4, BLOCK), x),
+        self.out = self.workspace("out", (n, h // 2, w // 2, f), x.dtype)
+        self.argmax = self.workspace("argmax", (n, h // 2, w // 2, f), np.uint8)
+        self.thread_buffers = (
+            self.workspace("padded_images", (threads, h + 2, (w + 2) * c), x.dtype),
+            self.workspace("cols", (threads, 4, h // 2, w // 2, 3, 3 * c), x.dtype),
+            self.workspace("ys", (threads, 4, h // 2, w // 2, f), x.dtype),
         )
-        conv_pool_forward(x, self.W.reshape(-1, f), self.b, self.out, self.won, *self.own)
+        W = self.W.reshape(-1, f)
+        conv_pool_forward(x, W, self.b, self.out, self.argmax, *self.thread_buffers)
         return self.out
 
     def backward(self, dout):
-        threads, W = numba.get_num_threads(), self.W.reshape(-1, self.b.size)
-        dWs, dbs, products = (
-            self.scratch(name, (threads, *shape), dout)
-            for name, shape in (("dWs", W.shape), ("dbs", self.b.shape), ("products", W.shape))
-        )
+        """dout (N, H/2, W/2, C_out): sets dW and db."""
+        f = self.b.size
+        W_shape = (self.W.size // f, f)
+        threads = numba.get_num_threads()
+        dWs = self.workspace("dWs", (threads, *W_shape), dout.dtype)
+        dbs = self.workspace("dbs", (threads, f), dout.dtype)
+        products = self.workspace("products", (threads, *W_shape), dout.dtype)
         dWs.fill(0)
         dbs.fill(0)
-        conv_pool_backward(self.x, dout, self.won, dWs, dbs, *self.own, products)
-        dWs.sum(axis=0, out=self.dW.reshape(W.shape))
+        conv_pool_backward(self.x, dout, self.argmax, dWs, dbs, *self.thread_buffers, products)
+        dWs.sum(axis=0, out=self.dW.reshape(W_shape))
         dbs.sum(axis=0, out=self.db)
 
 
-# Winograd's transforms of one row or column of a 6×6 tile, in place; its positions lie `step` apart. Written out, the
-# matrices of winograd_matrices() take a quarter of the operations.
+# --------------------------------------------------------------------------------------------------
+# Winograd's convolution F(4×4, 3×3): see WinogradConv2D in common.py for the idea and the paper
+#
+#   forward     d    6×6 tiles of x, 4 apart     V = Bᵀ d B    36 matrices (tiles, C)
+#               w    3×3 weights                 U = G w Gᵀ    36 matrices (C, F)
+#                                                M = V U       36 matrices (tiles, F)
+#               y    4×4 tiles of the output     y = Aᵀ M A
+#   backward    dM = A dy Aᵀ     dV = dM Uᵀ    dd = B dV Bᵀ, which adds up to dx where tiles overlap
+#                                dU = Vᵀ dM    dw = Gᵀ dU G
+#
+# Threads share the images in d → V and M → y, and the 36 matrices in V → M: so no thread needs all
+# of U, nor a dU of its own.
+#
+# The transforms work on one tile at a time, and BLOCK of its channels: at most 9 KiB, which fit
+# into the fastest cache. The kernels take views whose axes count tiles and blocks of channels:
+#
+#   x       (N, H, W, C/BLOCK, BLOCK)
+#   V, M    (36, N, H/4, W/4, C/BLOCK, BLOCK)      position (h, w) of a tile is in matrix 6·h + w
+#   y       (N, H/4, 4, W/4, 4, F/BLOCK, BLOCK)    when pooled, 2 in the place of 4
+#   tile    (6, 6, BLOCK)
+# --------------------------------------------------------------------------------------------------
+
+BLOCK = 32
+ROW = 6 * BLOCK  # between the rows of a flat tile; between its columns: BLOCK
+A = float(WINOGRAD_POINTS[1])  # the points are 0, A, -A, B, -B and infinity
+B = float(WINOGRAD_POINTS[3])
+
+
+# The four transforms of one row or column of a flat tile, in place: it begins at `start`, `step` is
+# between its values. The points A and -A have equal even powers and opposite odd ones, so their two
+# sums are even + odd and even - odd: a quarter of the operations of a product with the matrix.
 
 
 @inlined
 def transform_input(tile, start, step):
-    """Bᵀ d: six values of the input."""
-    a, b = tile.dtype.type(A), tile.dtype.type(B)
+    """Bᵀ d: six values of the input → six values of V."""
+    a = tile.dtype.type(A)
+    b = tile.dtype.type(B)
     for i in range(start, start + BLOCK):
-        d0, d1, d2 = tile[i], tile[i + step], tile[i + 2 * step]
-        d3, d4, d5 = tile[i + 3 * step], tile[i + 4 * step], tile[i + 5 * step]
-        even_a, odd_a, even_b, odd_b = (
-            d4 - b * b * d2,
-            a * (d3 - b * b * d1),
-            d4 - a * a * d2,
-            b * (d3 - a * a * d1),
-        )
+        d0 = tile[i]
+        d1 = tile[i + step]
+        d2 = tile[i + 2 * step]
+        d3 = tile[i + 3 * step]
+        d4 = tile[i + 4 * step]
+        d5 = tile[i + 5 * step]
+        even_a = d4 - b * b * d2
+        odd_a = a * (d3 - b * b * d1)
+        even_b = d4 - a * a * d2
+        odd_b = b * (d3 - a * a * d1)
         tile[i] = a * a * b * b * d0 - (a * a + b * b) * d2 + d4
-        tile[i + step], tile[i + 2 * step] = even_a + odd_a, even_a - odd_a
-        tile[i + 3 * step], tile[i + 4 * step] = even_b + odd_b, even_b - odd_b
+        tile[i + step] = even_a + odd_a
+        tile[i + 2 * step] = even_a - odd_a
+        tile[i + 3 * step] = even_b + odd_b
+        tile[i + 4 * step] = even_b - odd_b
         tile[i + 5 * step] = a * a * b * b * d1 - (a * a + b * b) * d3 + d5
 
 
 @inlined
 def transform_input_gradient(tile, start, step):
-    """B v: transform_input transposed."""
-    a, b = tile.dtype.type(A), tile.dtype.type(B)
+    """B dv: transform_input transposed, six values of dV → six of the input's gradient."""
+    a = tile.dtype.type(A)
+    b = tile.dtype.type(B)
     for i in range(start, start + BLOCK):
-        v0, v5 = tile[i], tile[i + 5 * step]
-        even_a, odd_a = (
-            tile[i + step] + tile[i + 2 * step],
-            a * (tile[i + step] - tile[i + 2 * step]),
-        )
-        even_b, odd_b = (
-            tile[i + 3 * step] + tile[i + 4 * step],
-            b * (tile[i + 3 * step] - tile[i + 4 * step]),
-        )
+        v0 = tile[i]
+        v1 = tile[i + step]
+        v2 = tile[i + 2 * step]
+        v3 = tile[i + 3 * step]
+        v4 = tile[i + 4 * step]
+        v5 = tile[i + 5 * step]
+        even_a = v1 + v2
+        odd_a = a * (v1 - v2)
+        even_b = v3 + v4
+        odd_b = b * (v3 - v4)
         tile[i] = a * a * b * b * v0
         tile[i + step] = a * a * b * b * v5 - b * b * odd_a - a * a * odd_b
         tile[i + 2 * step] = -(a * a + b * b) * v0 - b * b * even_a - a * a * even_b
@@ -315,17 +600,18 @@ def transform_input_gradient(tile, start, step):
 
 @inlined
 def transform_output(tile, start, step):
-    """Aᵀ m: six products → four values of the output."""
-    a, b = tile.dtype.type(A), tile.dtype.type(B)
+    """Aᵀ m: six values of M → four values of the output."""
+    a = tile.dtype.type(A)
+    b = tile.dtype.type(B)
     for i in range(start, start + BLOCK):
-        even_a, odd_a = (
-            tile[i + step] + tile[i + 2 * step],
-            a * (tile[i + step] - tile[i + 2 * step]),
-        )
-        even_b, odd_b = (
-            tile[i + 3 * step] + tile[i + 4 * step],
-            b * (tile[i + 3 * step] - tile[i + 4 * step]),
-        )
+        m1 = tile[i + step]
+        m2 = tile[i + 2 * step]
+        m3 = tile[i + 3 * step]
+        m4 = tile[i + 4 * step]
+        even_a = m1 + m2
+        odd_a = a * (m1 - m2)
+        even_b = m3 + m4
+        odd_b = b * (m3 - m4)
         tile[i] += even_a + even_b
         tile[i + step] = odd_a + odd_b
         tile[i + 2 * step] = a * a * even_a + b * b * even_b
@@ -334,184 +620,215 @@ def transform_output(tile, start, step):
 
 @inlined
 def transform_output_gradient(tile, start, step):
-    """A y: transform_output transposed, four values → six."""
-    a, b = tile.dtype.type(A), tile.dtype.type(B)
+    """A dy: transform_output transposed, four values of the output's gradient → six of dM."""
+    a = tile.dtype.type(A)
+    b = tile.dtype.type(B)
     for i in range(start, start + BLOCK):
-        y0, y1, y2, y3 = tile[i], tile[i + step], tile[i + 2 * step], tile[i + 3 * step]
-        even_a, odd_a, even_b, odd_b = (
-            y0 + a * a * y2,
-            a * (y1 + a * a * y3),
-            y0 + b * b * y2,
-            b * (y1 + b * b * y3),
-        )
-        tile[i + step], tile[i + 2 * step] = even_a + odd_a, even_a - odd_a
-        tile[i + 3 * step], tile[i + 4 * step] = even_b + odd_b, even_b - odd_b
+        y0 = tile[i]
+        y1 = tile[i + step]
+        y2 = tile[i + 2 * step]
+        y3 = tile[i + 3 * step]
+        even_a = y0 + a * a * y2
+        odd_a = a * (y1 + a * a * y3)
+        even_b = y0 + b * b * y2
+        odd_b = b * (y1 + b * b * y3)
+        tile[i + step] = even_a + odd_a
+        tile[i + 2 * step] = even_a - odd_a
+        tile[i + 3 * step] = even_b + odd_b
+        tile[i + 4 * step] = even_b - odd_b
         tile[i + 5 * step] = y3
 
 
-ROW = 6 * BLOCK  # of a tile
+# A whole tile: its rows and its columns.
+
+
+@inlined
+def input_tile(tile):
+    """V = Bᵀ d B"""
+    flat = tile.reshape(-1)
+    for h in range(6):
+        transform_input(flat, h * ROW, BLOCK)
+    for w in range(6):
+        transform_input(flat, w * BLOCK, ROW)
+
+
+@inlined
+def input_tile_gradient(tile):
+    """dd = B dV Bᵀ"""
+    flat = tile.reshape(-1)
+    for w in range(6):
+        transform_input_gradient(flat, w * BLOCK, ROW)
+    for h in range(6):
+        transform_input_gradient(flat, h * ROW, BLOCK)
+
+
+@inlined
+def output_tile(tile):
+    """y = Aᵀ M A, in the upper left 4×4 positions"""
+    flat = tile.reshape(-1)
+    for h in range(6):
+        transform_output(flat, h * ROW, BLOCK)
+    for w in range(4):
+        transform_output(flat, w * BLOCK, ROW)
+
+
+@inlined
+def output_tile_gradient(tile):
+    """dM = A dy Aᵀ"""
+    flat = tile.reshape(-1)
+    for w in range(4):
+        transform_output_gradient(flat, w * BLOCK, ROW)
+    for h in range(6):
+        transform_output_gradient(flat, h * ROW, BLOCK)
+
+
+@inlined
+def read_matrices(matrices, i, row, col, block, tile):
+    for h in range(6):
+        for w in range(6):
+            copy(matrices[6 * h + w, i, row, col, block], tile[h, w])
+
+
+@inlined
+def write_matrices(tile, matrices, i, row, col, block):
+    for k in range(36):
+        copy(tile[k // 6, k % 6], matrices[k, i, row, col, block])
+
+
+# The kernels: threads share the images; inside are loops over tiles and blocks of channels. An
+# input tile begins one position above and left of its output tile: that is the padding.
 
 
 @kernel(parallel=True)
 def transform_images(x, V, tiles):
-    """Bᵀ d B of all 6×6 tiles d, 4 apart, of images padded by 1: x (N, H, W, C) → V (36, rows, C), a row per tile."""
-    n, height, width, channels = x.shape
+    """d → V = Bᵀ d B"""
+    n, height, width, blocks, _ = x.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
-        flat = tile.reshape(-1)
-        for top in range(-1, height - 1, 4):
-            for left in range(-1, width - 1, 4):
-                for c in range(0, channels, BLOCK):
-                    for h in range(top, top + 6):
-                        for w in range(left, left + 6):
-                            k = 6 * (h - top) + w - left
-                            if 0 <= h < height and 0 <= w < width:
-                                copy(x[i, h, w, c : c + BLOCK], tile[k])
+        tile = tiles[get_thread_id()]
+        for row in range(height // 4):
+            for col in range(width // 4):
+                top = 4 * row - 1
+                left = 4 * col - 1
+                for block in range(blocks):
+                    for h in range(6):
+                        for w in range(6):
+                            if 0 <= top + h < height and 0 <= left + w < width:
+                                copy(x[i, top + h, left + w, block], tile[h, w])
                             else:
-                                tile[k] = 0
-                    for k in range(6):
-                        transform_input(flat, k * ROW, BLOCK)
-                    for k in range(6):
-                        transform_input(flat, k * BLOCK, ROW)
-                    for k in range(36):
-                        copy(tile[k], V[k, row, c : c + BLOCK])
-                row += 1
+                                tile[h, w] = 0
+                    input_tile(tile)
+                    write_matrices(tile, V, i, row, col, block)
 
 
 @kernel(parallel=True)
 def transform_images_gradient(dV, dx, tiles):
-    """transform_images transposed: dV (36, rows, C) → dx (N, H, W, C), the overlapping tiles added up."""
-    n, height, width, channels = dx.shape
+    """dd = B dV Bᵀ, and dx = the sum of the overlapping tiles dd."""
+    n, height, width, blocks, _ = dx.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
-        flat = tile.reshape(-1)
+        tile = tiles[get_thread_id()]
         dx[i] = 0
-        for top in range(-1, height - 1, 4):
-            for left in range(-1, width - 1, 4):
-                for c in range(0, channels, BLOCK):
-                    for k in range(36):
-                        copy(dV[k, row, c : c + BLOCK], tile[k])
-                    for k in range(6):
-                        transform_input_gradient(flat, k * BLOCK, ROW)
-                    for k in range(6):
-                        transform_input_gradient(flat, k * ROW, BLOCK)
-                    for h in range(max(top, 0), min(top + 6, height)):
-                        for w in range(max(left, 0), min(left + 6, width)):
-                            add(tile[6 * (h - top) + w - left], dx[i, h, w, c : c + BLOCK])
-                row += 1
+        for row in range(height // 4):
+            for col in range(width // 4):
+                top = 4 * row - 1
+                left = 4 * col - 1
+                for block in range(blocks):
+                    read_matrices(dV, i, row, col, block, tile)
+                    input_tile_gradient(tile)
+                    for h in range(6):
+                        for w in range(6):
+                            if 0 <= top + h < height and 0 <= left + w < width:
+                                add(tile[h, w], dx[i, top + h, left + w, block])
 
 
 @kernel(parallel=True)
 def transform_products(M, out, tiles):
-    """Aᵀ m A of all tiles: M (36, rows, F) → out (N, H, W, F)."""
-    n, height, width, channels = out.shape
+    """M → y = Aᵀ M A"""
+    n, rows, _, cols, _, blocks, _ = out.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
-        flat = tile.reshape(-1)
-        for top in range(0, height, 4):
-            for left in range(0, width, 4):
-                for f in range(0, channels, BLOCK):
-                    for k in range(36):
-                        copy(M[k, row, f : f + BLOCK], tile[k])
-                    for k in range(6):
-                        transform_output(flat, k * ROW, BLOCK)
-                    for k in range(4):
-                        transform_output(flat, k * BLOCK, ROW)
+        tile = tiles[get_thread_id()]
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    read_matrices(M, i, row, col, block, tile)
+                    output_tile(tile)
                     for h in range(4):
                         for w in range(4):
-                            copy(tile[6 * h + w], out[i, top + h, left + w, f : f + BLOCK])
-                row += 1
+                            copy(tile[h, w], out[i, row, h, col, w, block])
 
 
 @kernel(parallel=True)
 def transform_products_gradient(dout, dM, tiles):
-    """transform_products transposed: dout (N, H, W, F) → dM (36, rows, F)."""
-    n, height, width, channels = dout.shape
+    """dM = A dy Aᵀ"""
+    n, rows, _, cols, _, blocks, _ = dout.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (height // 4) * (width // 4)
-        flat = tile.reshape(-1)
-        for top in range(0, height, 4):
-            for left in range(0, width, 4):
-                for f in range(0, channels, BLOCK):
+        tile = tiles[get_thread_id()]
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
                     for h in range(4):
                         for w in range(4):
-                            copy(dout[i, top + h, left + w, f : f + BLOCK], tile[6 * h + w])
-                    for k in range(4):
-                        transform_output_gradient(flat, k * BLOCK, ROW)
-                    for k in range(6):
-                        transform_output_gradient(flat, k * ROW, BLOCK)
-                    for k in range(36):
-                        copy(tile[k], dM[k, row, f : f + BLOCK])
-                row += 1
+                            copy(dout[i, row, h, col, w, block], tile[h, w])
+                    output_tile_gradient(tile)
+                    write_matrices(tile, dM, i, row, col, block)
 
 
 @kernel(parallel=True)
-def pool_products(M, b, out, won, tiles):
-    """transform_products with bias, ReLU and pooling: M (36, rows, F) → out, won (N, H/2, W/2, F)."""
-    n, oh, ow, channels = out.shape
+def pool_products(M, b, out, argmax, tiles):
+    """transform_products with bias b (F/BLOCK, BLOCK), ReLU and pooling.
+
+    The 4×4 positions of y are 2×2 pooling windows; only their maxima leave the cache.
+    """
+    n, rows, _, cols, _, blocks, _ = out.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (oh // 2) * (ow // 2)
-        flat = tile.reshape(-1)
-        for top in range(0, oh, 2):
-            for left in range(0, ow, 2):
-                for f in range(0, channels, BLOCK):
-                    for k in range(36):
-                        copy(M[k, row, f : f + BLOCK], tile[k])
-                    for k in range(6):
-                        transform_output(flat, k * ROW, BLOCK)
-                    for k in range(4):
-                        transform_output(flat, k * BLOCK, ROW)
+        tile = tiles[get_thread_id()]
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    read_matrices(M, i, row, col, block, tile)
+                    output_tile(tile)
                     for h in range(2):
                         for w in range(2):
-                            k = 12 * h + 2 * w
-                            pool(flat, k * BLOCK, BLOCK, ROW)
-                            bias_relu(
-                                tile[k],
-                                tile[k + 1],
-                                b[f : f + BLOCK],
-                                out[i, top + h, left + w, f : f + BLOCK],
-                                won[i, top + h, left + w, f : f + BLOCK],
-                            )
-                row += 1
+                            y0 = tile[2 * h, 2 * w]
+                            y1 = tile[2 * h, 2 * w + 1]
+                            y2 = tile[2 * h + 1, 2 * w]
+                            y3 = tile[2 * h + 1, 2 * w + 1]
+                            place = (i, row, h, col, w, block)
+                            relu_pool(y0, y1, y2, y3, b[block], out[place], argmax[place])
 
 
 @kernel(parallel=True)
-def pool_products_gradient(dout, won, dM, dbs, tiles):
-    """pool_products transposed: dout, won (N, H/2, W/2, F) → dM (36, rows, F), db of each image (N, F)."""
-    n, oh, ow, channels = dout.shape
+def pool_products_gradient(dout, argmax, dM, dbs, tiles):
+    """pool_products transposed; dbs (N, F/BLOCK, BLOCK): each image's db."""
+    n, rows, _, cols, _, blocks, _ = dout.shape
     for i in prange(n):
-        tile, row = tiles[get_thread_id()], i * (oh // 2) * (ow // 2)
-        flat = tile.reshape(-1)
+        tile = tiles[get_thread_id()]
         dbs[i] = 0
-        for top in range(0, oh, 2):
-            for left in range(0, ow, 2):
-                for f in range(0, channels, BLOCK):
+        for row in range(rows):
+            for col in range(cols):
+                for block in range(blocks):
+                    db = dbs[i, block]
                     for h in range(2):
                         for w in range(2):
-                            k = 12 * h + 2 * w
-                            relu_gradient(
-                                dout[i, top + h, left + w, f : f + BLOCK],
-                                won[i, top + h, left + w, f : f + BLOCK],
-                                tile[k],
-                                tile[k + 1],
-                            )
-                            add(tile[k], dbs[i, f : f + BLOCK])
-                            unpool(flat, k * BLOCK, BLOCK, ROW)
-                    for k in range(4):
-                        transform_output_gradient(flat, k * BLOCK, ROW)
-                    for k in range(6):
-                        transform_output_gradient(flat, k * ROW, BLOCK)
-                    for k in range(36):
-                        copy(tile[k], dM[k, row, f : f + BLOCK])
-                row += 1
+                            dy0 = tile[2 * h, 2 * w]
+                            dy1 = tile[2 * h, 2 * w + 1]
+                            dy2 = tile[2 * h + 1, 2 * w]
+                            dy3 = tile[2 * h + 1, 2 * w + 1]
+                            place = (i, row, h, col, w, block)
+                            relu_pool_gradient(dout[place], argmax[place], dy0, dy1, dy2, dy3, db)
+                    output_tile_gradient(tile)
+                    write_matrices(tile, dM, i, row, col, block)
 
 
 @kernel(parallel=True)
 def transform_weights(matrix, weights, out):
-    """out = matrix @ weights: few rows, many columns."""
+    """out = matrix @ weights, for a small matrix with zeros and many columns of weights.
+
+    w → U with the matrix G ⊗ G (36, 9) and weights (9, C·F); dU → dw with its transpose.
+    """
     columns = weights.shape[1]
     for block in prange(-(-columns // 256)):
-        start, stop = 256 * block, min(256 * (block + 1), columns)
+        start = 256 * block
+        stop = min(start + 256, columns)
         for k in range(len(out)):
             row = out[k, start:stop]
             row[:] = 0
@@ -529,7 +846,7 @@ def multiply(V, U, M):
 
 @kernel(parallel=True)
 def multiply_gradient(V, dM, U, dV, dU, products, first):
-    """dV = dM Uᵀ; dU = Vᵀ dM, or that added to dU unless this is the first piece of the batch."""
+    """dV = dM Uᵀ; dU = Vᵀ dM in the first chunk of a batch, and added to dU in the others."""
     for k in prange(36):
         if first:
             np.dot(V[k].T, dM[k], dU[k])
@@ -540,406 +857,290 @@ def multiply_gradient(V, dM, U, dV, dU, products, first):
         np.dot(dM[k], U[k].T, dV[k])
 
 
-class ThreadedWinogradConv2D(WinogradConv2D):
-    """in_channels, out_channels: multiples of BLOCK.
+def by_block(x):
+    """A view of x (..., C) as (..., C/BLOCK, BLOCK)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
 
-    Images are shared among threads in the transforms, the 36 products between them too: then no thread needs the whole
-    of U, nor a sum of its own for the weights' gradient.
-    """
+
+def by_tile(y, tile_size):
+    """A view of y (N, H, W, C) as (N, rows, tile_size, columns, tile_size, C/BLOCK, BLOCK)."""
+    n, h, w, c = y.shape
+    return by_block(y.reshape(n, h // tile_size, tile_size, w // tile_size, tile_size, c))
+
+
+class ThreadedWinogradConv2D(WinogradConv2D):
+    """common.WinogradConv2D with threads. in_channels, out_channels: multiples of BLOCK."""
 
     def __init__(self, in_channels, out_channels, *, bias=True, rng=None, dtype=np.float32):
-        check_blocks(in_channels, out_channels)
+        for c in (in_channels, out_channels):
+            if c % BLOCK:
+                raise ValueError(f"{c} channels: {type(self).__name__} takes multiples of {BLOCK}")
         super().__init__(in_channels, out_channels, bias=bias, rng=rng, dtype=dtype)
 
     def forward(self, x):
-        n, h, w, c = self.x_shape = x.shape
+        """x (N, H, W, C_in) → (N, H, W, C_out); H and W: multiples of 4."""
+        n, h, w, c = x.shape
         if h % 4 or w % 4:
             raise ValueError(
                 f"{type(self).__name__} takes images of 4n x 4m pixels, not {h}x{w}: use Conv2D"
             )
-        f, threads = self.b.size, numba.get_num_threads()
-        self.G2 = np.kron(self.G, self.G).astype(x.dtype)
-        self.U = self.scratch("U", (36, c, f), x)
+        self.x_shape = x.shape
+        self.tiles = self.workspace("tiles", (numba.get_num_threads(), 6, 6, BLOCK), x.dtype)
+
+        # U = G w Gᵀ for all channels at once: vec(G w Gᵀ) = (G ⊗ G) vec(w)
+        self.G2 = np.kron(WINOGRAD_G, WINOGRAD_G).astype(x.dtype)
+        self.U = self.workspace("U", (36, c, self.b.size), x.dtype)
         transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
-        self.tiles = self.scratch("tiles", (threads, 36, BLOCK), x)
-        self.V = self.scratch(
-            "V", (n, 36 * (h // 4) * (w // 4) * c), x
-        )  # a piece's part: (36, rows, C)
-        self._start_forward(x)
-        for piece in self._pieces():
-            V, M = self.V[piece].reshape(36, -1, c), self._M(piece)
-            transform_images(x[piece], V, self.tiles)
+
+        # backward() needs V again. Each chunk's slice of it holds 36 matrices.
+        self.V = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
+        self._allocate_output(x)
+        for chunk in self._chunks():
+            V, V_by_tile = self._matrices(self.V[chunk], c)
+            M, M_by_tile = self._products(chunk)
+            transform_images(by_block(x[chunk]), V_by_tile, self.tiles)
             multiply(V, self.U, M)
-            self._finish_forward(M, piece)
+            self._transform_output(M_by_tile, chunk)
         return self.out
 
     def backward(self, dout):
-        c, f = self.x_shape[3], self.b.size
-        dx, dU = self.scratch("dx", self.x_shape, dout), self.scratch("dU", self.U.shape, dout)
-        products = self.scratch("products", (len(self.tiles), c, f), dout)
-        for piece in self._pieces():
-            V, dM = self.V[piece].reshape(36, -1, c), self._M(piece)
-            dV = self.scratch("dV", self.V[piece].shape, dout).reshape(V.shape)
-            self._start_backward(dout, dM, piece)
-            multiply_gradient(V, dM, self.U, dV, dU, products, piece.start == 0)
-            transform_images_gradient(dV, dx[piece], self.tiles)
+        """dout, of the shape that forward() returned, → dx (N, H, W, C_in); sets dW and db."""
+        c = self.x_shape[3]
+        dx = self.workspace("dx", self.x_shape, dout.dtype)
+        dU = self.workspace("dU", self.U.shape, dout.dtype)
+        products = self.workspace("products", (len(self.tiles), *self.U.shape[1:]), dout.dtype)
+        for chunk in self._chunks():
+            V, _ = self._matrices(self.V[chunk], c)
+            dV = self.workspace("dV", self.V[chunk].shape, dout.dtype)
+            dV, dV_by_tile = self._matrices(dV, c)
+            dM, dM_by_tile = self._products(chunk)
+            self._transform_output_gradient(dout, dM_by_tile, chunk)
+            multiply_gradient(V, dM, self.U, dV, dU, products, chunk.start == 0)
+            transform_images_gradient(dV_by_tile, by_block(dx[chunk]), self.tiles)
         transform_weights(self.G2.T.copy(), dU.reshape(36, -1), self.dW.reshape(9, -1))
-        self._finish_backward(dout)
+        self._bias_gradient(dout)
         return dx
 
-    def _pieces(self):
-        """Slices of the batch, at least one: V and M fill the threads' caches, or as much as U, which each reads."""
-        (n, h, w, c), threads = self.x_shape, len(self.tiles)
+    def _chunks(self):
+        """Slices of the batch, at least one, each large enough for the threads and their caches.
+
+        A chunk's V and M fill the caches, or are as large as U, which each chunk reads again.
+        """
+        n, h, w, c = self.x_shape
+        threads = len(self.tiles)
         bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
-        images = threads * math.ceil(max(CACHE_BYTES, self.U.nbytes / threads) / bytes_per_image)
-        return [slice(start, min(start + images, n)) for start in range(0, max(n, 1), images)]
+        bytes_per_thread = max(CACHE_BYTES, self.U.nbytes / threads)
+        chunk_size = threads * math.ceil(bytes_per_thread / bytes_per_image)
+        starts = range(0, max(n, 1), chunk_size)
+        return [slice(start, min(start + chunk_size, n)) for start in starts]
 
-    def _M(self, piece):
-        (_, h, w, _), f = self.x_shape, self.b.size
-        return self.scratch(
-            "M", (piece.stop - piece.start, 36 * (h // 4) * (w // 4) * f), self.V
-        ).reshape(36, -1, f)
+    def _matrices(self, memory, channels):
+        """Two views of V, M or their gradients of n images: (36, tiles, channels), and by tile."""
+        n = len(memory)
+        _, h, w, _ = self.x_shape
+        by_place = memory.reshape(36, n, h // 4, w // 4, channels)
+        return memory.reshape(36, -1, channels), by_block(by_place)
 
-    def _start_forward(self, x):
-        self.out = self.scratch("out", (*x.shape[:3], self.b.size), x)
+    def _products(self, chunk):
+        """M or dM of a chunk, in a workspace that the next chunk overwrites."""
+        _, h, w, _ = self.x_shape
+        f = self.b.size
+        shape = (chunk.stop - chunk.start, 36 * (h // 4) * (w // 4) * f)
+        return self._matrices(self.workspace("M", shape, self.V.dtype), f)
 
-    def _finish_forward(self, M, piece):
-        transform_products(M, self.out[piece], self.tiles)
+    # The steps that ThreadedWinogradReLUPool replaces.
+
+    def _allocate_output(self, x):
+        self.out = self.workspace("out", (*x.shape[:3], self.b.size), x.dtype)
+
+    def _transform_output(self, M, chunk):
+        out = self.out[chunk]
+        transform_products(M, by_tile(out, 4), self.tiles)
         if self.has_bias:
-            self.out[piece] += self.b
+            out += self.b
 
-    def _start_backward(self, dout, dM, piece):
-        transform_products_gradient(dout[piece], dM, self.tiles)
+    def _transform_output_gradient(self, dout, dM, chunk):
+        transform_products_gradient(by_tile(dout[chunk], 4), dM, self.tiles)
 
-    def _finish_backward(self, dout):
+    def _bias_gradient(self, dout):
         if self.has_bias:
             dout.sum(axis=(0, 1, 2), out=self.db)
 
 
 class ThreadedWinogradReLUPool(ThreadedWinogradConv2D):
-    """WinogradReLUPool: with bias, ReLU and pooling."""
+    """common.WinogradReLUPool with threads: (N, H, W, C_in) → (N, H/2, W/2, C_out)."""
 
     def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
         super().__init__(in_channels, out_channels, rng=rng, dtype=dtype)
 
-    def _start_forward(self, x):
+    def _allocate_output(self, x):
         n, h, w, _ = x.shape
-        self.out = self.scratch("out", (n, h // 2, w // 2, self.b.size), x)
-        self.won = self.scratch("won", self.out.shape, x, dtype=np.uint8)
-        self.dbs = self.scratch("dbs", (n, self.b.size), x)
+        f = self.b.size
+        self.out = self.workspace("out", (n, h // 2, w // 2, f), x.dtype)
+        self.argmax = self.workspace("argmax", (n, h // 2, w // 2, f), np.uint8)
+        self.dbs = self.workspace("dbs", (n, f), x.dtype)
 
-    def _finish_forward(self, M, piece):
-        pool_products(M, self.b, self.out[piece], self.won[piece], self.tiles)
+    def _transform_output(self, M, chunk):
+        out = by_tile(self.out[chunk], 2)
+        argmax = by_tile(self.argmax[chunk], 2)
+        pool_products(M, by_block(self.b), out, argmax, self.tiles)
 
-    def _start_backward(self, dout, dM, piece):
-        pool_products_gradient(dout[piece], self.won[piece], dM, self.dbs[piece], self.tiles)
+    def _transform_output_gradient(self, dout, dM, chunk):
+        dout = by_tile(dout[chunk], 2)
+        argmax = by_tile(self.argmax[chunk], 2)
+        pool_products_gradient(dout, argmax, dM, by_block(self.dbs[chunk]), self.tiles)
 
-    def _finish_backward(self, dout):
+    def _bias_gradient(self, dout):
         self.dbs.sum(axis=0, out=self.db)
 
 
-# Any other convolution: the rows of one matrix product are the windows of a few images.
-
-
-@inlined
-def im2col(x, size, stride, padding, oh, ow, col):
-    """x (N, H, W, C) → col (N·OH·OW, size·size·C): a row for each window. What lies outside the image is 0."""
-    n, height, width, channels = x.shape
-    row = 0
-    for i in range(n):
-        for top in range(-padding, stride * oh - padding, stride):
-            for left in range(-padding, stride * ow - padding, stride):
-                first, last = max(left, 0), min(left + size, width)
-                for h in range(top, top + size):
-                    line = col[row, (h - top) * size * channels : (h - top + 1) * size * channels]
-                    if not (0 <= h < height and first == left and last == left + size):
-                        line[:] = 0
-                    if 0 <= h < height:
-                        copy(
-                            x[i, h].reshape(-1)[first * channels : last * channels],
-                            line[(first - left) * channels : (last - left) * channels],
-                        )
-                row += 1
-
-
-@inlined
-def col2im(col, size, stride, padding, oh, ow, dx):
-    """im2col transposed: adds the windows' gradients up."""
-    n, height, width, channels = dx.shape
-    row = 0
-    dx[...] = 0
-    for i in range(n):
-        for top in range(-padding, stride * oh - padding, stride):
-            for left in range(-padding, stride * ow - padding, stride):
-                first, last = max(left, 0), min(left + size, width)
-                for h in range(max(top, 0), min(top + size, height)):
-                    line = col[row, (h - top) * size * channels : (h - top + 1) * size * channels]
-                    add(
-                        line[(first - left) * channels : (last - left) * channels],
-                        dx[i, h].reshape(-1)[first * channels : last * channels],
-                    )
-                row += 1
-
-
-@kernel(parallel=True)
-def conv_forward(x, W, out, size, stride, padding, images, cols):
-    """x (N, H, W, C), W (size·size·C, F) → out (N, OH, OW, F), in pieces of that many images."""
-    n, oh, ow, channels = out.shape
-    for p in prange(-(-n // images)):
-        start, stop = p * images, min((p + 1) * images, n)
-        col = cols[get_thread_id(), : (stop - start) * oh * ow]
-        im2col(x[start:stop], size, stride, padding, oh, ow, col)
-        np.dot(col, W, out[start:stop].reshape(-1, channels))
-
-
-@kernel(parallel=True)
-def conv_backward(x, dout, W, dx, dWs, size, stride, padding, images, cols, products):
-    """Adds each piece's dW (size·size·C, F) to its thread's sum and sets dx, unless that has no images."""
-    n, oh, ow, channels = dout.shape
-    for p in prange(-(-n // images)):
-        t, start, stop = get_thread_id(), p * images, min((p + 1) * images, n)
-        col, dy = cols[t, : (stop - start) * oh * ow], dout[start:stop].reshape(-1, channels)
-        im2col(x[start:stop], size, stride, padding, oh, ow, col)
-        np.dot(col.T, dy, products[t])
-        dWs[t] += products[t]
-        if len(dx):
-            np.dot(dy, W.T, col)
-            col2im(col, size, stride, padding, oh, ow, dx[start:stop])
-
-
-class ThreadedConv2D(Conv2D):
-    ROWS = 512  # at least, of a matrix product, if there are enough images
-
-    def forward(self, x):
-        (n, h, w, c), k, s, p, threads = (
-            x.shape,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            numba.get_num_threads(),
-        )
-        self.x, oh, ow = x, (h + 2 * p - k) // s + 1, (w + 2 * p - k) // s + 1
-        out = self.scratch("out", (n, oh, ow, self.b.size), x)
-        images = max(
-            1, min(-(-self.ROWS // (oh * ow)), -(-n // threads))
-        )  # a piece for every thread
-        self.options = (
-            k,
-            s,
-            p,
-            images,
-            self.scratch("cols", (threads, images * oh * ow, k * k * c), x),
-        )
-        conv_forward(x, self.W.reshape(-1, self.b.size), out, *self.options)
-        if self.has_bias:
-            out += self.b
-        return out
-
-    def backward(self, dout):
-        threads, W = numba.get_num_threads(), self.W.reshape(-1, self.b.size)
-        dWs, products = (
-            self.scratch(name, (threads, *W.shape), dout) for name in ("dWs", "products")
-        )
-        dx = self.scratch("dx", self.x.shape if self.needs_dx else (0, *self.x.shape[1:]), dout)
-        dWs.fill(0)
-        conv_backward(self.x, dout, W, dx, dWs, *self.options, products)
-        dWs.sum(axis=0, out=self.dW.reshape(W.shape))
-        if self.has_bias:
-            dout.sum(axis=(0, 1, 2), out=self.db)
-        return dx if self.needs_dx else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The sums of a channel are taken image by image and then over the images, whichever thread had them.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@inlined
-def add_squared_deviations(x, mean, sums):
-    """sums += (x - mean)². All (C,)."""
-    for c in range(sums.size):
-        d = x[c] - mean[c]
-        sums[c] += d * d
-
-
-@inlined
-def scale_and_shift(x, mean, scale, shift, out):
-    """out = (x - mean) scale + shift. All (C,)."""
-    for c in range(out.size):
-        out[c] = (x[c] - mean[c]) * scale[c] + shift[c]
-
-
-@inlined
-def relu(row):
-    zero = row.dtype.type(0)
-    for c in range(row.size):
-        row[c] = zero if row[c] <= zero else row[c]
-
-
-@inlined
-def mask(dout, out, d):
-    """d = dout where ReLU is open, else 0. All (C,)."""
-    zero = dout.dtype.type(0)
-    for c in range(d.size):
-        d[c] = dout[c] if out[c] > zero else zero
-
-
-@inlined
-def add_products(d, x, mean, sums):
-    """sums += d (x - mean). All (C,)."""
-    for c in range(sums.size):
-        sums[c] += d[c] * (x[c] - mean[c])
-
-
-@inlined
-def combine(d, scale, x, mean, slope, shift, dx):
-    """dx = d scale - (x - mean) slope - shift. All (C,)."""
-    for c in range(dx.size):
-        dx[c] = d[c] * scale[c] - (x[c] - mean[c]) * slope[c] - shift[c]
+# --------------------------------------------------------------------------------------------------
+# Batch normalisation, with what follows it in a residual block: the sum with the shortcut, ReLU
+#
+# A pass over memory costs more than the arithmetic: so as much as possible is done in each. Sums
+# over a channel are taken image by image, then over the images, whichever thread had them.
+# --------------------------------------------------------------------------------------------------
 
 
 @kernel(parallel=True)
 def moments(x, means, squares):
-    """x (N, positions, C) → of each image and channel the mean and the sum of squared deviations from it (N, C)."""
-    n, positions, _ = x.shape
+    """x (N, H, W, C) → each image's means and sums of squared deviations from them, (N, C) both.
+
+    Two passes over an image, which the second finds in the cache: a variance computed from the sum
+    of squares would lose its digits where the mean is large.
+    """
+    n, height, width, channels = x.shape
     for i in prange(n):
-        mean, square = means[i], squares[i]
+        mean = means[i]
         mean[:] = 0
+        for h in range(height):
+            for w in range(width):
+                add(x[i, h, w], mean)
+        mean /= height * width
+
+        square = squares[i]
         square[:] = 0
-        for p in range(positions):
-            add(x[i, p], mean)
-        mean /= positions
-        for p in range(positions):
-            add_squared_deviations(x[i, p], mean, square)
+        for h in range(height):
+            for w in range(width):
+                for c in range(channels):
+                    deviation = x[i, h, w, c] - mean[c]
+                    square[c] += deviation * deviation
 
 
 @kernel(parallel=True)
 def normalize(x, mean, scale, shift, shortcut, has_relu, out):
-    """out = (x - mean) scale + shift, plus shortcut if that has images, ReLU of it if has_relu. (N, positions, C)"""
-    n, positions, _ = x.shape
+    """out = (x - mean) scale + shift, + shortcut if not empty, ReLU if has_relu: (N, H, W, C)."""
+    n, height, width, channels = x.shape
     for i in prange(n):
-        for p in range(positions):
-            row = out[i, p]
-            scale_and_shift(x[i, p], mean, scale, shift, row)
-            if len(shortcut):
-                add(shortcut[i, p], row)
-            if has_relu:
-                relu(row)
+        for h in range(height):
+            for w in range(width):
+                for c in range(channels):
+                    y = (x[i, h, w, c] - mean[c]) * scale[c] + shift[c]
+                    if len(shortcut):
+                        y += shortcut[i, h, w, c]
+                    if has_relu and y <= 0:
+                        y = x.dtype.type(0)
+                    out[i, h, w, c] = y
 
 
 @kernel(parallel=True)
-def normalize_sums(dout, x, mean, out, has_relu, rows, products, sums):
-    """Of each image and channel the sums of d and d (x - mean), d being the gradient before ReLU (N, C)."""
-    n, positions, _ = x.shape
+def normalize_param_gradients(dout, x, mean, out, has_relu, products, sums):
+    """Each image's sums of d (x - mean) and of d, (N, C) both; d: the gradient before ReLU."""
+    n, height, width, channels = x.shape
     for i in prange(n):
-        d = rows[get_thread_id()]
         products[i] = 0
         sums[i] = 0
-        for p in range(positions):
-            if has_relu:
-                mask(dout[i, p], out[i, p], d)
-            else:
-                copy(dout[i, p], d)
-            add(d, sums[i])
-            add_products(d, x[i, p], mean, products[i])
+        for h in range(height):
+            for w in range(width):
+                for c in range(channels):
+                    d = dout[i, h, w, c]
+                    if has_relu and not out[i, h, w, c] > 0:
+                        d = x.dtype.type(0)
+                    sums[i, c] += d
+                    products[i, c] += d * (x[i, h, w, c] - mean[c])
 
 
 @kernel(parallel=True)
-def normalize_gradient(dout, x, mean, out, has_relu, scale, slope, shift, rows, dx, dshortcut):
-    """dx = d scale - (x - mean) slope - shift; dshortcut = d, if that has images; d: the gradient before ReLU."""
-    for i in prange(len(x)):
-        d = rows[get_thread_id()]
-        for p in range(x.shape[1]):
-            if has_relu:
-                mask(dout[i, p], out[i, p], d)
-            else:
-                copy(dout[i, p], d)
-            if len(dshortcut):
-                copy(d, dshortcut[i, p])
-            combine(d, scale, x[i, p], mean, slope, shift, dx[i, p])
+def normalize_input_gradient(dout, x, mean, out, has_relu, scale, slope, shift, dx, dshortcut):
+    """dx = d scale - (x - mean) slope - shift, and dshortcut = d if not empty: (N, H, W, C)."""
+    n, height, width, channels = x.shape
+    for i in prange(n):
+        for h in range(height):
+            for w in range(width):
+                for c in range(channels):
+                    d = dout[i, h, w, c]
+                    if has_relu and not out[i, h, w, c] > 0:
+                        d = x.dtype.type(0)
+                    if len(dshortcut):
+                        dshortcut[i, h, w, c] = d
+                    deviation = x[i, h, w, c] - mean[c]
+                    dx[i, h, w, c] = d * scale[c] - deviation * slope[c] - shift[c]
 
 
 class ThreadedBatchNorm2D(BatchNorm2D):
-    """BatchNorm2D, and in the same pass what follows it in a residual block: the sum with the shortcut, ReLU."""
+    """common.BatchNorm2D with threads: its four passes over the images.
 
-    relu = False
+    forward(x, shortcut) adds the shortcut; backward() then sets its gradient, `dshortcut`.
+    has_relu: ReLU of the result.
+    """
+
+    has_relu = False
 
     def forward(self, x, shortcut=None):
         self.shortcut = x[:0] if shortcut is None else shortcut
         return super().forward(x)
 
     def _moments(self, x):
+        """Values per channel; their mean and sum of squared deviations (C,), from each image's."""
         n, h, w, c = x.shape
-        means, squares = (self.scratch(name, (n, c), x) for name in ("means", "squares"))
-        moments(by_position(x), means, squares)
+        means = self.workspace("means", (n, c), x.dtype)
+        squares = self.workspace("squares", (n, c), x.dtype)
+        moments(x, means, squares)
         mean = means.sum(axis=0) / max(n, 1)
-        return n * h * w, mean, squares.sum(axis=0) + h * w * np.square(means - mean).sum(axis=0)
+        squared_deviations = squares.sum(axis=0) + h * w * np.square(means - mean).sum(axis=0)
+        return n * h * w, mean, squared_deviations
 
     def _normalize(self, x, mean):
-        self.x, self.mean, self.out = x, mean, self.scratch("out", x.shape, x)
-        normalize(
-            by_position(x),
-            mean,
-            self.gamma * self.inverse,
-            self.beta,
-            by_position(self.shortcut),
-            self.relu,
-            by_position(self.out),
-        )
+        self.x = x
+        self.mean = mean
+        self.out = self.workspace("out", x.shape, x.dtype)
+        scale = self.gamma * self.inv_std
+        normalize(x, mean, scale, self.beta, self.shortcut, self.has_relu, self.out)
         return self.out
 
-    def _sums(self, dout):
+    def _param_gradients(self, dout):
         n, _, _, c = dout.shape
-        products, sums = (self.scratch(name, (n, c), dout) for name in ("means", "squares"))
-        self.rows = self.scratch("rows", (numba.get_num_threads(), c), dout)
-        normalize_sums(
-            by_position(dout),
-            by_position(self.x),
-            self.mean,
-            by_position(self.out),
-            self.relu,
-            self.rows,
-            products,
-            sums,
-        )
-        return products.sum(axis=0) * self.inverse, sums.sum(axis=0)
+        products = self.workspace("products", (n, c), dout.dtype)
+        sums = self.workspace("sums", (n, c), dout.dtype)
+        normalize_param_gradients(dout, self.x, self.mean, self.out, self.has_relu, products, sums)
+        return products.sum(axis=0) * self.inv_std, sums.sum(axis=0)
 
-    def _input_gradient(self, dout, dgamma, dbeta):
-        dx, scale = self.scratch("dx", dout.shape, dout), self.gamma * self.inverse
-        self.dshortcut = self.scratch("dshortcut", self.shortcut.shape, dout)
-        normalize_gradient(
-            by_position(dout),
-            by_position(self.x),
-            self.mean,
-            by_position(self.out),
-            self.relu,
-            scale,
-            scale * self.inverse * dgamma,
-            scale * dbeta,
-            self.rows,
-            by_position(dx),
-            by_position(self.dshortcut),
-        )
+    def _input_gradient(self, dout, mean_dgamma, mean_dbeta):
+        dx = self.workspace("dx", dout.shape, dout.dtype)
+        self.dshortcut = self.workspace("dshortcut", self.shortcut.shape, dout.dtype)
+        # gamma · inv_std · (d - mean_dbeta - x_hat · mean_dgamma), x_hat = (x - mean) · inv_std
+        scale = self.gamma * self.inv_std
+        slope = scale * self.inv_std * mean_dgamma
+        shift = scale * mean_dbeta
+        saved = (self.x, self.mean, self.out, self.has_relu)
+        normalize_input_gradient(dout, *saved, scale, slope, shift, dx, self.dshortcut)
         return dx
 
 
 class ThreadedNormReLU(ThreadedBatchNorm2D):
-    relu = True
-
-
-def by_position(x):
-    """(N, H, W, C) → (N, H·W, C)"""
-    n, h, w, c = x.shape
-    return x.reshape(n, h * w, c)
+    has_relu = True
 
 
 @kernel(parallel=True)
 def accumulate(source, target):
+    """target += source, both flat."""
     for i in prange(target.size):
         target[i] += source[i]
 
 
 class ThreadedBasicBlock(BasicBlock):
+    """common.BasicBlock with threads: the normalisations include the two ReLUs and the sum."""
+
     def __init__(
         self, in_channels, out_channels, stride=1, *, conv=None, rng=None, dtype=np.float32
     ):
@@ -954,12 +1155,14 @@ class ThreadedBasicBlock(BasicBlock):
             dtype=dtype,
         )
         self.conv1, self.norm1, _, self.conv2, self.norm2 = self.branch
-        self.norm1.relu = self.norm2.relu = True
+        self.norm1.has_relu = True
+        self.norm2.has_relu = True
 
     def forward(self, x):
+        """x (N, H, W, C_in) → (N, H/stride, W/stride, C_out)"""
         shortcut = x
-        for part in self.shortcut:
-            shortcut = part.forward(shortcut)
+        for layer in self.shortcut:
+            shortcut = layer.forward(shortcut)
         y = self.norm1.forward(self.conv1.forward(x))
         return self.norm2.forward(self.conv2.forward(y), shortcut)
 
@@ -967,369 +1170,26 @@ class ThreadedBasicBlock(BasicBlock):
         dx = self.conv2.backward(self.norm2.backward(dout))
         dx = self.conv1.backward(self.norm1.backward(dx))
         dshortcut = self.norm2.dshortcut
-        for part in reversed(self.shortcut):
-            dshortcut = part.backward(dshortcut)
+        for layer in reversed(self.shortcut):
+            dshortcut = layer.backward(dshortcut)
         accumulate(dshortcut.reshape(-1), dx.reshape(-1))
         return dx
 
 
-@inlined
-def part(n, t, threads):
-    """Thread t's range of n items, as start and stop."""
-    return n * t // threads, n * (t + 1) // threads
+# --------------------------------------------------------------------------------------------------
+# Models, and the threads that compute them
+# --------------------------------------------------------------------------------------------------
 
 
-@kernel(parallel=True)
-def dense_forward(x, W, xs, outs):
-    """Each thread a range of the input features: xs[t] = x of that range, kept for backward(); outs[t]: its product."""
-    threads = len(outs)
-    for t in prange(threads):
-        start, stop = part(len(W), t, threads)
-        mine = xs[t, : x.shape[0] * (stop - start)].reshape(x.shape[0], stop - start)
-        mine[...] = x[:, start:stop]
-        np.dot(mine, W[start:stop], outs[t])
+def make_stem(rng, dtype):
+    """The first layers of ResNet-18."""
+    return [
+        ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+        ThreadedNormReLU(64, dtype=dtype),
+    ]
 
 
-@kernel(parallel=True)
-def dense_backward(xs, dout, W, dW, dx, turned):
-    """dW = xᵀ dout and dx = dout Wᵀ, each thread a range of the input features."""
-    threads, n = len(xs), len(dout)
-    for t in prange(threads):
-        start, stop = part(len(W), t, threads)
-        np.dot(xs[t, : n * (stop - start)].reshape(n, stop - start).T, dout, dW[start:stop])
-        np.dot(
-            W[start:stop], dout.T, turned[start:stop]
-        )  # BLAS is faster with the long dimension first
-        for first in range(start, stop, 16):  # a cache line
-            for i in range(n):
-                for k in range(first, min(first + 16, stop)):
-                    dx[i, k] = turned[k, i]
-
-
-class ThreadedDense(Dense):
-    def forward(self, x):
-        (n, features), threads = x.shape, numba.get_num_threads()
-        self.xs = self.scratch("xs", (threads, n * -(-features // threads)), x)
-        outs = self.scratch("outs", (threads, n, self.b.size), x)
-        dense_forward(x, self.W, self.xs, outs)
-        out = outs.sum(axis=0, out=self.scratch("out", outs.shape[1:], x))
-        out += self.b
-        return out
-
-    def backward(self, dout):
-        if len(dout) == 0:
-            self.x = np.zeros((0, len(self.W)), dout.dtype)
-            return super().backward(dout)
-        dx, turned = (
-            self.scratch(name, shape, dout)
-            for name, shape in (
-                ("dx", (len(dout), len(self.W))),
-                ("turned", (len(self.W), len(dout))),
-            )
-        )
-        dense_backward(self.xs, dout, self.W, self.dW, dx, turned)
-        dout.sum(axis=0, out=self.db)
-        return dx
-
-
-@kernel(parallel=True)
-def sgd_update(w, g, velocity, scale, lr, momentum, weight_decay):
-    for i in prange(w.size):
-        velocity[i] = momentum * velocity[i] + (g[i] * scale + weight_decay * w[i])
-        w[i] -= lr * velocity[i]
-
-
-class ThreadedSGD(SGD):
-    def step(self, count, grads=None, parts=None):
-        self.steps += 1
-        w, g = self.model.params, self.model.grads if grads is None else grads
-        scalars = [w.dtype.type(s) for s in (1 / count, self.lr, self.momentum, self.weight_decay)]
-        for part in [slice(None)] if parts is None else parts:
-            sgd_update(w[part], g[part], self.slots["velocity"][part], *scalars)
-
-
-@kernel(parallel=True)
-def adam_update(w, g, m, v, scale, lr, beta1, beta2, root, eps, weight_decay):
-    one = w.dtype.type(1)
-    for i in prange(w.size):
-        gradient = g[i] * scale + weight_decay * w[i]
-        m[i] = beta1 * m[i] + (one - beta1) * gradient
-        v[i] = beta2 * v[i] + (one - beta2) * gradient * gradient
-        w[i] -= lr * m[i] / (np.sqrt(v[i]) * root + eps)
-
-
-class ThreadedAdam(Adam):
-    def step(self, count, grads=None, parts=None):
-        self.steps += 1
-        w, g, (beta1, beta2) = (
-            self.model.params,
-            self.model.grads if grads is None else grads,
-            self.betas,
-        )
-        lr, root = self.lr / (1 - beta1**self.steps), 1 / math.sqrt(1 - beta2**self.steps)
-        scalars = [
-            w.dtype.type(s)
-            for s in (1 / count, lr, beta1, beta2, root, self.eps, self.weight_decay)
-        ]
-        for part in [slice(None)] if parts is None else parts:
-            adam_update(w[part], g[part], self.slots["m"][part], self.slots["v"][part], *scalars)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks, as in parallel_cnn_mpi.py
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Reducer:
-    """Sums the gradients of all ranks with MPI messages while the backward pass goes on.
-
-    start(part) is called when that slice of model.grads is complete; after wait() `total` has the sums over all ranks,
-    and the rank updates the weights; after finish() they are updated on all ranks. start_sums(array) adds up a small
-    array in place. overlap=False: start() itself waits. seconds: time spent in these functions so far.
-    """
-
-    name = "messages"
-    parts = None  # slices that this rank has the sums of, and updates: all
-
-    def __init__(self, comm, model, overlap=True):
-        self.comm, self.overlap, self.requests, self.seconds = comm, overlap, [], 0.0
-        self.total = model.grads
-
-    def start(self, part):
-        started = time.perf_counter()
-        self._start(part)
-        if not self.overlap:
-            self._wait()
-        self.seconds += time.perf_counter() - started
-
-    def start_sums(self, sums):
-        started = time.perf_counter()
-        self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, sums))
-        self.seconds += time.perf_counter() - started
-
-    def wait(self):
-        started = time.perf_counter()
-        self._wait()
-        self.seconds += time.perf_counter() - started
-
-    def finish(self):
-        """Each rank has updated all weights itself."""
-
-    def gather(self, array):
-        """The arrays of all ranks, stacked, for statistics of the global batch."""
-        started = time.perf_counter()
-        stacked = np.empty((self.comm.size, *array.shape), array.dtype)
-        self.comm.Allgather(array, stacked)
-        self.seconds += time.perf_counter() - started
-        return stacked
-
-    def _start(self, part):
-        self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[part]))
-        MPI.Request.Testall(self.requests)  # MPI moves data only while one of its functions runs
-
-    def _wait(self):
-        MPI.Request.Waitall(self.requests)
-        self.requests.clear()
-
-
-class SharedMemoryReducer(Reducer):
-    """The same where ranks share a machine: nothing is sent, and neither sums nor updates are computed twice.
-
-    Weights, optimizer state and all ranks' gradients lie in a window of shared memory: Hoefler et al., "MPI + MPI: a
-    new hybrid approach to parallel programming with MPI plus shared memory", 2013. Each rank adds up its share of a
-    slice from all ranks' gradients, and updates its share of the weights: Rajbhandari et al., "ZeRO: memory
-    optimizations toward training trillion parameter models", 2020. On several machines, which must have equal numbers
-    of ranks, each share is summed over the machines by messages before that, all shares at once.
-    """
-
-    name = "shared"
-
-    def __init__(self, comm, model, optimizer, overlap=True):
-        super().__init__(comm, model, overlap)
-        self.machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.same_share = comm.Split(self.machine.rank)  # one rank of each machine
-        self.parts = [self._share(part) for part in model.slices]
-        dtype, n, private = (
-            model.grads.dtype,
-            model.grads.size,
-            [model.params, *optimizer.slots.values()],
-        )
-        size = -(-model.grads.nbytes // 64) * 64  # whole cache lines
-        mine = (
-            size if self.machine.rank else size * (1 + len(private))
-        )  # gradients; rank 0 has room for the rest
-        self.window = MPI.Win.Allocate_shared(mine, dtype.itemsize, comm=self.machine)
-        memory = [self.window.Shared_query(rank)[0] for rank in range(self.machine.size)]
-        self.grads = [np.frombuffer(m, dtype, n) for m in memory]
-        shared = [
-            np.frombuffer(memory[0], dtype, n, offset=size * (1 + i)) for i in range(len(private))
-        ]
-        self.window.Lock_all(MPI.MODE_NOCHECK)
-        for part in self.parts:  # a page of memory is near the rank that first writes to it
-            for ours, theirs in zip(shared, private, strict=True):
-                ours[part] = theirs[part]
-        self.finish()
-        model.move(shared[0], self.grads[self.machine.rank])
-        optimizer.slots.update(zip(optimizer.slots, shared[1:], strict=True))
-        self.summing = []  # slices that this rank has completed, and the request that tells that all ranks have
-
-    def finish(self):
-        """Wait until all shares are updated; then nobody reads this rank's gradients any more either."""
-        started = time.perf_counter()
-        self.window.Sync()
-        self.machine.Barrier()
-        self.window.Sync()
-        self.seconds += time.perf_counter() - started
-
-    def _start(self, part):
-        self.window.Sync()  # what this rank wrote is now seen by the others
-        self.summing.append((part, self.machine.Ibarrier()))
-        while self.summing and self.summing[0][1].Test():
-            self._sum()
-
-    def _wait(self):
-        while self.summing:
-            self.summing[0][1].Wait()
-            self._sum()
-        super()._wait()
-
-    def _sum(self):
-        mine = self._share(self.summing.pop(0)[0])
-        self.window.Sync()
-        self.total[mine] = self.grads[0][mine]
-        for grads in self.grads[1:]:
-            self.total[mine] += grads[mine]
-        if self.same_share.size > 1:
-            self.requests.append(self.same_share.Iallreduce(MPI.IN_PLACE, self.total[mine]))
-
-    def _share(self, part):
-        mine = share(part.stop - part.start, self.machine.rank, self.machine.size)
-        return slice(part.start + mine.start, part.start + mine.stop)
-
-
-def make_reducer(comm, model, optimizer, args):
-    sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
-    equal = min(sizes) == max(sizes)
-    if args.reduce == "shared" and not equal:
-        raise InputError(
-            "--reduce shared: the machines have different numbers of ranks: use --reduce messages"
-        )
-    if args.reduce == "shared" or (args.reduce == "auto" and equal and sizes[0] > 1):
-        return SharedMemoryReducer(comm, model, optimizer, args.overlap)
-    return Reducer(comm, model, args.overlap)
-
-
-def train_step(model, optimizer, x, labels, count, reducer, stop=None):
-    """One step on a global batch of `count` images, x and labels being this rank's share of them, perhaps none.
-
-    Returns [summed loss, top-1, top-5, ranks that want to stop] over all ranks, and this rank's seconds of the forward
-    and backward pass, without communication.
-    """
-    started, waited = time.perf_counter(), reducer.seconds
-    logits = model.forward(x)
-    loss, dlogits = softmax_cross_entropy(logits, labels)
-    forward = time.perf_counter() - (reducer.seconds - waited)
-    sums = np.array([loss, *count_correct(logits, labels), bool(stop)], np.float64)
-    reducer.start_sums(sums)
-    model.backward(dlogits, on_grad_ready=reducer.start)
-    backward = time.perf_counter() - (reducer.seconds - waited)
-    reducer.wait()
-    optimizer.step(count, reducer.total, reducer.parts)
-    reducer.finish()
-    return sums, forward - started, backward - forward
-
-
-def train(model, optimizer, data, args, run, reducer, comm):
-    """Train for args.epochs epochs on data; everything measured goes to run."""
-    n, size = len(data.y_train), args.global_batch_size
-    for epoch in range(run.epoch, args.epochs + 1):
-        order = epoch_order(n, args.seed, epoch)
-        run.start_epoch(epoch, math.ceil(n / size))
-        for batch in range(run.batch, math.ceil(n / size)):
-            started, waited = time.perf_counter(), reducer.seconds
-            index = order[batch * size : (batch + 1) * size]
-            mine = index[share(len(index), comm.rank, comm.size)]
-            x, labels = load_batch(data.x_train, data.y_train, mine, args.dtype)
-            loading = time.perf_counter() - started
-            sums, forward, backward = train_step(
-                model, optimizer, x, labels, len(index), reducer, run.signal
-            )
-            run.end_batch(
-                len(index),
-                float(sums[0]),
-                int(sums[1]),
-                int(sums[2]),
-                loading,
-                stop=sums[3] > 0,
-                forward=forward,
-                backward=backward,
-                communication=reducer.seconds - waited,
-            )
-        check_equal(model, comm, epoch)
-        report_communication(run, comm)
-        run.end_training()
-        test = share(len(data.y_test), comm.rank, comm.size)
-        run.end_epoch(
-            *evaluate(
-                model,
-                data.x_test[test],
-                data.y_test[test],
-                reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
-            ),
-            stop=False,
-        )
-
-
-def choose_threads(args, comm):
-    """Set and return the threads of this rank: no more than its share of the cores it may run on, unless forced."""
-    cores, local = len(available_cores()), comm.Split_type(MPI.COMM_TYPE_SHARED).size
-    mine = max(1, cores // local)
-    wanted = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
-    if not args.num_threads and not wanted.isdecimal():
-        raise InputError(
-            f"OMP_NUM_THREADS={wanted}: set it to a whole number, or give --num-threads"
-        )
-    asked = args.num_threads or int(wanted) or mine
-    threads = asked if args.force_threads else min(asked, mine)
-    if threads < asked:
-        print(
-            f"--num-threads {threads} instead of {asked}: ranks on this machine: {local}, cores: {cores} "
-            f"(--force-threads keeps {asked})",
-            file=sys.stderr,
-        )
-    if local * threads > cores:
-        print(
-            f"warning: {local} ranks of {threads} threads share {cores} cores: they wait for each other",
-            file=sys.stderr,
-        )
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        raise InputError(
-            f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; to force more, "
-            f"set NUMBA_NUM_THREADS={threads} in the environment"
-        )
-    numba.set_num_threads(threads)
-    return threads
-
-
-def compile_kernels(name, dtype, comm):
-    """Compile all kernels, or load them from Numba's cache, rank 0 first; returns the seconds that it took."""
-    import scipy.linalg.cython_blas  # noqa: F401 (Numba's np.dot calls its BLAS)
-
-    limit_blas_threads(1)  # SciPy's and NumPy's: the threads here are Numba's
-    numba.config.THREADING_LAYER = "omp"
-    started = time.perf_counter()
-    for turn in (True, False):
-        if turn == (comm.rank == 0):
-            model = make_model(name, 0, dtype)
-            logits = model.forward(np.zeros((2, 32, 32, 3), dtype))
-            model.backward(softmax_cross_entropy(logits, np.zeros(2, np.uint8))[1])
-            ThreadedSGD(model).step(2)
-            ThreadedAdam(model).step(2)
-        comm.Barrier()
-    return time.perf_counter() - started
-
-
-def make_model(name, seed, dtype):
+def make_model(name: str, seed: int, dtype) -> Model:
     """The network that --model names, of threaded layers."""
     if name == "cnn":
         return make_cnn(
@@ -1342,76 +1202,213 @@ def make_model(name, seed, dtype):
     return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
 
 
-def make_stem(rng, dtype):
-    return [
-        ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
-        ThreadedNormReLU(64, dtype=dtype),
-    ]
+def choose_threads(args: argparse.Namespace, comm) -> int:
+    """Set and return this rank's number of threads: at most its share of the cores, unless forced.
+
+    With more threads than cores some would wait for the others at the end of every kernel.
+    """
+    cores = len(available_cores())
+    local_ranks = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+    cores_per_rank = max(1, cores // local_ranks)
+
+    environment = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
+    if not args.num_threads and not environment.isdecimal():
+        raise InputError(
+            f"OMP_NUM_THREADS={environment}: set it to a whole number, or use --num-threads"
+        )
+    wanted = args.num_threads or int(environment) or cores_per_rank
+    threads = wanted if args.force_threads else min(wanted, cores_per_rank)
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        raise InputError(
+            f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; "
+            f"to force more, set NUMBA_NUM_THREADS={threads} in the environment"
+        )
+
+    if threads < wanted and comm.rank == 0:
+        print(
+            f"--num-threads {threads} instead of {wanted}: ranks on this machine: {local_ranks}, "
+            f"cores: {cores} (--force-threads keeps {wanted})",
+            file=sys.stderr,
+        )
+    if local_ranks * threads > cores and comm.rank == 0:
+        print(
+            f"warning: {local_ranks} ranks of {threads} threads share {cores} cores: "
+            "they wait for each other",
+            file=sys.stderr,
+        )
+    numba.set_num_threads(threads)
+    return threads
+
+
+def compile_kernels(name: str, dtype, comm) -> float:
+    """Compile all kernels by using them once; returns the seconds that it took.
+
+    Rank 0 first: it writes them to Numba's cache on disk, from where the others load them.
+    """
+    import scipy.linalg.cython_blas  # noqa: F401 (np.dot in a kernel calls SciPy's BLAS)
+
+    limit_blas_threads(1)  # SciPy's and NumPy's: the threads here are Numba's
+    numba.config.THREADING_LAYER = "omp"
+    started = time.perf_counter()
+    for is_my_turn in (comm.rank == 0, comm.rank != 0):
+        if is_my_turn:
+            model = make_model(name, 0, dtype)
+            logits = model.forward(np.zeros((2, 32, 32, 3), dtype))
+            _, dlogits = softmax_cross_entropy(logits, np.zeros(2, np.uint8))
+            model.backward(dlogits)
+            ThreadedSGD(model).step(2)
+            ThreadedAdam(model).step(2)
+        comm.Barrier()
+    return time.perf_counter() - started
+
+
+def make_reducer(comm, model, optimizer, args):
+    """The reducer that --reduce names: rungs of the ladder in parallel_cnn_mpi.py."""
+    if choose_reduce(args, comm) == "shared":
+        return SharedMemoryReducer(comm, model, optimizer, args.overlap)
+    return OverlapReducer(comm, model, args.overlap)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training, as in parallel_cnn_mpi.py
+# --------------------------------------------------------------------------------------------------
+
+
+def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
+    """Train until epoch args.epochs is done, from where the log's position is.
+
+    The log's "communication" is the time in MPI, waiting for slower ranks included.
+    """
+    n = len(data.y_train)
+    batches = math.ceil(n / args.global_batch_size)
+
+    def reduce_slice(grad_slice):  # backward() calls it as soon as a layer's gradients are complete
+        with log.timed("communication", grad_slice):
+            reducer.start(grad_slice)
+
+    def gather(array):  # batch normalisation needs the statistics of the global batch
+        with log.timed("communication"):
+            return gather_from_all(comm, array)
+
+    model.gather_statistics(gather)
+    log.trace_layers(model)
+
+    for epoch in range(log.epoch, args.epochs + 1):
+        order = epoch_order(n, args.seed, epoch)
+        log.start_epoch(epoch, batches)
+        for batch in range(log.batch, batches):
+            with log.timed("loading"):
+                # The same order on all ranks; each takes its shard of the batch, perhaps none.
+                index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
+                own_index = index[shard(len(index), comm.rank, comm.size)]
+                x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)
+
+            with log.timed("forward"):
+                logits = model.forward(x)
+                loss, dlogits = softmax_cross_entropy(logits, labels)
+
+            # Loss, correct answers and whether a rank was sent a signal, summed over the ranks: a
+            # few bytes that travel during the backward pass.
+            sums = np.array(
+                [loss, *count_correct(logits, labels), bool(stop.requested)], np.float64
+            )
+            with log.timed("communication"):
+                request = comm.Iallreduce(MPI.IN_PLACE, sums)
+
+            with log.timed("backward"):
+                model.backward(dlogits, on_grad_ready=reduce_slice)
+
+            with log.timed("communication"):
+                reducer.wait()
+                request.Wait()
+
+            with log.timed("update"):
+                optimizer.step(len(index), reducer.total, reducer.shards)
+
+            with log.timed("communication"):
+                reducer.finish()
+
+            loss, top1, top5, stop_requests = sums.tolist()
+            log.end_batch(len(index), loss, int(top1), int(top5))
+            require_finite(loss, "loss", log)
+            if stop_requests:
+                save_and_stop(checkpoint, log, stop)
+            if checkpoint.due():
+                checkpoint.save()
+
+        assert_replicas_identical(model, comm, epoch)
+        log_communication(log, comm)
+        log.end_training()
+        test = shard(len(data.y_test), comm.rank, comm.size)
+        loss, top1, top5, loading = evaluate(
+            model,
+            data.x_test[test],
+            data.y_test[test],
+            reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
+        )
+        log.end_epoch(loss, top1, top5, loading)
+        require_finite(loss, "validation loss", log)
+        checkpoint.save()
 
 
 def parse_args(argv=None):
-    parser = make_parser("parallel_cnn_hybrid", __doc__, MODELS)
-    add_rank_options(parser)
-    parser.add_argument(
-        "--num-threads",
-        type=number(int, 1, 1024),
-        metavar="N",
-        help="threads of a rank (default: $OMP_NUM_THREADS, else its share of the cores)",
-    )
-    parser.add_argument(
-        "--force-threads", action="store_true", help="even if that is more than its share"
-    )
+    parser = make_parser(__file__, __doc__, MODELS)
+    add_mpi_options(parser, ("overlap", "shared"))
+    add = parser.add_argument
+    threads = "threads per rank (default: $OMP_NUM_THREADS, else its share of the cores)"
+    add("--num-threads", type=number(int, 1, 1024), metavar="N", help=threads)
+    force = "use --num-threads even if that is more than a rank's share of the cores"
+    add("--force-threads", action="store_true", help=force)
     args = parser.parse_args(argv)
-    args.global_batch_size = args.global_batch_size or args.batch_size * MPI.COMM_WORLD.size
+    if args.global_batch_size is None:
+        args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size
     return args
 
 
 def main(argv=None):
     comm = MPI.COMM_WORLD
-    stop_all_on_error(comm)
+    abort_on_exception(comm)
     check_launcher(comm)
-    if comm.rank:  # one rank speaks for all
-        sys.stdout = sys.stderr = open(os.devnull, "w")
     args = parse_args(argv)
-    threads = together(comm, lambda: choose_threads(args, comm))
-    seconds = compile_kernels(args.model, np.dtype(args.dtype), comm)
-    if not args.quiet:
-        print(
-            f"{comm.size} ranks x {threads} threads; kernels ready after {seconds:.1f} s of compiling",
-            flush=True,
-        )
-    if warning := blas_warning():
-        print(warning, file=sys.stderr)
-    data = load_on_all(args, comm)
-    model = make_model(args.model, args.seed, np.dtype(args.dtype))
+    dtype = np.dtype(args.dtype)
+    threads = collective(comm, lambda: choose_threads(args, comm))
+    compile_seconds = compile_kernels(args.model, dtype, comm)
+    warning = blas_warning()
+    if comm.rank == 0:
+        if not args.quiet:
+            print(
+                f"{comm.size} ranks x {threads} threads; "
+                f"kernels ready after {compile_seconds:.1f} s of compiling",
+                flush=True,
+            )
+        if warning:
+            print(warning, file=sys.stderr)
+
+    data = load_data_collectively(args, comm)
+    model = make_model(args.model, args.seed, dtype)
     optimizer = make_optimizer(model, args, sgd=ThreadedSGD, adam=ThreadedAdam)
     reducer = make_reducer(comm, model, optimizer, args)
-    model.gather_statistics(reducer.gather)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # run stops at the first loss that is not finite
-        run = together(
-            comm,
-            lambda: Run(
-                args,
-                "parallel_cnn_hybrid",
-                data,
-                lambda: get_arrays(model, optimizer),
-                lambda arrays: set_arrays(model, optimizer, arrays),
-                {
-                    "ranks": comm.size,
-                    "reduce": reducer.name,
-                    "threads": threads,
-                    "compile_seconds": seconds,
-                    "threading_layer": numba.threading_layer(),
-                },
-                comm.rank,
-            ),
-        )
-        with running_on_all(run, model, optimizer, comm):
-            train(model, optimizer, data, args, run, reducer, comm)
-            run.finish()
+
+    info = {
+        "ranks": comm.size,
+        "reduce": reducer.name,
+        "threads": threads,
+        "compile_seconds": compile_seconds,
+        "threading_layer": numba.threading_layer(),
+    }
+    log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
+    checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)
+    if args.resume:
+        collective(comm, lambda: checkpoint.load() if comm.rank == 0 else None)
+    stop = StopSignal()
+
+    # Overflows need no warning: the run stops at the first loss that is not finite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        with collective_run(log, checkpoint, stop, model, optimizer, comm):
+            train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer)
+            gather_trace(log, comm)
+            log.finish()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, MPI.COMM_WORLD.rank)

@@ -19,6 +19,10 @@ loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
     python serial_cnn.py --optimizer adam --dtype float64 --dataset synthetic --subset 1000
     python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
     python serial_cnn.py --checkpoint results/serial.ckpt.npz            # Ctrl-C, then add --resume
+
+Result: the CNN on one core. Batch 32: 3,173 images/s, 1.39 (1.27–1.52) times PyTorch's 2,261. Batch
+128: 3,860 images/s, 2.16 (1.72–2.28) times PyTorch's 1,776 (AMD EPYC; median (min–max) of 11 paired
+samples). 10 epochs on all of CIFAR-10 take 157 s; the best test accuracy, in epoch 3, is 67.36%.
 """
 
 import math
@@ -28,6 +32,7 @@ import numpy as np
 
 from common import (
     MODELS,
+    OUTPUT_STD,
     BasicBlock,
     BatchNorm2D,
     Checkpoint,
@@ -183,8 +188,13 @@ def make_layers(model, conv, rng, dtype):
             first = [Conv(3, 32, **options), ReLU(), MaxPool2D(2)]
             second = [Conv(32, 64, **options), ReLU(), MaxPool2D(2)]
             features = first + second
-        dense = [Dense(64 * 8 * 8, 256, **options), ReLU(), Dense(256, 10, **options)]
-        return [*features, Flatten(), *dense]
+        return [
+            *features,
+            Flatten(),
+            Dense(64 * 8 * 8, 256, **options),
+            ReLU(),
+            Dense(256, 10, std=OUTPUT_STD, **options),
+        ]
 
     # ResNet-18 has no pooling after its convolutions, so "fused" is "blocked" here. Winograd's
     # filtering needs stride 1: the few other convolutions are blocked.
@@ -197,7 +207,7 @@ def make_layers(model, conv, rng, dtype):
             block = BasicBlock(channels, width, stride, conv=Conv, other_conv=OtherConv, **options)
             layers.append(block)
             channels = width
-    return [*layers, GlobalAvgPool(), Dense(512, 10, **options)]
+    return [*layers, GlobalAvgPool(), Dense(512, 10, std=OUTPUT_STD, **options)]
 
 
 def make_model(args):

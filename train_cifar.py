@@ -1,21 +1,31 @@
-"""Train ResNet-50, ResNet-18 or the CNN on CIFAR-10 with PyTorch, and see what loading the data costs.
+"""Train ResNet-50, ResNet-18 or a small CNN on CIFAR-10 with PyTorch, and measure the loading.
 
-The images come from memory, from a folder of pictures or from S3 (downloaded first, streamed picture by picture, or
-read in shards of thousands); --workers threads prepare batches ahead. Waiting for data and total time are logged apart,
-batch by batch. Whatever the source and the number of workers, the same images come in the same order with the same
-augmentation (shards have an order of their own). What the usual script leaves out: channels_last memory, bfloat16 where
-the processor computes in it, images that stay uint8 until they are used, augmentation of whole batches.
+The images come from memory, from a folder of pictures or from S3 (downloaded first, streamed
+picture by picture, or read in shards of thousands). Worker threads prepare batches ahead of the
+training. The log separates waiting for data from total time, batch by batch. Every source but S3
+shards gives the same images in the same order with the same augmentation, whatever --workers is.
 
     make train-cifar
     make train-cifar-s3
     python train_cifar.py --model resnet18 --epochs 1 --subset 5000 --workers 1
     python train_cifar.py --model cnn --batch-size 32 --amp off --augment off --epochs 10
     python train_cifar.py --model resnet50 --epochs 30 --batch-size 128 --lr 0.05 --device cuda
-    python train_cifar.py --epochs 2 --subset 5000 --checkpoint results/resnet.ckpt.npz      # Ctrl-C, then add --resume
-    torchrun --standalone --nproc-per-node 2 train_cifar.py --model resnet18 --epochs 1 --subset 5000
+    python train_cifar.py --epochs 2 --subset 5000 --checkpoint results/resnet.pt --resume
+    torchrun --standalone --nproc-per-node 2 train_cifar.py --model cnn --epochs 1
     python train_cifar.py --load-only --subset 5000 --epochs 3
     python train_cifar.py --export results/pictures --subset 5000
     python train_cifar.py --source disk --data-dir results/pictures --workers 2 --epochs 1
+
+The ladder from the script as tutorials write it to the default, one option a rung. --compile is one
+more; whether it pays depends on the machine.
+
+    python train_cifar.py --model resnet18 --loader torchvision --memory-format nchw --amp off
+    python train_cifar.py --model resnet18 --loader torchvision --amp off  # + channels_last memory
+    python train_cifar.py --model resnet18 --loader torchvision            # + bfloat16
+    python train_cifar.py --model resnet18                                 # + batched loading
+
+Result: ResNet-50, batch 64, on 2 cores: 60 images/s, 3.06 (2.93–3.32) times PyTorch's 20 in
+float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired samples).
 """
 
 import argparse
@@ -35,6 +45,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -46,820 +57,618 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import common
 from common import (
     FETCH_TRAIN,
     FETCH_VALIDATE,
     MEAN,
     MIB,
+    OUTPUT_STD,
     PAD,
+    RECORD_BYTES,
     STD,
     InputError,
-    Interrupted,
-    Run,
+    RunLog,
+    StopSignal,
+    TorchCheckpoint,
     TrainingError,
     atomic_write,
     augment,
     available_cores,
     check_outputs,
+    cpu_flags,
     draw_augmentation,
     epoch_order,
-    get_torch_arrays,
-    get_torch_state,
+    import_torchvision,
     keep_freed_memory,
+    load_batch,
     load_cifar10,
     make_parser,
     make_synthetic,
     make_torch_optimizer,
     make_torch_resnet,
     number,
+    require_finite,
     run_main,
-    set_torch_arrays,
+    save_and_stop,
 )
 
-CPU_DEFAULT = {"subset": 5000, "epochs": 2}  # what a CPU can train of ResNet-50 in a few minutes
-STREAM_SHARDS = 4  # a random stream of a seed, apart from those of common.py
-TEST_BATCH = 250  # images
-AHEAD = 4  # batches that a worker may be ahead
-IN_FLIGHT = 16  # requests that a worker has under way
+CPU_SUBSET = 5000  # with CPU_EPOCHS what a CPU can train of ResNet-50 in a few minutes
+CPU_EPOCHS = 2
+FULL_EPOCHS = 10
+TEST_BATCH = 250  # images in a batch of the evaluation
+AHEAD = 4  # batches that a worker may be ahead of the training
+
+STREAM_SHARDS = 4  # random stream of the shard order; common.py uses 1 to 3 of the same seed
+IN_FLIGHT = 16  # S3 requests that a worker has under way at once
 SHARD_IMAGES = 5000  # 15 MB
-SHUFFLED_SHARDS = 2  # shards whose images are mixed, and so must be in memory together
-KEPT_SHARDS = 3 * SHUFFLED_SHARDS
-RECORD = (
-    1 + 3 * 32 * 32
-)  # bytes of an image in a shard: label, red, green and blue plane, as in CIFAR-10's own files
+SHUFFLED_SHARDS = 2  # shards whose images are mixed, so both must be in memory
+KEPT_SHARDS = 3 * SHUFFLED_SHARDS  # shards in memory at once
 MANIFEST = "manifest.json"
+MAX_CHECKSUM_ERRORS = 3  # times that an object may arrive damaged
 
-# ----------------------------------------------------------------------------------------------------------------------
+RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets it
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LoadingError(TrainingError):
+    """Images that cannot be read. Of several processes it may concern one alone."""
+
+
+# --------------------------------------------------------------------------------------------------
 # Networks
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def make_model(name):
-    """`cnn` as in common.make_cnn, or torchvision's ResNet with the CIFAR stem: (N, 3, 32, 32) → logits (N, 10)."""
-    if name == "cnn":
-        model = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(4096, 256),
-            nn.ReLU(),
-            nn.Linear(256, 10),
-        )
-        for layer in model:
-            if hasattr(layer, "weight"):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-        return model
-    return make_torch_resnet(name)
+def make_model(name: str) -> nn.Module:
+    """The network of that name: (N, 3, 32, 32) → logits (N, 10).
+
+    `cnn` is the network of common.make_cnn(), the others are torchvision's ResNets with a stem for
+    small images.
+    """
+    if name != "cnn":
+        return make_torch_resnet(name)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # 32 × 32 → 16 × 16
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # 16 × 16 → 8 × 8
+        nn.Flatten(),  # 64 channels × 8 × 8 = 4096
+        nn.Linear(4096, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )
+    for layer in model:
+        if hasattr(layer, "weight"):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    nn.init.normal_(model[-1].weight, std=OUTPUT_STD)
+    return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Augmentation
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sources of images: memory, a GPU's memory, one batch, a folder of pictures
+# --------------------------------------------------------------------------------------------------
 
 
-def augment_tensor(images, draws):
-    """augment() with PyTorch, for images (N, 32, 32, 3) and draws (N,) on a GPU."""
-    draws, size = draws.long(), images.shape[1]
-    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
-    windows = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
-    out = windows[torch.arange(len(images), device=images.device), draws // 9 % 9, draws % 9]
-    return torch.where((draws // 81 == 1)[:, None, None, None], out.flip(2), out)
+class ImageSource:
+    """Images that are read by index, by several threads at once. labels: (N,) uint8."""
+
+    labels: np.ndarray
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order (N,) of the epoch's images, a function of (seed, epoch) alone."""
+        return epoch_order(len(self.labels), seed, epoch)
+
+    def set_read_order(self, order: np.ndarray) -> None:
+        """Announce the indices that read() will be asked for; a source may fetch them ahead."""
+
+    def read(self, index: np.ndarray):
+        """The images (n, 32, 32, 3) and labels (n,), both uint8, with these indices (n,)."""
+        raise NotImplementedError
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources of images: labels (N,), order(seed, epoch) → (N,), read(index) → (n, 32, 32, 3) and (n,) uint8, in any thread
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Arrays:
-    """Images in memory."""
+class InMemorySource(ImageSource):
+    """Images in memory, (N, 32, 32, 3) uint8."""
 
     def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def order(self, seed, epoch):
-        return epoch_order(len(self.labels), seed, epoch)
+        self.images = images
+        self.labels = labels
 
     def read(self, index):
         return self.images[index], self.labels[index]
 
 
-class OnDevice(Arrays):
-    """Images resident on a GPU."""
+class DeviceSource(ImageSource):
+    """Images in the memory of a GPU: CIFAR-10 takes 180 MB there, and no batch crosses the bus."""
 
-    def __init__(self, source, device):
-        super().__init__(torch.from_numpy(np.array(source.images)).to(device), source.labels)
-        self._labels = torch.from_numpy(np.array(source.labels)).to(device)
+    def __init__(self, images, labels, device):
+        self.labels = labels
+        # np.array() copies: PyTorch warns of arrays that are mapped read-only.
+        self._images = torch.from_numpy(np.array(images)).to(device)
+        self._labels = torch.from_numpy(np.array(labels)).to(device)
 
     def read(self, index):
-        index = torch.from_numpy(index).to(self.images.device)
-        return self.images[index], self._labels[index]
+        index = torch.from_numpy(index).to(self._images.device)
+        return self._images[index], self._labels[index]
 
 
-class OneBatch(Arrays):
-    """n images in name, of which only one batch exists: the ceiling, training without any loading."""
+class OneBatchSource(ImageSource):
+    """n images in name, of which one batch exists: the upper bound, training without loading."""
 
     def __init__(self, n, batch_size, seed):
         images, labels, *_ = make_synthetic(min(n, batch_size), seed)
-        super().__init__(images, np.resize(labels, n))
+        self.images = images
+        self.labels = np.resize(labels, n)
 
     def read(self, index):
         return self.images[: len(index)], self.labels[: len(index)]
 
 
-class Folder(Arrays):
-    """Pictures on disk, each read when it is needed: `<number>_<label>.png` (or jpg), or a folder for each class."""
+class ImageFolderSource(ImageSource):
+    """Pictures on disk, each read when it is needed.
 
-    PICTURE = re.compile(r"(\d+)_(\d+)\.(?:png|jpe?g)", re.IGNORECASE)
+    The folder holds `<number>_<label>.png` (or jpg), or one folder for each class; `classes` are
+    the names of those. subset: take only so many, the first ones.
+    """
 
-    def __init__(self, folder, subset=None):
-        numbered, self.classes = self._numbered(folder), []
-        if not numbered and folder.is_dir():
-            self.classes = sorted(
-                f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")
-            )
-        found = sorted(numbered or self._pictures(folder))[:subset]
+    SUFFIXES = (".png", ".jpg", ".jpeg")
+    NUMBERED = re.compile(r"(\d+)_(\d+)\.(?:png|jpe?g)", re.IGNORECASE)
+
+    def __init__(self, folder: Path, subset: int | None = None):
+        self.classes = []
+        found = self._find_numbered(folder)
+        if not found and folder.is_dir():
+            folders = [f.name for f in folder.iterdir() if f.is_dir()]
+            self.classes = sorted(name for name in folders if not name.startswith("."))
+            found = self._find_by_class(folder)
+        found = sorted(found)[:subset]
         if not found:
             raise InputError(
-                f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, each with "
-                "<number>_<label>.png files or a folder for each class; --export makes one"
+                f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, "
+                "each with <number>_<label>.png files or a folder for each class; "
+                "--export makes one"
             )
-        if max(label for _, label, _ in found) > 9:
-            raise InputError(
-                f"{max(found, key=lambda f: f[1])[2]}: its label is over 9: the networks have ten classes"
-            )
+        for _, label, path in found:
+            if label > 9:
+                raise InputError(f"{path}: its label is over 9: the networks have ten classes")
         self.paths = [path for _, _, path in found]
         self.labels = np.array([label for _, label, _ in found], np.uint8)
 
-    def _numbered(self, folder):
+    def _find_numbered(self, folder):
         """[(number, label, path)] of the pictures in the folder itself."""
         found = []
         for entry in os.scandir(folder) if folder.is_dir() else ():
-            if match := self.PICTURE.fullmatch(entry.name):
+            match = self.NUMBERED.fullmatch(entry.name)
+            if match:
                 found.append((int(match[1]), int(match[2]), entry.path))
-            elif entry.name.lower().endswith((".png", ".jpg", ".jpeg")):
+            elif entry.name.lower().endswith(self.SUFFIXES):
                 raise InputError(
-                    f"{entry.path}: its name does not tell its label: call it <number>_<label>.png"
+                    f"{entry.path}: the file name has no label: name it <number>_<label>.png"
                 )
         return found
 
-    def _pictures(self, folder):
-        """The same of the pictures in its class folders, whose labels follow their names; the classes alternate."""
-        return [
-            (i, label, str(path))
-            for label, name in enumerate(self.classes)
-            for i, path in enumerate(
-                sorted(
-                    p
-                    for p in (folder / name).iterdir()
-                    if p.suffix.lower() in (".png", ".jpg", ".jpeg")
-                )
-            )
-        ]
+    def _find_by_class(self, folder):
+        """The same of the pictures in class folders, numbered within each class.
+
+        Sorted by number the classes alternate, so that a subset has all of them.
+        """
+        found = []
+        for label, name in enumerate(self.classes):
+            paths = [p for p in (folder / name).iterdir() if p.suffix.lower() in self.SUFFIXES]
+            for number_in_class, path in enumerate(sorted(paths)):
+                found.append((number_in_class, label, str(path)))
+        return found
 
     def read(self, index):
-        return np.stack([self._picture(self.paths[i]) for i in index]), self.labels[index]
+        images = [self._read_picture(self.paths[i]) for i in index]
+        return np.stack(images), self.labels[index]
 
-    def _picture(self, path):
+    def _read_picture(self, path):
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise LoadingError(f"{path} cannot be read ({error.strerror}): put it back") from None
-        return decode(data, path)
+        return decode_picture(data, path)
 
 
-def decode(data, name):
-    """The pixels of a PNG or JPEG picture, (32, 32, 3) uint8; LoadingError, naming it, if it is none of 32×32."""
+def decode_picture(data, name: str) -> np.ndarray:
+    """The pixels (32, 32, 3) uint8 of a PNG or JPEG file; LoadingError with its name if not."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
-            size = picture.size
-            if size == (32, 32):
-                return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except Exception as error:  # Pillow has OSError, SyntaxError, ValueError, struct.error ... for damaged pictures
+            width, height = picture.size
+            if (width, height) == (32, 32):
+                return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error …
         raise LoadingError(f"{name} cannot be decoded ({error}): replace it") from None
-    raise LoadingError(f"{name} has {size[0]}x{size[1]} pixels, not 32x32: replace it")
+    raise LoadingError(f"{name} has {width}x{height} pixels, not 32x32: replace it")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# S3
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# S3: a bucket with pictures, shards of them, and a manifest with the checksum of each object
+# --------------------------------------------------------------------------------------------------
 
 
-class LoadingError(TrainingError):
-    """Images that cannot be had: of this process alone, where several train together."""
+class ChecksumError(Exception):
+    """An object arrived with another length or checksum than the manifest has."""
 
 
-class Damaged(Exception):  # noqa: N818 (it is tried again)
-    """An object that arrived, but not as it was stored."""
-
-
-class Entry(NamedTuple):
-    """An object as the manifest has it. images: how many are in it."""
+class ManifestEntry(NamedTuple):
+    """An object in the bucket, as the manifest describes it."""
 
     name: str
-    size: int
+    size: int  # bytes
     sha256: str
-    images: int
+    images: int  # how many are in it
 
 
 class Bucket:
-    """The objects under s3://bucket/prefix: fetched with bounded retries, their length and checksum verified.
+    """The objects under s3://bucket/prefix, fetched with bounded retries and verified.
 
-    Credentials, region and endpoint come from where the AWS tools look: the environment, ~/.aws, a role. patience:
-    seconds for which a failing request is repeated. A client is made by connect() and belongs to one worker.
+    Credentials, region and endpoint come from where the AWS tools look: the environment, ~/.aws, a
+    role. retry_timeout: seconds for which a failing request is repeated.
     """
 
-    def __init__(self, url, endpoint_url=None, patience=60.0):
+    def __init__(self, url: str, endpoint_url: str | None = None, retry_timeout: float = 60.0):
+        # Imported here and not above: only S3 needs these packages.
         from botocore.exceptions import BotoCoreError
         from botocore.session import Session
 
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*?))?/?", url)
         if not match:
             raise InputError(f"{url}: not of the form s3://bucket/prefix")
-        self.url, (self.bucket, self.prefix), self.patience = (
-            url.rstrip("/"),
-            match.groups(""),
-            patience,
-        )
+        self.url = url.rstrip("/")
+        self.bucket = match[1]
+        self.prefix = match[2] or None
+
         session = Session()
         try:
-            self._credentials, profile = session.get_credentials(), session.get_scoped_config()
-            self.region = (
-                os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
-            )
+            self._credentials = session.get_credentials()
+            profile = session.get_scoped_config()
+            region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
         except BotoCoreError as error:
             raise InputError(f"the AWS configuration cannot be used: {error}") from None
+        self.region = region or "us-east-1"
         environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         self.endpoint = endpoint_url or environment or profile.get("endpoint_url")
         if self.endpoint and not re.fullmatch(r"https?://[^/\s@]+/?", self.endpoint):
             raise InputError(f"--endpoint-url {self.endpoint}: give http(s)://host:port")
         if self._credentials is None:
             raise InputError(
-                f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill in "
-                "~/.aws/credentials"
+                f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill "
+                "in ~/.aws/credentials"
             )
-        self.timeout = min(
-            max(patience, 1), 20
-        )  # seconds without a byte until a request has failed
-        self.stopped = threading.Event()  # set: nothing is repeated any more
-        self.failure = None  # what has ended the run, in words
+
+        self.retry_timeout = retry_timeout
+        self.read_timeout = min(max(retry_timeout, 1), 20)  # seconds without a byte
+        self.stopped = threading.Event()  # set: nothing is retried any more
+        self.failure = None  # the message of the first request that gave up
+        self._thread = threading.local()
 
     def connect(self):
+        """A new client, an obstore S3Store."""
         from obstore.store import S3Store
 
         options = {
             "allow_http": True,
             "connect_timeout": timedelta(seconds=5),
             "timeout": timedelta(minutes=10),
-            "read_timeout": timedelta(seconds=self.timeout),
+            "read_timeout": timedelta(seconds=self.read_timeout),
         }
         return S3Store(
             self.bucket,
-            prefix=self.prefix or None,
+            prefix=self.prefix,
             endpoint=self.endpoint,
             region=self.region,
             client_options=options,
-            retry_config={"max_retries": 0},
-            credential_provider=self._key,
+            retry_config={"max_retries": 0},  # retry() does it, and verifies checksums too
+            credential_provider=self._get_credentials,
         )
 
-    def _key(self):
+    def client(self):
+        """The calling thread's own client."""
+        if not hasattr(self._thread, "client"):
+            self._thread.client = self.connect()
+        return self._thread.client
+
+    def _get_credentials(self):
         key = self._credentials.get_frozen_credentials()
         return {
             "access_key_id": key.access_key,
             "secret_access_key": key.secret_key,
             "token": key.token,
+            # The keys of a role change: obstore asks again then.
             "expires_at": datetime.now(timezone.utc) + timedelta(minutes=10),
-        }  # asked for again then
+        }
 
-    def name(self, key):
-        return f"{self.url}/{key} at {self.endpoint or f'Amazon S3, {self.region}'}"
+    def describe(self, key: str) -> str:
+        """The object and its endpoint, for messages."""
+        place = self.endpoint or f"Amazon S3, {self.region}"
+        return f"{self.url}/{key} at {place}"
 
-    def get(self, client, key):
-        """The bytes of an object that the manifest does not have."""
-        import obstore
-
-        return self.retry(key, lambda: bytes(obstore.get(client, key).bytes()))
-
-    def fetch(self, client, entry):
+    def fetch(self, client, entry: ManifestEntry):
         """The bytes of an object, in a buffer, as they were when the manifest was made."""
         import obstore
 
-        def attempt():
+        def get_and_verify():
             data = obstore.get(client, entry.name).bytes()
-            check(entry, data)
+            verify(entry, data)
             return data
 
-        return self.retry(entry.name, attempt)
+        return self.retry(entry.name, get_and_verify)
 
-    def retry(self, key, action):
-        """action(), repeated while it fails in a way that may pass; the pauses grow, and vary among the workers.
+    def retry(self, key: str, action: Callable):
+        """Return action(), repeated while it fails in a way that may pass.
 
-        Raises LoadingError, naming object and endpoint, at once if it cannot pass, at the latest after `patience`
-        seconds, and after the third time that an object arrived damaged.
+        Raises LoadingError with the names of object and endpoint: at once for a failure that will
+        not pass, after retry_timeout seconds for others, and when an object has arrived damaged
+        MAX_CHECKSUM_ERRORS times. That also ends the retries of all other threads, which then raise
+        the same error: the first one is the reason why the run ends.
         """
         from obstore.exceptions import BaseError
 
-        started, damaged = time.monotonic(), 0
-        for tries in itertools.count(1):
+        started = time.monotonic()
+        checksum_errors = 0
+        for attempt in itertools.count(1):
             try:
                 return action()
-            except Damaged as error:
-                problem, damaged = str(error), damaged + 1
-                final = damaged == 3
-            except (BaseError, OSError) as error:  # FileNotFoundError is one of obstore's
-                problem, final = describe(error)
-            pause = min(0.1 * 2 ** min(tries, 6), 5) * random.uniform(0.5, 1)
+            except ChecksumError as error:
+                checksum_errors += 1
+                problem = str(error)
+                permanent = checksum_errors == MAX_CHECKSUM_ERRORS
+            except (BaseError, OSError) as error:  # for a missing object it is FileNotFoundError
+                problem, _, permanent = describe_s3_error(error)
+
+            # Exponential back-off with jitter: threads that failed together do not all come back
+            # at the same moment.
+            pause = min(0.1 * 2 ** min(attempt, 6), 5) * random.uniform(0.5, 1)
             passed = time.monotonic() - started
-            given_up = final or passed + pause > self.patience
-            if given_up or self.stopped.wait(pause):
-                times = f", tried {tries} times in {passed:.0f} s" if tries > 1 else ""
-                message = f"{self.name(key)}: {problem}{times}"
-                if (
-                    given_up
-                ):  # the run ends; what is being repeated beside it ends too, and is not the reason
-                    self.failure = self.failure or message
-                    self.stopped.set()
+            tried = f", tried {attempt} times in {passed:.0f} s" if attempt > 1 else ""
+            message = f"{self.describe(key)}: {problem}{tried}"
+
+            if permanent or passed + pause > self.retry_timeout:
+                self.stop(message)
+                raise LoadingError(self.failure)
+            if self.stopped.wait(pause):  # pauses, unless another thread has stopped the retries
                 raise LoadingError(self.failure or message)
 
-    def manifest(self):
-        """The manifest: "dataset", "fingerprint", and lists of Entry: "train", "test", "train_shards", "test_shards".
+    def stop(self, failure: str | None = None) -> None:
+        """End all retries. failure: the reason; the first one is kept."""
+        self.failure = self.failure or failure
+        self.stopped.set()
+
+    def manifest(self) -> dict:
+        """The manifest: "dataset", "fingerprint", and lists of ManifestEntry as "train", "test",
+        "train_shards", "test_shards".
 
         Raises InputError where the bucket, the prefix or the credentials are wrong.
         """
-        try:
-            text = self.get(self.connect(), MANIFEST)
-        except LoadingError as error:
-            if re.search(r": [34]\d\d ", str(error)):
-                hint = (
-                    "put the data there with --export"
-                    if "404" in str(error)
-                    else "look at credentials and endpoint"
-                )
-                raise InputError(f"{error}: {hint}") from None
-            raise
+        text = self.retry(MANIFEST, self._get_manifest)
         digest, _, body = text.partition(b"\n")
         if hashlib.sha256(body).hexdigest() != digest.decode(errors="replace"):
             raise LoadingError(
-                f"{self.name(MANIFEST)}: damaged: put the data there again with --export"
+                f"{self.describe(MANIFEST)}: damaged: put the data there again with --export"
             )
-        manifest = json.loads(body)
-        lists = {kind: [Entry(*row) for row in rows] for kind, rows in manifest["objects"].items()}
-        return {"dataset": manifest["dataset"], "fingerprint": digest.decode(), **lists}
+        content = json.loads(body)
+        manifest = {"dataset": content["dataset"], "fingerprint": digest.decode()}
+        for kind, rows in content["objects"].items():
+            manifest[kind] = [ManifestEntry(*row) for row in rows]
+        return manifest
+
+    def _get_manifest(self):
+        import obstore
+        from obstore.exceptions import BaseError
+
+        try:
+            return bytes(obstore.get(self.client(), MANIFEST).bytes())
+        except (BaseError, OSError) as error:
+            problem, status, permanent = describe_s3_error(error)
+            if not (permanent and status):
+                raise
+            hint = "look at credentials and endpoint"
+            if status == 404:
+                hint = "put the data there with --export"
+            raise InputError(f"{self.describe(MANIFEST)}: {problem}: {hint}") from None
 
 
-def check(entry, data):
-    """Raise Damaged unless the data is what the manifest says."""
+def verify(entry: ManifestEntry, data) -> None:
+    """Raise ChecksumError unless the data is what the manifest describes."""
     if len(data) != entry.size:
-        raise Damaged(f"{len(data)} bytes arrived instead of {entry.size}")
+        raise ChecksumError(f"{len(data)} bytes arrived instead of {entry.size}")
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise Damaged("its checksum is wrong")
+        raise ChecksumError("its checksum is wrong")
 
 
-def describe(error):
-    """An obstore error in a few words, and whether there is no use in trying again."""
+def describe_s3_error(error: Exception) -> tuple[str, int | None, bool]:
+    """What an obstore exception says: a few words, the HTTP status if there is one, and whether the
+    same request will fail again."""
     text = str(error)
-    status = re.search(r"status code: (\d+)([ \w]*)", text)
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    cause = re.search(r'message: "([^"]+)"', text)
-    if status:
-        final = status[1][0] in "34" and status[1] not in (
-            "408",
-            "429",
-        )  # time-out, too many requests
-        return status[1] + status[2].rstrip() + (f" ({code[1]})" if code else ""), final
+    answer = re.search(r"status code: (\d+)([ \w]*)", text)  # "status code: 404 Not Found"
+    if answer:
+        status = int(answer[1])
+        code = re.search(r"<Code>(\w+)</Code>", text)  # S3's own, such as NoSuchBucket
+        words = f"{status}{answer[2].rstrip()}" + (f" ({code[1]})" if code else "")
+        # 408 is a time-out and 429 too many requests: both may pass, as may all 5xx.
+        return words, status, 300 <= status < 500 and status not in (408, 429)
     if "TimedOut" in text or "timed out" in text:
-        return "no answer in time", False
+        return "no answer in time", None, False
+    cause = re.search(r'message: "([^"]+)"', text)
     words = cause[1] if cause else text.partition("\n")[0].rpartition(" - ")[2]
-    return words, "BadScheme" in text
+    return words, None, "BadScheme" in text
 
 
-class S3Pictures(Arrays):
-    """Pictures in a bucket, each fetched when it is needed, IN_FLIGHT at a time. Nothing is kept."""
+class S3Pictures(ImageSource):
+    """Pictures in a bucket, each fetched when it is needed. Nothing is kept.
 
-    def __init__(self, bucket, entries):
-        self.bucket, self.entries = bucket, entries
+    Each of `readers` threads that call read() may have IN_FLIGHT requests under way.
+    """
+
+    def __init__(self, bucket: Bucket, entries: Sequence[ManifestEntry], readers: int = 1):
+        self.bucket = bucket
+        self.entries = entries
         self.labels = labels_of(entries)
-        self._worker = (
-            threading.local()
-        )  # the calling thread's own client, and threads for its requests
+        self._pool = ThreadPoolExecutor(IN_FLIGHT * max(readers, 1))
 
     def read(self, index):
-        mine = self._worker
-        if not hasattr(mine, "client"):
-            mine.client, mine.pool = self.bucket.connect(), ThreadPoolExecutor(IN_FLIGHT)
         entries = [self.entries[i] for i in index]
-        arrived = list(
-            mine.pool.map(functools.partial(self.bucket.fetch, mine.client), entries)
-        )  # in this order
-        images = [
-            decode(data, self.bucket.name(entry.name))
-            for data, entry in zip(arrived, entries, strict=True)
-        ]
+        fetch = functools.partial(self.bucket.fetch, self.bucket.client())
+        images = []
+        # map() keeps the order of the entries, whichever arrives first.
+        for entry, data in zip(entries, self._pool.map(fetch, entries), strict=True):
+            images.append(decode_picture(data, self.bucket.describe(entry.name)))
         return np.stack(images), self.labels[index]
 
 
-class S3Shards(Arrays):
-    """Shards in a bucket, fetched whole and at most KEPT_SHARDS kept in memory; in cache_dir, if given, all of them.
+class S3Shards(ImageSource):
+    """Shards in a bucket, fetched whole; at most KEPT_SHARDS are in memory at once.
 
-    labels: of the images that are wanted, from the first on. readers: threads that fetch; with more than none, the next
-    shards ahead of their use.
+    labels: of the images that are wanted, from the first on. cache_dir: folder that keeps all
+    shards on disk. readers: threads that fetch; with at least one, they fetch ahead of the use.
     """
 
-    def __init__(self, bucket, entries, labels, cache_dir=None, readers=0):
-        self.bucket, self.labels, self.cache_dir = (
-            bucket,
-            labels,
-            Path(cache_dir) if cache_dir else None,
-        )
+    def __init__(self, bucket: Bucket, entries, labels, cache_dir=None, readers: int = 0):
+        self.bucket = bucket
+        self.labels = labels
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        # Shard s has the images bounds[s] to bounds[s + 1] - 1. After the last label no image is
+        # wanted: a subset may end within a shard.
         ends = np.cumsum([entry.images for entry in entries])
         self.entries = entries[: np.searchsorted(ends, len(labels)) + 1]
-        self.bounds = np.minimum(
-            [0, *ends[: len(self.entries)]], len(labels)
-        )  # shard s: images bounds[s]:bounds[s + 1]
-        self.ahead = SHUFFLED_SHARDS if readers else 0
-        self._sequence, self._kept = (
-            list(range(len(self.entries))),
-            {},
-        )  # _kept: shard → Future of its records
-        self._pool, self._lock, self._reader = (
-            ThreadPoolExecutor(max(readers, 1)),
-            threading.Lock(),
-            threading.local(),
-        )
+        self.bounds = np.minimum([0, *ends[: len(self.entries)]], len(labels))
+
+        self.shards_ahead = SHUFFLED_SHARDS if readers else 0
+        self._read_order = list(range(len(self.entries)))
+        self._kept = collections.OrderedDict()  # shard → Future of its records, last used last
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max(readers, 1))
 
     def order(self, seed, epoch):
-        """Shard after shard in random order, the images of SHUFFLED_SHARDS mixed: a function of (seed, epoch)."""
+        """Shard after shard in random order, the images of SHUFFLED_SHARDS mixed.
+
+        A shuffle of all images would need all shards for each batch.
+        """
         rng = np.random.default_rng([seed, STREAM_SHARDS, epoch])
-        self._sequence = rng.permutation(len(self.entries)).tolist()
-        images = [np.arange(self.bounds[s], self.bounds[s + 1]) for s in self._sequence]
-        step = SHUFFLED_SHARDS
-        groups = [np.concatenate(images[i : i + step]) for i in range(0, len(images), step)]
-        return np.concatenate([rng.permutation(group) for group in groups])
+        shards = rng.permutation(len(self.entries))
+        images = [np.arange(self.bounds[s], self.bounds[s + 1]) for s in shards]
+        order = []
+        for start in range(0, len(images), SHUFFLED_SHARDS):
+            mixed = np.concatenate(images[start : start + SHUFFLED_SHARDS])
+            order.append(rng.permutation(mixed))
+        return np.concatenate(order)
+
+    def set_read_order(self, order):
+        """Note in which order the shards are needed, so that they can be fetched ahead."""
+        shards, first_use = np.unique(self._shard_of(order), return_index=True)
+        with self._lock:
+            self._read_order = shards[np.argsort(first_use)].tolist()
+
+    def _shard_of(self, index):
+        """The shards (n,) that hold these images: bounds[s] <= i < bounds[s + 1]."""
+        return np.searchsorted(self.bounds, index, side="right") - 1
 
     def read(self, index):
-        images, labels = np.empty((len(index), 32, 32, 3), np.uint8), np.empty(len(index), np.uint8)
-        shards = np.searchsorted(self.bounds, index, side="right") - 1
-        for s in np.unique(shards):
-            here = shards == s
-            records = self._records(s)[index[here] - self.bounds[s]]
-            images[here] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            labels[here] = records[:, 0]
+        images = np.empty((len(index), 32, 32, 3), np.uint8)
+        labels = np.empty(len(index), np.uint8)
+        shard_of = self._shard_of(index)
+        for s in np.unique(shard_of):
+            here = shard_of == s  # the places in the batch that this shard fills
+            records = self._get_records(s)[index[here] - self.bounds[s]]
+            images[here], labels[here] = decode_records(records)
         return images, labels
 
-    def _records(self, s):
-        """The records of shard s, (n, RECORD) uint8; fetches the next shards too, forgets those longest unused."""
+    def _get_records(self, s):
+        """The records (n, RECORD_BYTES) uint8 of shard s; starts to fetch the next shards too."""
         with self._lock:
-            place = self._sequence.index(s)
-            for shard in self._sequence[place : place + 1 + self.ahead]:
-                future = self._kept.pop(shard, None) or self._pool.submit(
-                    self._fetch, self.entries[shard]
-                )
-                self._kept[shard] = future  # the last one now
+            # A Future takes the place of the records at once, so that several threads that need a
+            # shard wait for the same request.
+            for shard in self._shards_from(s):
+                if shard not in self._kept:
+                    self._kept[shard] = self._pool.submit(self._load_shard, self.entries[shard])
+                self._kept.move_to_end(shard)
             future = self._kept[s]
             while len(self._kept) > KEPT_SHARDS:
-                del self._kept[next(iter(self._kept))]
+                self._kept.popitem(last=False)  # the one longest unused
         return future.result()
 
-    def _fetch(self, entry):
-        data = self._from_cache(entry)
+    def _shards_from(self, s):
+        """Shard s and the ones that are needed next."""
+        if s not in self._read_order:
+            return [s]
+        place = self._read_order.index(s)
+        return self._read_order[place : place + 1 + self.shards_ahead]
+
+    def _load_shard(self, entry):
+        """The records of a shard, from the cache if it has them."""
+        data = self._read_cache(entry)
         if data is None:
-            if not hasattr(self._reader, "client"):
-                self._reader.client = self.bucket.connect()
-            data = self.bucket.fetch(self._reader.client, entry)
-            if self.cache_dir:
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
-                part = self._cached(entry).with_suffix(f".{os.getpid()}")
-                part.write_bytes(data)
-                part.replace(self._cached(entry))
-        records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
+            data = self.bucket.fetch(self.bucket.client(), entry)
+            self._write_cache(entry, data)
+        records = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
         if len(records) != entry.images or records[:, 0].max() > 9:
-            raise LoadingError(
-                f"{self.bucket.name(entry.name)}: not {entry.images} images with labels up to 9"
-            )
+            place = self.bucket.describe(entry.name)
+            raise LoadingError(f"{place}: not {entry.images} images with labels up to 9")
         return records
 
-    def _cached(self, entry):
-        return self.cache_dir / f"{entry.sha256}.bin"
-
-    def _from_cache(self, entry):
-        if self.cache_dir:
-            with contextlib.suppress(OSError, Damaged):
-                data = self._cached(entry).read_bytes()
-                check(entry, data)
-                return data
-
-
-def labels_of(entries):
-    """The labels (N,) of pictures, which their names end in."""
-    return np.array([int(re.search(r"_(\d+)\.\w+$", entry.name)[1]) for entry in entries], np.uint8)
-
-
-def download(source, loader):
-    """All images of a source, in memory; and when it began, seconds waiting, seconds in all, and how many they are."""
-    began, clock, waited = time.time(), time.perf_counter(), 0.0
-    images, labels = (
-        np.empty((len(source.labels), 32, 32, 3), np.uint8),
-        np.empty_like(source.labels),
-    )
-    parts = [np.arange(a, b) for a, b in itertools.pairwise(source.bounds)]
-    reading = loader.run(source.read, parts)
-    for part in parts:
-        started = time.perf_counter()
-        images[part], labels[part] = next(reading)
-        waited += time.perf_counter() - started
-    return Arrays(images, labels), (began, waited, time.perf_counter() - clock, len(images))
-
-
-def export(args):
-    """Put the data set into args.export, s3://bucket/prefix or a folder, as pictures and as shards, then a manifest.
-
-    What is there already, and is the same, stays; so an upload that broke off goes on when it is repeated.
-    """
-    from obstore.store import LocalStore
-    from tqdm import tqdm
-
-    if args.export.startswith("s3://"):
-        target = Bucket(args.export, args.endpoint_url, args.retry_seconds)
-        client, retry, stop = target.connect(), target.retry, target.stopped.set
-    else:
-        check_outputs([Path(args.export) / MANIFEST])
-        client, retry, stop = LocalStore(args.export, mkdir=True), name_failure, lambda: None
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    objects = {"train": [], "train_shards": [], "test": [], "test_shards": []}
-    present = retry("", lambda: list_objects(client))
-    total = len(data.y_train) + len(data.y_test)
-    pool, put = ThreadPoolExecutor(IN_FLIGHT), functools.partial(put_object, client, retry, present)
-    try:
-        with tqdm(total=total, desc="export", unit=" images", disable=args.quiet or None) as bar:
-            for split, images, labels in (
-                ("train", data.x_train, data.y_train),
-                ("test", data.x_test, data.y_test),
-            ):
-                for start in range(0, len(labels), SHARD_IMAGES):
-                    part = slice(start, min(start + SHARD_IMAGES, len(labels)))
-                    pictures, shard = encode(split, start, images[part], labels[part])
-                    for row in pool.map(put, pictures):
-                        objects[split].append(row)
-                        bar.update()
-                    objects[split + "_shards"].append(put(shard))
-    except BaseException:
-        stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    body = json.dumps(
-        {"dataset": data.name, "fingerprint": data.fingerprint, "objects": objects}
-    ).encode()
-    manifest = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-    put_object(client, retry, {}, (MANIFEST, manifest, 0))  # last: where it is, everything is
-    print(
-        f"train_cifar: {len(data.y_train):,} training and {len(data.y_test):,} test images of {data.name} are in "
-        f"{args.export}",
-        flush=True,
-    )
-
-
-def name_failure(key, action):
-    """action(), which reads or writes a file; LoadingError, in one line, if it cannot."""
-    from obstore.exceptions import BaseError
-
-    try:
-        return action()
-    except (BaseError, OSError) as error:
-        problem = str(error).partition("\n")[0]
-        raise LoadingError(f"{key or 'the folder'} cannot be exported: {problem}") from None
-
-
-def list_objects(client):
-    """{key: (size, ETag)} of what is there."""
-    import obstore
-
-    return {
-        o["path"]: (o["size"], o["e_tag"])
-        for chunk in obstore.list(client, chunk_size=1000)
-        for o in chunk
-    }
-
-
-def encode(split, first, images, labels):
-    """[(key, bytes, images in it)] of the pictures number `first` and following, and the same of their shard."""
-    shard = np.empty((len(labels), RECORD), np.uint8)
-    shard[:, 0], shard[:, 1:] = labels, images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
-    pictures = []
-    for i, (pixels, label) in enumerate(zip(images, labels, strict=True), first):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        pictures.append((f"{split}/{i:05}_{label}.png", file.getvalue(), 1))
-    return pictures, (
-        f"{split}-shards/{first // SHARD_IMAGES:02}.bin",
-        shard.tobytes(),
-        len(labels),
-    )
-
-
-def put_object(client, retry, present, item):
-    """Put an object unless it is there; returns its row of the manifest. present: what is there, of list_objects()."""
-    import obstore
-
-    key, data, images = item
-    size, tag = present.get(key, (None, None))
-    digest = hashlib.sha256(data).hexdigest()
-    same = size == len(data) and (
-        (tag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        or hashlib.sha256(retry(key, lambda: obstore.get(client, key).bytes())).hexdigest()
-        == digest
-    )  # an ETag is the MD5 of most objects, not of all
-    if not same:
-        retry(key, lambda: obstore.put(client, key, data, use_multipart=False))
-    return Entry(key, len(data), digest, images)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """Where training and test images come from; the rest is what Run wants of a data set."""
-
-    train: Arrays
-    test: Arrays
-    name: str
-    fingerprint: str
-    fetched: tuple = ()  # how long downloading took: download()'s, of training and test images
-
-    y_train = property(lambda self: self.train.labels)
-    y_test = property(lambda self: self.test.labels)
-
-    def close(self):
-        for source in (self.train, self.test):
-            if hasattr(source, "bucket"):
-                source.bucket.stopped.set()  # requests that are being repeated end
-
-
-def split_sizes(args):
-    """How many images --subset leaves of each split, None for all."""
-    return ("train", args.subset), ("test", args.subset and max(args.subset // 5, 1))
-
-
-def open_data(args, device, loader):
-    """The Data that --source, --s3-mode, --data-dir, --dataset and --subset ask for."""
-    if args.source == "synthetic-batch":
-        n = args.subset or 50_000
-        train, test = (
-            OneBatch(n, args.batch_size, args.seed),
-            OneBatch(max(n // 5, 1), TEST_BATCH, args.seed),
-        )
-        return Data(train, test, "synthetic", "one batch")
-    if args.source == "disk":
-        root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
-        train, test = (Folder(root / split, n) for split, n in split_sizes(args))
-        if train.classes != test.classes:  # the labels are their numbers
-            raise InputError(
-                f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
-                f"{', '.join(test.classes) or 'in the names'}: give both the same"
-            )
-        names = "\n".join(os.path.relpath(path, root) for path in train.paths + test.paths)
-        data = Data(train, test, f"pictures in {root}", hashlib.sha256(names.encode()).hexdigest())
-    elif args.source == "builtin":
-        data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-        data = Data(
-            Arrays(data.x_train, data.y_train),
-            Arrays(data.x_test, data.y_test),
-            data.name,
-            data.fingerprint,
-        )
-    else:
-        data = open_bucket(args, loader)
-    if args.subset and len(data.y_train) < args.subset:
-        if not args.cpu_default:
-            raise InputError(
-                f"--subset {args.subset}: there are {len(data.y_train)} training images in {args.source}"
-            )
-        args.subset = len(data.y_train)
-    if device.type == "cuda" and type(data.train) is Arrays:
-        data = data._replace(train=OnDevice(data.train, device), test=OnDevice(data.test, device))
-    return data
-
-
-def open_bucket(args, loader):
-    """The Data in s3://bucket/prefix, read as --s3-mode says."""
-    if args.cache_dir:
-        check_outputs([Path(args.cache_dir) / "shard"])
-    bucket = Bucket(args.source, args.endpoint_url, args.retry_seconds)
-    try:
-        manifest, sources, fetched = bucket.manifest(), [], []
-        for split, n in split_sizes(args):
-            pictures, shards = manifest[split][:n], manifest[split + "_shards"]
-            if args.s3_mode == "stream":
-                sources.append(S3Pictures(bucket, pictures))
-                continue
-            sources.append(
-                S3Shards(bucket, shards, labels_of(pictures), args.cache_dir, args.workers)
-            )
-            if args.s3_mode == "download":
-                sources[-1], record = download(sources[-1], loader)
-                fetched.append(record)
-    except BaseException:
-        bucket.stopped.set()
-        raise
-    order = "-shards" if args.s3_mode == "shards" else ""  # --resume needs the same order
-    return Data(*sources, manifest["dataset"], manifest["fingerprint"] + order, tuple(fetched))
-
-
-class Loader:
-    """Calls a function for one batch after the other, in `workers` threads ahead of the consumer, in order.
-
-    Threads, not processes: what takes time here (reading, hashing, decoding, NumPy's copying) runs outside Python's
-    lock, and nothing has to be copied between processes. Without workers the consumer itself makes the call.
-    """
-
-    def __init__(self, workers):
-        self.workers, self._pool = (
-            workers,
-            ThreadPoolExecutor(workers, "loader") if workers else None,
-        )
-
-    def run(self, make, batches, waiting=None):
-        """Yield make(batch) for each of `batches`, in their order; waiting() is called while there is nothing yet."""
-        if not self._pool:
-            yield from map(make, batches)
-            return
-        batches, pending = iter(batches), collections.deque()
+    def _read_cache(self, entry):
+        """The bytes of a shard; None if they are not there or damaged."""
+        if self.cache_dir is None:
+            return None
         try:
-            while True:
-                for batch in itertools.islice(batches, AHEAD * self.workers - len(pending)):
-                    pending.append(self._pool.submit(make, batch))
-                if not pending:
-                    return
-                while wait([pending[0]], 0.2).not_done:
-                    if waiting:
-                        waiting()
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+            data = (self.cache_dir / f"{entry.sha256}.bin").read_bytes()
+            verify(entry, data)
+        except (OSError, ChecksumError):
+            return None
+        return data
 
-    def batches(self, source, batches, draws, device, waiting=None):
-        """Yield x (n, 3, 32, 32), normalised and in channels_last memory, and labels (n,) for each array of indices.
-
-        draws: of draw_augmentation(), for all images of the source, or None. Both tensors are on the device.
-        """
-        if isinstance(source, OneBatch):
-            ready = finish_batch(*make_batch(source, None, device, batches[0]), device)
-            yield from ((ready[0][: len(index)], ready[1][: len(index)]) for index in batches)
+    def _write_cache(self, entry, data):
+        """Keep a shard on disk: the rename makes it appear there whole or not at all."""
+        if self.cache_dir is None:
             return
-        for batch in self.run(
-            functools.partial(make_batch, source, draws, device), batches, waiting
-        ):
-            yield finish_batch(*batch, device)
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        part = self.cache_dir / f"{entry.sha256}.{os.getpid()}"
+        part.write_bytes(data)
+        part.replace(self.cache_dir / f"{entry.sha256}.bin")
 
 
-def make_batch(source, draws, device, index):
-    """A worker's part: for a CPU all of it, for a GPU the images as they are, and their draws."""
-    images, labels = source.read(index)
-    draws = None if draws is None else draws[index]
-    if device.type == "cpu":
-        images = images if draws is None else augment(images, draws)
-        return *common.load_batch(images, labels, slice(None)), None
-    return images, labels, draws
+def labels_of(entries: Sequence[ManifestEntry]) -> np.ndarray:
+    """The labels (N,) of pictures, in which their names end: "train/00012_7.png"."""
+    labels = [int(re.search(r"_(\d+)\.\w+$", entry.name)[1]) for entry in entries]
+    return np.array(labels, np.uint8)
 
 
-def finish_batch(images, labels, draws, device):
-    """The rest: on a GPU images arrive as uint8, a quarter of the bytes, and are augmented and normalised there."""
-    x, labels = (torch.as_tensor(a).to(device, non_blocking=True) for a in (images, labels))
-    if x.dtype is torch.uint8:
-        x = x if draws is None else augment_tensor(x, torch.from_numpy(draws).to(device))
-        scale, shift = (
-            1 / (255 * torch.tensor(STD, device=device)),
-            torch.tensor(MEAN) / torch.tensor(STD),
-        )
-        x = torch.addcmul(-shift.to(device), x.float(), scale)
-    if x.is_cuda:
-        torch.cuda.synchronize()  # before the clock is read
-    return x.permute(0, 3, 1, 2), labels.long()
+def encode_records(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Images (n, 32, 32, 3) and labels (n,) in CIFAR-10's binary layout, (n, RECORD_BYTES) uint8:
+    label, red plane, green plane, blue plane."""
+    records = np.empty((len(labels), RECORD_BYTES), np.uint8)
+    records[:, 0] = labels
+    records[:, 1:] = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
+    return records
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+def decode_records(records: np.ndarray):
+    """The reverse of encode_records(): images (n, 32, 32, 3) and labels (n,)."""
+    planes = records[:, 1:].reshape(-1, 3, 32, 32)
+    return planes.transpose(0, 2, 3, 1), records[:, 0]
 
 
-class World:
+# --------------------------------------------------------------------------------------------------
+# Processes, threads, precision
+# --------------------------------------------------------------------------------------------------
+
+
+class ProcessGroup:
     """The processes that train together: this one's rank, their number, sums over all of them."""
 
-    def __init__(self, rank=0, size=1, local_size=1, device=torch.device("cpu")):  # noqa: B008 (immutable)
-        self.rank, self.size, self.local_size, self.device = rank, size, local_size, device
+    def __init__(self, rank=0, size=1, local_size=1, device=torch.device("cpu")):  # noqa: B008
+        self.rank = rank
+        self.size = size
+        self.local_size = local_size  # processes on this machine
+        self.device = device
 
-    def share(self, index):
-        """This rank's part of an array, the first ranks one more than the others where it does not divide."""
+    def shard(self, index: np.ndarray) -> np.ndarray:
+        """This rank's part of an array; the first ranks have one more where it does not divide."""
         return np.array_split(index, self.size)[self.rank]
 
     def sum(self, *values):
@@ -871,26 +680,384 @@ class World:
         return sums.tolist()
 
 
-class Setup(NamedTuple):
-    """How to compute: what train(), evaluate() and their like have in common."""
+def join_process_group(args: argparse.Namespace) -> ProcessGroup:
+    """Meet the other processes under torchrun, which sets RANK and its like; otherwise be alone."""
+    device = torch.device(args.device)
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return ProcessGroup(device=device)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return ProcessGroup(rank, size, local_size, device)
 
-    device: torch.device
-    amp: torch.dtype | None
-    scaler: torch.amp.GradScaler | None
-    loader: Loader
-    world: World
 
+class WorkerPool:
+    """Calls a function for one item after the other, in threads ahead of the consumer, in order.
 
-def learning_rate(args, done):
-    """The learning rate when the part `done` (0 to 1) of the training is over.
-
-    constant: args.lr. cosine: up from 0 in a straight line during args.warmup of the training, then half a cosine down
-    to 0. one-cycle: from lr / 25 up to lr and down to lr / 250,000, both half a cosine, as PyTorch's OneCycleLR; Smith
-    and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018.
+    Threads, not processes: what takes time here (reading, hashing, decoding, NumPy's copying) runs
+    outside Python's global lock, and nothing has to be copied between processes. With 0 workers the
+    consumer itself makes the call.
     """
-    if done < args.warmup and args.schedule == "one-cycle":
-        return half_cosine(args.lr / 25, args.lr, done / args.warmup)
+
+    def __init__(self, workers: int):
+        self.number = workers
+        self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
+
+    def map(self, function: Callable, items: Iterable, waiting: Callable | None = None):
+        """Yield function(item) for each item, in their order, AHEAD of them per worker in advance.
+
+        waiting: called again and again while the next result is not there; it may raise.
+        """
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        items = iter(items)
+        pending = collections.deque()  # Futures, in the order of the items
+        try:
+            while True:
+                # Fill up the queue: fast workers do not run away, so memory stays bounded.
+                for item in itertools.islice(items, AHEAD * self.number - len(pending)):
+                    pending.append(self._pool.submit(function, item))
+                if not pending:
+                    return
+                # Wait for the oldest, even if later ones are ready: the order is that of the items.
+                while wait([pending[0]], timeout=0.2).not_done:
+                    if waiting:
+                        waiting()
+                yield pending.popleft().result()
+        finally:  # an error, or the consumer wants no more
+            for future in pending:
+                future.cancel()
+
+
+class TrainContext(NamedTuple):
+    """How to load and compute: what train(), evaluate() and measure_loading() have in common."""
+
+    group: ProcessGroup
+    workers: WorkerPool
+    loader: str = "batched"
+    memory_format: torch.memory_format = torch.channels_last
+    amp: torch.dtype | None = None  # type for autocast, None for float32
+
+    device = property(lambda self: self.group.device)
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """--amp with `auto` resolved: bf16 where the hardware computes in it, else fp16 on a GPU."""
+    if amp == "fp16" and device.type == "cpu":
+        raise InputError("--amp fp16 needs a GPU: use --amp bf16 or off")
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Without such instructions PyTorch emulates bfloat16, which is slower than float32.
+    has_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
+    return "bf16" if has_bf16 else "off"
+
+
+def autocast(context: TrainContext):
+    """Rung "--amp": convolutions and matrix products in bfloat16 or float16, the rest in float32.
+
+    Faster because a register holds twice as many numbers, half the bytes move, and recent hardware
+    has instructions for such products. The cost is precision: 8 or 11 bits in place of 24. Weights
+    and their updates stay float32 (Micikevicius et al., "Mixed Precision Training", 2018).
+    """
+    return torch.autocast(context.device.type, context.amp, enabled=context.amp is not None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loaders: from indices to batches that the network takes
+# --------------------------------------------------------------------------------------------------
+
+
+def load_batches(
+    source: ImageSource, indices: list, augmentation, context: TrainContext, waiting=None
+) -> Iterator:
+    """Yield x (n, 3, 32, 32) float32, normalised, and labels (n,) int64 for each index (n,).
+
+    augmentation: (seed, epoch), None for none. waiting: as in WorkerPool.map().
+    """
+    if context.loader == "torchvision":
+        return torchvision_batches(source, indices, augmentation, context)
+    return whole_batches(source, indices, augmentation, context, waiting)
+
+
+# Rung "--loader torchvision", as tutorials write it. Each image becomes a Pillow picture, four
+# transforms make a tensor of it, and PyTorch's DataLoader stacks the tensors to a batch. It takes
+# any transform; the cost is that Python runs a dozen times for each image.
+
+
+class TorchvisionImages(torch.utils.data.Dataset):
+    """Image i, transformed, (3, 32, 32) float32, and its label."""
+
+    def __init__(self, source: InMemorySource, augment: bool):
+        transforms = import_torchvision().transforms
+        steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        if augment:
+            crop = transforms.RandomCrop(32, padding=PAD)
+            steps = [crop, transforms.RandomHorizontalFlip(), *steps]
+        self.transform = transforms.Compose(steps)
+        self.source = source
+
+    def __len__(self):
+        return len(self.source.labels)
+
+    def __getitem__(self, i):
+        image = Image.fromarray(self.source.images[i])
+        return self.transform(image), int(self.source.labels[i])
+
+
+def torchvision_batches(source, indices, augmentation, context) -> Iterator:
+    """load_batches() with PyTorch's DataLoader, whose workers are processes.
+
+    The transforms draw from PyTorch's random state: the augmentation is not that of the other rung,
+    and after a resume within an epoch it is another one than without.
+    """
+    if augmentation:
+        seed = np.random.default_rng([*augmentation, context.group.rank]).integers(2**63)
+        torch.manual_seed(int(seed))
+    images = TorchvisionImages(source, augment=augmentation is not None)
+    workers = context.workers.number
+    loader = torch.utils.data.DataLoader(images, batch_sampler=indices, num_workers=workers)
+    for x, labels in loader:
+        x = x.to(context.device).contiguous(memory_format=context.memory_format)
+        yield x, labels.to(context.device)
+
+
+# Rung "--loader batched" (default). Images stay uint8, a quarter of the bytes, until they are used;
+# a batch is cut out of its source, augmented and normalised as one array. Faster because Python
+# runs a few times for each batch and NumPy does the rest, also in threads. The cost is code of our
+# own for each transform: here crop and flip.
+
+
+def whole_batches(source, indices, augmentation, context, waiting=None) -> Iterator:
+    """load_batches() with whole arrays, by threads ahead of the training."""
+    if isinstance(source, OneBatchSource):  # made once, given again and again
+        x, labels = finish_batch(*prepare_batch(source, None, context, indices[0]), context)
+        for index in indices:
+            yield x[: len(index)], labels[: len(index)]
+        return
+    aug_params = None
+    if augmentation:
+        aug_params = draw_augmentation(len(source.labels), *augmentation)
+    if indices:
+        source.set_read_order(np.concatenate(indices))
+    prepare = functools.partial(prepare_batch, source, aug_params, context)
+    for batch in context.workers.map(prepare, indices, waiting):
+        yield finish_batch(*batch, context)
+
+
+def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
+    """A worker's part: all work for a CPU, reading for a GPU. Returns arguments of finish_batch().
+
+    aug_params: of draw_augmentation(), for all images of the source, or None.
+    """
+    images, labels = source.read(index)
+    if aug_params is not None:
+        aug_params = aug_params[index]
+    if context.device.type != "cpu":
+        return images, labels, aug_params
+    if aug_params is not None:
+        images = augment(images, aug_params)
+    x, labels = load_batch(images, labels, slice(None))
+    return x, labels, None
+
+
+def finish_batch(images, labels, aug_params, context):
+    """The consumer's part: images (n, 32, 32, 3) to the device, and there from uint8 to float32."""
+    x = torch.as_tensor(images).to(context.device, non_blocking=True)
+    labels = torch.as_tensor(labels).to(context.device, non_blocking=True)
+    if x.dtype is torch.uint8:
+        x = augment_and_normalize(x, aug_params)
+    x = x.permute(0, 3, 1, 2)  # a view: NHWC in memory is what PyTorch calls channels_last
+    x = x.contiguous(memory_format=context.memory_format)
+    labels = labels.long()
+    if x.is_cuda:
+        torch.cuda.synchronize()  # so that all this counts as loading
+    return x, labels
+
+
+def augment_and_normalize(images: torch.Tensor, aug_params=None) -> torch.Tensor:
+    """common.augment() and normalisation with PyTorch: (n, 32, 32, 3) uint8 → float32."""
+    if aug_params is not None:
+        images = augment_tensor(images, torch.from_numpy(aug_params).to(images.device))
+    # (images / 255 - MEAN) / STD as one multiplication and one addition
+    mean = torch.tensor(MEAN, device=images.device)
+    std = torch.tensor(STD, device=images.device)
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+
+
+def augment_tensor(images: torch.Tensor, aug_params: torch.Tensor) -> torch.Tensor:
+    """common.augment() for tensors: images (n, 32, 32, 3) and aug_params (n,), both uint8.
+
+    A parameter is flip · 81 + dy · 9 + dx: whether to mirror, and the corner of the crop.
+    """
+    aug_params = aug_params.long()
+    size = images.shape[1]
+    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))  # (n, 40, 40, 3)
+    # A view with all 9 × 9 crops of each image, (n, 9, 9, 32, 32, 3), from which one is taken.
+    crops = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
+    image = torch.arange(len(images), device=images.device)
+    out = crops[image, aug_params // 9 % 9, aug_params % 9]
+    flip = (aug_params // 81 == 1)[:, None, None, None]
+    return torch.where(flip, out.flip(2), out)
+
+
+# --------------------------------------------------------------------------------------------------
+# The data set that the options ask for
+# --------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """Training and test images, and what the log says of them."""
+
+    train: ImageSource
+    test: ImageSource
+    name: str
+    fingerprint: str
+    bucket: Bucket | None = None  # where the images come from, if it is one
+    fetch_rows: tuple = ()  # (type, columns) of the log's rows about downloading
+
+    y_train = property(lambda self: self.train.labels)  # as a common.Dataset has them
+    y_test = property(lambda self: self.test.labels)
+
+
+def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
+    """The Data for --source, --s3-mode, --data-dir, --dataset and --subset."""
+    if args.source == "synthetic-batch":
+        n = args.subset or 50_000
+        train = OneBatchSource(n, args.batch_size, args.seed)
+        test = OneBatchSource(max(n // 5, 1), TEST_BATCH, args.seed)
+        data = Data(train, test, "synthetic", "one batch")
+    elif args.source == "disk":
+        data = open_folder(args)
+    elif args.source == "builtin":
+        dataset = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+        train = InMemorySource(dataset.x_train, dataset.y_train)
+        test = InMemorySource(dataset.x_test, dataset.y_test)
+        data = Data(train, test, dataset.name, dataset.fingerprint)
+    else:
+        data = open_bucket(args, context.workers)
+
+    available = len(data.y_train)
+    if args.subset and available < args.subset:
+        if not args.cpu_default:
+            raise InputError(
+                f"--subset {args.subset}: there are {available} training images in {args.source}"
+            )
+        args.subset = available
+    in_memory = isinstance(data.train, InMemorySource)
+    if context.device.type == "cuda" and in_memory and context.loader == "batched":
+        train = DeviceSource(data.train.images, data.y_train, context.device)
+        test = DeviceSource(data.test.images, data.y_test, context.device)
+        data = data._replace(train=train, test=test)
+    return data
+
+
+def split_sizes(args):
+    """The name of each split, and how many of its images --subset takes (None: all)."""
+    if args.subset is None:
+        return (("train", None), ("test", None))
+    return (("train", args.subset), ("test", max(args.subset // 5, 1)))
+
+
+def open_folder(args):
+    """The Data in the folders train/ and test/ of --data-dir."""
+    root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    train, test = (ImageFolderSource(root / split, n) for split, n in split_sizes(args))
+    if train.classes != test.classes:  # a label is a place in these lists
+        raise InputError(
+            f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
+            f"{', '.join(test.classes) or 'in the names'}: give both the same"
+        )
+    names = "\n".join(os.path.relpath(path, root) for path in train.paths + test.paths)
+    fingerprint = hashlib.sha256(names.encode()).hexdigest()
+    return Data(train, test, f"pictures in {root}", fingerprint)
+
+
+def open_bucket(args, workers):
+    """The Data in s3://bucket/prefix, read as --s3-mode says."""
+    if args.cache_dir:
+        check_outputs([Path(args.cache_dir) / "shard"])
+    bucket = Bucket(args.source, args.endpoint_url, args.retry_seconds)
+    sources = []
+    fetch_rows = []
+    try:
+        manifest = bucket.manifest()
+        for split, n in split_sizes(args):
+            pictures = manifest[split][:n]
+            shards = manifest[f"{split}_shards"]
+            if args.s3_mode == "stream":
+                source = S3Pictures(bucket, pictures, args.workers)
+            else:
+                labels = labels_of(pictures)
+                source = S3Shards(bucket, shards, labels, args.cache_dir, args.workers)
+            if args.s3_mode == "download":
+                source, row = download(source, workers)
+                fetch_rows.append((FETCH_TRAIN if split == "train" else FETCH_VALIDATE, row))
+            sources.append(source)
+    except BaseException:
+        bucket.stop()  # no thread goes on retrying
+        raise
+    # Shards have an order of their own, which --resume needs again.
+    order = "-shards" if args.s3_mode == "shards" else ""
+    fingerprint = manifest["fingerprint"] + order
+    return Data(*sources, manifest["dataset"], fingerprint, bucket, tuple(fetch_rows))
+
+
+def download(source: S3Shards, workers: WorkerPool) -> tuple[InMemorySource, dict]:
+    """Read all images of a source into memory. Returns them and the columns of the log's row."""
+    start = time.time()
+    clock = time.perf_counter()
+    waiting = 0.0
+    images = np.empty((len(source.labels), 32, 32, 3), np.uint8)
+    labels = np.empty_like(source.labels)
+    shards = [np.arange(first, end) for first, end in itertools.pairwise(source.bounds)]
+    arriving = workers.map(source.read, shards)
+    for index in shards:
+        asked = time.perf_counter()
+        images[index], labels[index] = next(arriving)
+        waiting += time.perf_counter() - asked
+    duration = time.perf_counter() - clock
+    row = {"epoch": 0, "start": start, "loading": waiting, "duration": duration}
+    row["value1"] = len(images)
+    return InMemorySource(images, labels), row
+
+
+def open_data_on_all(args: argparse.Namespace, context: TrainContext) -> Data:
+    """open_data() in every process: rank 0 first, which downloads what the others then find."""
+    group = context.group
+    if group.size == 1:
+        return open_data(args, context)
+    data = open_data(args, context) if group.rank == 0 else None
+    name = [data.name if data else None]
+    torch.distributed.broadcast_object_list(name, 0)  # the others wait here
+    if group.rank:
+        if args.source == "builtin":
+            args.dataset = name[0]  # no second download, no second warning
+        data = open_data(args, context)
+    return data
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(args: argparse.Namespace, done: float) -> float:
+    """The learning rate when the fraction `done` (0 to 1) of the training is over.
+
+    constant: args.lr. cosine: in a straight line up from 0 during args.warmup of the training, then
+    half a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts). one-cycle: from
+    lr / 25 up to lr and down to lr / 250,000, both half a cosine, as PyTorch's OneCycleLR (Smith
+    and Topin, "Super-Convergence", 2018).
+    """
     if done < args.warmup:
+        if args.schedule == "one-cycle":
+            return half_cosine(args.lr / 25, args.lr, done / args.warmup)
         return args.lr * done / args.warmup
     if args.schedule == "constant":
         return args.lr
@@ -898,558 +1065,639 @@ def learning_rate(args, done):
     return half_cosine(args.lr, last, (done - args.warmup) / (1 - args.warmup))
 
 
-def half_cosine(start, end, part):
-    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+def half_cosine(start, end, fraction):
+    """From start (fraction 0) to end (fraction 1)."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def autocast(device, amp):
-    return torch.autocast(device.type, amp) if amp else contextlib.nullcontext()
+def global_batches(n: int, batch_size: int, processes: int) -> list[tuple[int, int]]:
+    """[(start, end)] of the batches in an epoch of n images.
 
-
-def train_step(model, optimizer, x, labels, amp=None, scaler=None, smoothing=0.0, weight=1.0):
-    """One step on one batch. Returns the mean loss, the logits and the seconds of forward and backward pass.
-
-    amp: the type for autocast, None for float32. scaler: a GradScaler for float16. smoothing: of the labels. weight: of
-    this process's loss beside the others'. The seconds are None on a GPU, which works behind the clock's back.
+    A last one with fewer images than processes is left out: each process needs at least one.
     """
-    started = time.perf_counter()
-    optimizer.zero_grad()
-    with autocast(x.device, amp):
-        logits = model(x)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    forward = time.perf_counter()
-    scaled = loss * weight
-    (scaler.scale(scaled) if scaler else scaled).backward()
-    backward = time.perf_counter()
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
-    phases = {} if x.is_cuda else {"forward": forward - started, "backward": backward - forward}
-    return loss.detach(), logits.detach(), phases
+    bounds = [(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    return [(start, end) for start, end in bounds if end - start >= processes]
 
 
-def warm_up(model, net, sizes, setup):
-    """Let the libraries choose and build their kernels for batches of these sizes, and leave net as it was."""
-    kept = [buffer.clone() for buffer in net.buffers()]
-    for size in sizes:
-        x = torch.zeros(size, 32, 32, 3, device=setup.device).permute(0, 3, 1, 2)
-        with autocast(setup.device, setup.amp):
-            model(x).float().sum().backward()
-    net.zero_grad()
-    for buffer, before in zip(net.buffers(), kept, strict=True):
-        buffer.copy_(before)
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
+def train(model, net, optimizer, scaler, data, args, context, log, checkpoint, stop):
+    """Train net for args.epochs epochs. model: net, or what torch.compile and DDP made of it."""
+    group = context.group
+    batches = global_batches(len(data.y_train), args.global_batch_size, group.size)
+    # A GPU computes while Python goes on: a clock would only see how long it takes to launch work.
+    timed = log.timed if context.device.type == "cpu" else contextlib.nullcontext
+
+    def stop_while_waiting():
+        """Let Ctrl-C end the wait for an S3 server that is silent."""
+        if stop.requested and group.size == 1:
+            save_and_stop(checkpoint, log, stop)
+
+    for epoch in range(log.epoch, args.epochs + 1):
+        if has_reached(args.accuracy, log.history):
+            break
+        # Every process computes the same order and takes its shard of each batch.
+        order = data.train.order(args.seed, epoch)
+        indices = [group.shard(order[start:end]) for start, end in batches[log.batch :]]
+        augmentation = (args.seed, epoch) if args.augment == "on" else None
+        log.start_epoch(epoch, len(batches))
+        loaded = load_batches(data.train, indices, augmentation, context, stop_while_waiting)
+
+        for batch in range(log.batch, len(batches)):
+            start, end = batches[batch]
+            images = end - start  # of all processes
+
+            # The learning rate is a function of the position alone, so a resumed run has the same.
+            done = (epoch - 1 + batch / len(batches)) / args.epochs
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = learning_rate(args, done)
+
+            with log.timed("loading"), saved_if_loading_fails(checkpoint):
+                x, labels = next(loaded)
+
+            with timed("forward"):
+                optimizer.zero_grad()
+                with autocast(context):
+                    logits = model(x)
+                    smoothing = args.label_smoothing
+                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+            with timed("backward"):
+                # DistributedDataParallel sums the gradients while the backward pass runs, and
+                # divides by the number of processes. This weight makes the result the mean over
+                # all images, also where one process has an image more than another.
+                weight = len(labels) * group.size / images
+                # float16 rounds small gradients to zero: the scaler multiplies the loss by a large
+                # number, and its step() divides the gradients again. It is off for other types.
+                scaler.scale(loss * weight).backward()
+
+            with timed("update"):
+                scaler.step(optimizer)
+                scaler.update()
+
+            # All processes get the same sums, and so they log, fail and stop alike.
+            top1, top5 = count_correct(logits, labels)
+            loss_sum, top1, top5, stops = group.sum(
+                loss.item() * len(labels), top1, top5, bool(stop.requested)
+            )
+            log.end_batch(images, loss_sum, int(top1), int(top5))
+            require_finite(loss_sum, "loss", log)
+            if stops:
+                save_and_stop(checkpoint, log, stop)
+            if checkpoint.due():
+                checkpoint.save()
+
+        log.end_training()
+        loss, top1, top5, loading = evaluate(net, data.test, context)
+        log.end_epoch(loss, top1, top5, loading)
+        require_finite(loss, "validation loss", log)
+        checkpoint.save()
+        (stops,) = group.sum(bool(stop.requested))
+        if stops and epoch < args.epochs:
+            save_and_stop(checkpoint, log, stop)
+
+    if has_reached(args.accuracy, log.history):
+        log.totals["seconds_to_accuracy"] = log.totals["train_seconds"]
 
 
-def count_correct(logits, labels):
-    hits = logits.float().topk(5).indices == labels[:, None]
+def has_reached(accuracy: float | None, history: dict) -> bool:
+    """Whether the last evaluation had the accuracy at which the run is to end (None: never)."""
+    if accuracy is None or not history["test_acc"]:
+        return False
+    return history["test_acc"][-1] >= accuracy
+
+
+@contextlib.contextmanager
+def saved_if_loading_fails(checkpoint):
+    """Save what was trained so far before a LoadingError ends the run."""
+    try:
+        yield
+    except LoadingError as error:
+        if not checkpoint.path:
+            raise
+        checkpoint.save()
+        message = f"{error}; continue with --checkpoint {checkpoint.path} --resume"
+        raise LoadingError(message) from None
+
+
+def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
+    """How many labels (n,) have the largest, and one of the five largest, logits (n, 10)."""
+    hits = logits.detach().float().topk(5).indices == labels[:, None]  # (n, 5)
     return hits[:, 0].sum().item(), hits.sum().item()  # .item() waits for the GPU
 
 
-def global_batches(n, args, world):
-    """[(start, stop)] of the batches in an epoch of n images, without one that has fewer images than processes."""
-    size = args.global_batch_size
-    bounds = ((start, min(start + size, n)) for start in range(0, n, size))
-    return [(start, stop) for start, stop in bounds if stop - start >= world.size]
-
-
-def train(model, net, optimizer, data, args, run, setup):
-    """Train for args.epochs epochs on data; everything measured goes to run. model: net, or what wraps it."""
-    device, amp, scaler, loader, world = setup
-    batches = global_batches(len(data.train.labels), args, world)
-    for epoch in range(run.epoch, args.epochs + 1):
-        if has_reached(args.accuracy, run):
-            break
-        order, draws = epoch_plan(data.train, args, epoch)
-        run.start_epoch(epoch, len(batches))
-        mine = [world.share(order[start:stop]) for start, stop in batches[run.batch :]]
-        loaded = loader.batches(
-            data.train, mine, draws, device, waiting=run.check_signal if world.size == 1 else None
-        )
-        for batch in range(run.batch, len(batches)):
-            set_learning_rate(optimizer, args, (epoch - 1 + batch / len(batches)) / args.epochs)
-            started = time.perf_counter()
-            x, labels = next_batch(loaded, args, run)
-            loading = time.perf_counter() - started
-            start, stop = batches[batch]
-            weight = (
-                len(labels) * world.size / (stop - start)
-            )  # DistributedDataParallel takes the mean over processes
-            loss, logits, phases = train_step(
-                model, optimizer, x, labels, amp, scaler, args.label_smoothing, weight
-            )
-            sums = world.sum(
-                loss.item() * len(labels), *count_correct(logits, labels), bool(run.signal)
-            )
-            run.end_batch(
-                stop - start,
-                sums[0],
-                int(sums[1]),
-                int(sums[2]),
-                loading,
-                stop=sums[3] > 0,
-                **phases,
-            )
-        run.end_training()
-        run.end_epoch(*evaluate(net, data.test, setup), stop=world.sum(bool(run.signal))[0] > 0)
-    has_reached(args.accuracy, run)  # in the last epoch too
-
-
-def epoch_plan(source, args, epoch):
-    """The order of the epoch's images, and the draws of their augmentation or None."""
-    draws = (
-        draw_augmentation(len(source.labels), args.seed, epoch) if args.augment == "on" else None
-    )
-    return source.order(args.seed, epoch), draws
-
-
-def set_learning_rate(optimizer, args, done):
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, done)
-
-
-def next_batch(loaded, args, run):
-    """The next batch; if it cannot be had, what was trained so far is saved before the run ends."""
-    try:
-        return next(loaded)
-    except LoadingError as error:
-        if args.checkpoint:
-            run.save_checkpoint()
-            raise LoadingError(
-                f"{error}; continue with --checkpoint {args.checkpoint} --resume"
-            ) from None
-        raise
-
-
-def has_reached(accuracy, run):
-    """Whether the last validation had the accuracy that the run was to reach; the totals tell in what training time."""
-    reached = (
-        accuracy is not None and run.history["test_acc"] and run.history["test_acc"][-1] >= accuracy
-    )
-    if reached:
-        run.totals["seconds_to_accuracy"] = run.totals["train_seconds"]
-    return reached
-
-
 @torch.inference_mode()
-def evaluate(net, source, setup, batch_size=TEST_BATCH):
-    """Mean loss, top-1 and top-5 accuracy over all processes, and seconds spent waiting for data."""
-    device, amp, _, loader, world = setup
-    net.eval()
-    for buffer in (
-        net.buffers() if world.size > 1 else ()
-    ):  # running statistics differ from rank to rank
-        torch.distributed.broadcast(buffer, 0)
+def evaluate(net, source: ImageSource, context: TrainContext, batch_size: int = TEST_BATCH):
+    """Mean loss, top-1 and top-5 accuracy over all processes, and seconds spent loading."""
+    group = context.group
+    net.eval()  # batch normalisation with running statistics, not with those of the batch
+    if group.size > 1:
+        # Each process has seen other images: all take the running statistics of rank 0.
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
     n = len(source.labels)
-    mine = [
-        world.share(np.arange(start, min(start + batch_size, n)))
-        for start in range(0, n, batch_size)
-    ]
-    mine = [index for index in mine if len(index)]
-    sums, loading, loaded = np.zeros(3), 0.0, loader.batches(source, mine, None, device)
-    for _ in mine:
+    indices = []
+    for start in range(0, n, batch_size):
+        index = group.shard(np.arange(start, min(start + batch_size, n)))
+        if len(index):
+            indices.append(index)
+    loaded = load_batches(source, indices, None, context)
+
+    sums = np.zeros(3)  # loss, top-1, top-5
+    loading = 0.0
+    for _ in indices:
         started = time.perf_counter()
-        x, y = next(loaded)
+        x, labels = next(loaded)
         loading += time.perf_counter() - started
-        with autocast(device, amp):
+        with autocast(context):
             logits = net(x).float()
-        sums += (F.cross_entropy(logits, y, reduction="sum").item(), *count_correct(logits, y))
+        loss = F.cross_entropy(logits, labels, reduction="sum").item()
+        sums += (loss, *count_correct(logits, labels))
     net.train()
-    loss, top1, top5 = world.sum(*sums.tolist())
+    loss, top1, top5 = group.sum(*sums.tolist())
     return loss / n, top1 / n, top5 / n, loading
 
 
-def measure_loading(data, args, run, setup):
+def measure_loading(data, args, context, log, checkpoint, stop) -> None:
     """Load args.epochs epochs as training would, and do nothing with them."""
-    batches = global_batches(len(data.train.labels), args, setup.world)
+    group = context.group
+    batches = global_batches(len(data.y_train), args.global_batch_size, group.size)
     for epoch in range(1, args.epochs + 1):
-        order, draws = epoch_plan(data.train, args, epoch)
-        run.start_epoch(epoch, len(batches))
-        mine = [setup.world.share(order[start:stop]) for start, stop in batches]
-        loaded = setup.loader.batches(data.train, mine, draws, setup.device)
-        for start, stop in batches:
-            started = time.perf_counter()
-            next(loaded)
-            run.end_loading(stop - start, time.perf_counter() - started)
-        if not args.quiet and setup.world.rank == 0:
+        order = data.train.order(args.seed, epoch)
+        indices = [group.shard(order[start:end]) for start, end in batches]
+        augmentation = (args.seed, epoch) if args.augment == "on" else None
+        log.start_epoch(epoch, len(batches))
+        loaded = load_batches(data.train, indices, augmentation, context)
+        for start, end in batches:
+            with log.timed("loading"):
+                next(loaded)
+            log.end_batch(end - start)
+            if stop.requested:
+                save_and_stop(checkpoint, log, stop)
+        log.end_training()
+        if not args.quiet and group.rank == 0:
+            sums = log.sums
+            rate = sums["images"] / sums["duration"]
             print(
-                "epoch {}: {images:,} images in {duration:.3f} s, waiting {loading:.3f} s, {:,.0f} images/s".format(
-                    epoch, run.sums["images"] / run.sums["duration"], **run.sums
-                ),
+                f"epoch {epoch}: {sums['images']:,} images in {sums['duration']:.3f} s, "
+                f"waiting {sums['loading']:.3f} s, {rate:,.0f} images/s",
                 flush=True,
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Runs: one training, several seeds, loading alone
+# --------------------------------------------------------------------------------------------------
 
 
-def get_arrays(model, optimizer, scaler):
-    arrays = get_torch_arrays(model, optimizer)
-    if scaler:
-        state = scaler.state_dict()
-        arrays["scaler"] = np.array([state["scale"], state["_growth_tracker"]])
-    return arrays
+def train_once(args, data, context) -> dict:
+    """Train one network from args.seed. Returns the totals of the run."""
+    device = context.device
+    group = context.group
+    torch.manual_seed(args.seed)
+    # Rung "--memory-format channels_last": the channels of a pixel lie side by side, as the fastest
+    # convolutions of oneDNN and cuDNN read them; nchw tensors they reorder first, each time. It
+    # costs nothing, but an operation that does not know the format reorders the tensor back.
+    net = make_model(args.model).to(device, memory_format=context.memory_format)
+    optimizer = make_torch_optimizer(net, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=context.amp is torch.float16)
+
+    # `net` stays the plain network, for the checkpoint and the evaluation; `model` trains it.
+    model = net
+    if args.compile:
+        # Rung "--compile": generated code does several operations in one pass over memory. It needs
+        # a compiler and about a minute, again for each batch size. Convolutions gain nothing, so on
+        # a CPU it can be slower.
+        model = torch.compile(net, dynamic=False)
+    if group.size > 1:
+        # Gives all processes rank 0's weights, then sums the gradients in each backward pass.
+        device_ids = [device] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids)
+    batches = global_batches(len(data.y_train), args.global_batch_size, group.size)
+    sizes = {len(group.shard(range(start, end))) for start, end in batches}
+    warm_up(model, net, sorted(sizes), context)
+
+    log = make_log(args, data, context)
+    parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+    checkpoint = TorchCheckpoint(args, log, group.rank, **parts)
+    if args.resume:
+        if group.rank == 0:
+            checkpoint.load()
+        broadcast_states([log, *parts.values()], group)
+
+    with StopSignal() as stop, log:
+        for kind, columns in data.fetch_rows:
+            log.write_row(kind, **columns)
+        train(model, net, optimizer, scaler, data, args, context, log, checkpoint, stop)
+        if device.type == "cuda":
+            log.totals["peak_gpu_allocated_mb"] = torch.cuda.max_memory_allocated(device) / MIB
+        log.finish()
+    return log.metadata["totals"]
 
 
-def set_arrays(model, optimizer, scaler, arrays):
-    set_torch_arrays(model, optimizer, arrays)
-    if scaler:
-        scale, growth = arrays["scaler"]
-        scaler.load_state_dict(
-            {**scaler.state_dict(), "scale": float(scale), "_growth_tracker": int(growth)}
-        )
+def warm_up(model, net, sizes: Iterable[int], context: TrainContext) -> None:
+    """Let the libraries choose and build their kernels for batches of these sizes.
+
+    That is not training time; a compiled network is compiled here. net stays as it was.
+    """
+    # Running statistics of batch normalisation change in each forward pass.
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    for size in sizes:
+        x = torch.zeros(size, 3, 32, 32, device=context.device)
+        x = x.contiguous(memory_format=context.memory_format)
+        with autocast(context):
+            model(x).float().sum().backward()
+    net.zero_grad()
+    for buffer, before in zip(net.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def share_position(run, net, optimizer, setup):
-    """Give all processes what rank 0 has read from the checkpoint."""
-    if setup.world.size == 1:
+def make_log(args, data, context) -> RunLog:
+    device = context.device
+    info = {"device": "cpu", "threads": torch.get_num_threads(), "ranks": context.group.size}
+    gpu_uuid = None
+    if device.type == "cuda":
+        info["device"] = torch.cuda.get_device_name(device)
+        gpu_uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return RunLog(args, "train_cifar", data, info, context.group.rank, gpu_uuid)
+
+
+def broadcast_states(parts: list, group: ProcessGroup) -> None:
+    """Give all processes the states that rank 0 has read from the checkpoint."""
+    if group.size == 1:
         return
-    names = ("epoch", "batch", "sums", "history", "totals")
-    scaler = setup.scaler and setup.scaler.state_dict()
-    position = [{name: getattr(run, name) for name in names}, scaler]
-    torch.distributed.broadcast_object_list(position, 0)
-    for name, value in position[0].items():
-        setattr(run, name, value)
-    if setup.scaler:
-        setup.scaler.load_state_dict(position[1])
-    with torch.no_grad():
-        for tensor in (*net.parameters(), *get_torch_state(net, optimizer).values()):
-            ours = tensor.to(setup.device, copy=True, memory_format=torch.contiguous_format)
-            torch.distributed.broadcast(ours, 0)
-            tensor.copy_(ours)
+    states = [part.state_dict() for part in parts]
+    torch.distributed.broadcast_object_list(states, 0)
+    if group.rank:
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
+def load_once(args, data, context) -> None:
+    """Measure the loading alone."""
+    log = make_log(args, data, context)
+    checkpoint = TorchCheckpoint(args, log, context.group.rank)
+    with StopSignal() as stop, log:
+        for kind, columns in data.fetch_rows:
+            log.write_row(kind, **columns)
+        measure_loading(data, args, context, log, checkpoint, stop)
+        log.finish()
 
 
-def choose_amp(amp, device):
-    """The type for autocast, or None. auto: bfloat16 where the hardware computes in it, else float16 on a GPU."""
-    if amp == "fp16" and device.type == "cpu":
-        raise InputError("--amp fp16 needs a GPU: use --amp bf16 or off")
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        amp = (
-            "bf16"
-            if any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-            else "off"
-        )
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+SUMMARY_FORMATS = {
+    "best_accuracy": ".4f",
+    "final_accuracy": ".4f",
+    "train_seconds": ".2f",
+    "images_per_s": ",.0f",
+    "seconds_to_accuracy": ".2f",
+}
 
 
-def parse_args(argv=None):
-    parser = make_parser(
-        "train_cifar", __doc__, ("resnet50", "resnet18", "cnn"), batch_size=64, epochs=None
+def train_seeds(args, data, context) -> None:
+    """train_once() for args.seeds seeds, each with files of its own; then mean and deviation."""
+    results = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        own_args = argparse.Namespace(**vars(args))  # a copy
+        own_args.seed = seed
+        for name in ("log", "save_metrics", "checkpoint"):
+            path = getattr(args, name)
+            if path:
+                setattr(own_args, name, path_for_seed(path, seed, name))
+        results.append(train_once(own_args, data, context))
+    if context.group.rank:
+        return
+
+    summary = {}
+    for name, form in SUMMARY_FORMATS.items():
+        values = [result[name] for result in results if name in result]
+        if len(values) == len(results):
+            mean = statistics.mean(values)
+            std = statistics.stdev(values)
+            summary[name] = {"mean": mean, "std": std, "values": values}
+            print(f"{name}: {mean:{form}} ± {std:{form}} (n = {len(values)})", flush=True)
+    log = Path(args.log)
+    content = {"seeds": args.seeds, "arguments": vars(args), **summary}
+    with atomic_write(log.with_name(f"{log.stem}_seeds.json"), "w") as file:
+        json.dump(content, file, indent=1, default=str)
+
+
+def path_for_seed(path: str, seed: int, option: str) -> str:
+    """results/run.ckpt.pt → results/run_seed7.ckpt.pt"""
+    name = Path(path).name
+    if not name:
+        raise InputError(f"--{option.replace('_', '-')} {path!r}: give a file name")
+    stem, dot, suffix = name.partition(".")
+    return str(Path(path).with_name(f"{stem}_seed{seed}{dot}{suffix}"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Export: the data set into a bucket or a folder
+# --------------------------------------------------------------------------------------------------
+
+
+def export(args: argparse.Namespace) -> None:
+    """Put the data set into args.export, s3://bucket/prefix or a folder.
+
+    It gets pictures, shards and a manifest. What is there already and is the same stays, so an
+    upload that was interrupted continues when it is repeated.
+    """
+    from obstore.store import LocalStore
+
+    bucket = None
+    if args.export.startswith("s3://"):
+        bucket = Bucket(args.export, args.endpoint_url, args.retry_seconds)
+        client = bucket.connect()
+        retry = bucket.retry
+    else:
+        check_outputs([Path(args.export) / MANIFEST])
+        client = LocalStore(args.export, mkdir=True)
+        retry = name_failure
+    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    present = retry("", lambda: list_objects(client))
+    put = functools.partial(put_object, client, retry, present)
+    pool = ThreadPoolExecutor(IN_FLIGHT)
+    try:
+        objects = put_images(data, put, pool, args.quiet)
+    except BaseException:
+        if bucket:
+            bucket.stop()  # before shutdown() waits for threads that may be retrying
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+    # The manifest comes last: where it is, everything else is too.
+    content = {"dataset": data.name, "fingerprint": data.fingerprint, "objects": objects}
+    body = json.dumps(content).encode()
+    digest = hashlib.sha256(body).hexdigest().encode()
+    put_object(client, retry, {}, (MANIFEST, digest + b"\n" + body, 0))
+    print(
+        f"train_cifar: {len(data.y_train):,} training and {len(data.y_test):,} test images of "
+        f"{data.name} are in {args.export}",
+        flush=True,
     )
+
+
+def put_images(data, put: Callable, pool: ThreadPoolExecutor, quiet: bool) -> dict:
+    """Put all pictures and shards. Returns the lists of ManifestEntry for the manifest."""
+    from tqdm import tqdm
+
+    objects = {"train": [], "train_shards": [], "test": [], "test_shards": []}
+    splits = (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test))
+    total = len(data.y_train) + len(data.y_test)
+    with tqdm(total=total, desc="export", unit=" images", disable=quiet or None) as bar:
+        for split, images, labels in splits:
+            # Shard by shard, so that only one has to be encoded in memory at a time.
+            for start in range(0, len(labels), SHARD_IMAGES):
+                part = slice(start, min(start + SHARD_IMAGES, len(labels)))
+                pictures = encode_pictures(split, start, images[part], labels[part])
+                for entry in pool.map(put, pictures):
+                    objects[split].append(entry)
+                    bar.update()
+                key = f"{split}-shards/{start // SHARD_IMAGES:02}.bin"
+                records = encode_records(images[part], labels[part])
+                objects[f"{split}_shards"].append(put((key, records.tobytes(), len(records))))
+    return objects
+
+
+def encode_pictures(split: str, first: int, images, labels) -> list[tuple]:
+    """The images, whose numbers begin with `first`, as PNG files: [(key, bytes, 1)]."""
+    pictures = []
+    for i, (pixels, label) in enumerate(zip(images, labels, strict=True), first):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        pictures.append((f"{split}/{i:05}_{label}.png", file.getvalue(), 1))
+    return pictures
+
+
+def list_objects(client) -> dict:
+    """{key: (size, ETag)} of the objects that are there."""
+    import obstore
+
+    found = {}
+    for chunk in obstore.list(client, chunk_size=1000):
+        for item in chunk:
+            found[item["path"]] = (item["size"], item["e_tag"])
+    return found
+
+
+def put_object(client, retry: Callable, present: dict, item: tuple) -> ManifestEntry:
+    """Put an object unless it is there.
+
+    present: what list_objects() found. item: (key, bytes, number of images in them).
+    """
+    import obstore
+
+    key, data, images = item
+    digest = hashlib.sha256(data).hexdigest()
+
+    def is_present():
+        size, tag = present.get(key, (None, None))
+        if size != len(data):
+            return False
+        # The ETag of most objects is their MD5; of the others the content decides.
+        if (tag or "").strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest():
+            return True
+        stored = retry(key, lambda: obstore.get(client, key).bytes())
+        return hashlib.sha256(stored).hexdigest() == digest
+
+    if not is_present():
+        retry(key, lambda: obstore.put(client, key, data, use_multipart=False))
+    return ManifestEntry(key, len(data), digest, images)
+
+
+def name_failure(key: str, action: Callable):
+    """Return action(), which reads or writes a file; LoadingError in one line if it cannot."""
+    from obstore.exceptions import BaseError
+
+    try:
+        return action()
+    except (BaseError, OSError) as error:
+        problem = str(error).partition("\n")[0]
+        raise LoadingError(f"{key or 'the folder'} cannot be exported: {problem}") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked, with the defaults that depend on the machine filled in."""
+    models = ("resnet50", "resnet18", "cnn")
+    parser = make_parser("train_cifar", __doc__, models, batch_size=64, epochs=None)
     add_data_options(parser.add_argument_group("where the images come from"))
     add_training_options(parser.add_argument_group("training"))
     args = parser.parse_args(argv)
     args.source = args.source.rstrip("/")
-    if args.source not in ("builtin", "disk", "synthetic-batch") and not args.source.startswith(
-        "s3://"
-    ):
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_args(args)
+
+    # A CPU needs hours for all images with ResNet-50: without options it trains for minutes.
+    unlimited = args.epochs is None and args.subset is None
+    args.cpu_default = args.device == "cpu" and unlimited and not args.export
+    if args.cpu_default:
+        args.epochs = CPU_EPOCHS
+        args.subset = CPU_SUBSET
+    args.epochs = args.epochs or FULL_EPOCHS
+
+    if args.warmup is None:
+        args.warmup = {"constant": 0.0, "cosine": 0.05, "one-cycle": 0.3}[args.schedule]
+    # --resume compares this: a schedule depends on the number of epochs, a constant rate does not.
+    scheduled = args.schedule != "constant" or args.warmup
+    args.schedule_epochs = args.epochs if scheduled else None
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise InputError for options that do not go together, or that this machine cannot fulfil."""
+    named = ("builtin", "disk", "synthetic-batch")
+    if args.source not in named and not args.source.startswith("s3://"):
         raise InputError(
             f"--source {args.source}: give builtin, disk, s3://bucket/prefix or synthetic-batch"
         )
+    if args.loader == "torchvision" and args.source != "builtin":
+        raise InputError(
+            f"--loader torchvision reads --source builtin only: use --loader batched for "
+            f"{args.source}"
+        )
     if args.load_only and (args.source == "synthetic-batch" or args.seeds > 1 or args.checkpoint):
         raise InputError(
-            "--load-only measures how a source loads: give it one that does, no --seeds, no --checkpoint"
+            "--load-only measures how a source loads: give it one that does, no --seeds, no "
+            "--checkpoint"
         )
     if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
         raise InputError("--nesterov needs --optimizer sgd and a --momentum over 0")
-    if args.warmup is None:
-        args.warmup = {"constant": 0.0, "cosine": 0.05, "one-cycle": 0.3}[args.schedule]
     if args.device == "cuda" and not torch.cuda.is_available():
-        why = (
-            "this build of torch has no CUDA"
-            if not torch.version.cuda
-            else "no NVIDIA GPU with a driver is found"
-        )
-        raise InputError(f"--device cuda: {why}: use --device cpu")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = "no NVIDIA GPU with a driver is found"
+        if not torch.version.cuda:
+            reason = "this build of torch has no CUDA"
+        raise InputError(f"--device cuda: {reason}: use --device cpu")
     if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise InputError(
             "--compile needs a C++ compiler on a CPU: install g++, or leave --compile out"
         )
-    args.cpu_default = (
-        args.device == "cpu" and args.epochs is None and args.subset is None and not args.export
+
+
+def add_data_options(group) -> None:
+    add = group.add_argument
+    source = (
+        "builtin: CIFAR-10 in memory; disk: pictures in --data-dir/train and /test, named "
+        "<number>_<label>.png or in a folder for each class; s3://bucket/prefix; "
+        "synthetic-batch: one batch again and again (default: builtin)"
     )
-    if args.cpu_default:
-        args.epochs, args.subset = CPU_DEFAULT["epochs"], CPU_DEFAULT["subset"]
+    add("--source", default="builtin", metavar="SOURCE", help=source)
+    modes = ("download", "stream", "shards")
+    mode = (
+        "fetch all images first, each picture when it is needed, or large objects of many "
+        "(default: %(default)s)"
+    )
+    add("--s3-mode", choices=modes, default="shards", help=mode)
+    endpoint = "S3 server other than Amazon's (default: $AWS_ENDPOINT_URL, else ~/.aws/config)"
+    add("--endpoint-url", metavar="URL", help=endpoint)
+    add("--cache-dir", metavar="DIR", help="folder that keeps shards on disk")
+    seconds = number(float, 0, 10**6)
+    retry = "retry failed S3 requests for up to this many seconds (default: %(default)s)"
+    add("--retry-seconds", type=seconds, default=60, metavar="SECONDS", help=retry)
+    loader = (
+        "torchvision: transforms and a DataLoader, as tutorials write it, with an augmentation of "
+        "their own; batched: whole batches at once (default: %(default)s)"
+    )
+    add("--loader", choices=("torchvision", "batched"), default="batched", help=loader)
+    workers = "threads, with --loader torchvision processes, that load ahead (default: %(default)s)"
+    add("--workers", type=number(int, 0, 256), default=1, help=workers)
+    augment = "random crops and flips (default: %(default)s)"
+    add("--augment", choices=("on", "off"), default="on", help=augment)
+    add("--load-only", action="store_true", help="measure the loading, without training")
+    target = "put the data set into s3://bucket/prefix or a folder, and end"
+    add("--export", metavar="TARGET", help=target)
+
+
+def add_training_options(group) -> None:
+    add = group.add_argument
+    fraction = number(float, 0, 1)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    layout = "memory layout of images and weights (default: %(default)s)"
+    add("--memory-format", choices=MEMORY_FORMATS, default="channels_last", help=layout)
+    amp = "mixed precision; auto: where the hardware has it (default: %(default)s)"
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help=amp)
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    threads = "threads of PyTorch's operators (default: all cores, shared by the processes)"
+    add("--threads", type=number(int, 1, 4096), help=threads)
+    add("--nesterov", action="store_true", help="Nesterov momentum")
+    schedules = ("constant", "cosine", "one-cycle")
+    schedule = "learning-rate schedule; --lr is the peak (default: %(default)s)"
+    add("--schedule", choices=schedules, default="constant", help=schedule)
+    warmup = (
+        "fraction of the training in which the learning rate rises "
+        "(default: 0; cosine: 0.05; one-cycle: 0.3)"
+    )
+    inner_fraction = number(float, 0, 1, exclusive=True)
+    add("--warmup", type=inner_fraction, metavar="FRACTION", help=warmup)
+    add("--label-smoothing", type=fraction, default=0.0, help="default: %(default)s")
+    accuracy = "end at this test accuracy, such as 0.9, and report the training time it took"
+    add("--accuracy", type=fraction, help=accuracy)
+    seeds = "train N times, with --seed and the N - 1 seeds after it (default: %(default)s)"
+    add("--seeds", type=number(int, 1, 1000), default=1, metavar="N", help=seeds)
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        args = parse_args(argv)
+    except InputError:
+        if RANK:
+            time.sleep(5)  # torchrun ends all processes when one has ended: let rank 0 print first
+        raise
+    if args.cpu_default and RANK == 0:
         print(
-            f"On a CPU: {args.subset:,} images and {args.epochs} epochs. The full run: the same with --epochs 10",
+            f"On a CPU: {args.subset:,} images and {args.epochs} epochs. "
+            f"The full run: the same with --epochs {FULL_EPOCHS}",
             flush=True,
         )
-    args.epochs = args.epochs or 10
-    args.schedule_epochs = (
-        args.epochs if args.schedule != "constant" or args.warmup else None
-    )  # what --resume compares
-    return args
-
-
-def add_data_options(group):
-    add = group.add_argument
-    add(
-        "--source",
-        default="builtin",
-        metavar="SOURCE",
-        help="builtin: CIFAR-10 in memory; disk: pictures in --data-dir/train and /test, named <number>_<label>.png or "
-        "in a folder for each class; s3://bucket/prefix; synthetic-batch: one batch again and again (default: builtin)",
-    )
-    add(
-        "--s3-mode",
-        choices=("download", "stream", "shards"),
-        default="shards",
-        help="fetch all images first, each picture when it is needed, or large objects of many (default: %(default)s)",
-    )
-    add(
-        "--endpoint-url",
-        metavar="URL",
-        help="of an S3 that is not Amazon's (default: $AWS_ENDPOINT_URL, else ~/.aws/config)",
-    )
-    add("--cache-dir", metavar="DIR", help="keep shards on disk here")
-    add(
-        "--retry-seconds",
-        type=number(float, 0, 10**6),
-        default=60,
-        metavar="SECONDS",
-        help="how long to go on asking an S3 that fails (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=number(int, 0, 256),
-        default=1,
-        help="threads that load ahead (default: %(default)s)",
-    )
-    add(
-        "--augment",
-        choices=("on", "off"),
-        default="on",
-        help="random crops and flips (default: %(default)s)",
-    )
-    add("--load-only", action="store_true", help="measure the loading, without training")
-    add(
-        "--export",
-        metavar="TARGET",
-        help="put the data set into s3://bucket/prefix or a folder, and stop",
-    )
-
-
-def add_training_options(group):
-    add = group.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    add(
-        "--amp",
-        choices=("auto", "off", "bf16", "fp16"),
-        default="auto",
-        help="mixed precision; auto: where the hardware has it (default: %(default)s)",
-    )
-    add("--compile", action="store_true", help="torch.compile the network")
-    add(
-        "--threads",
-        type=number(int, 1, 4096),
-        help="of PyTorch's operators (default: all cores, shared by processes)",
-    )
-    add("--nesterov", action="store_true", help="Nesterov's momentum")
-    add(
-        "--schedule",
-        choices=("constant", "cosine", "one-cycle"),
-        default="constant",
-        help="of the learning rate; --lr is its largest (default: %(default)s)",
-    )
-    add(
-        "--warmup",
-        type=number(float, 0, 1, exclusive=True),
-        metavar="PART",
-        help="of the training in which the learning rate rises (default: 0; cosine: 0.05; one-cycle: 0.3)",
-    )
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="default: %(default)s")
-    add(
-        "--accuracy",
-        type=number(float, 0, 1),
-        help="stop at this test accuracy, say 0.9, and report the time it took",
-    )
-    add(
-        "--seeds",
-        type=number(int, 1, 1000),
-        default=1,
-        metavar="N",
-        help="train N times, with --seed and the N - 1 seeds after it (default: %(default)s)",
-    )
-
-
-def join_world(args):
-    """This process's World; under torchrun, which sets RANK, it meets the others here."""
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return World()
-    rank, size, local_rank, local_size = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    device = torch.device("cpu")
-    if args.device == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, local_size, device)
-
-
-def open_on_all(args, loader, world, device):
-    """The Data on every process; rank 0 first, which downloads and prepares files that the others then find."""
-    if world.rank:
-        torch.distributed.barrier()
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stderr(nowhere),
-        ):  # rank 0 has said it
-            return open_data(args, device, loader)
-    data = open_data(args, device, loader)
-    if world.size > 1:
-        torch.distributed.barrier()
-    return data
-
-
-def train_once(args, data, setup):
-    """Train one network from args.seed. Returns the totals of the run."""
-    device, world = setup.device, setup.world
-    torch.manual_seed(args.seed)
-    net = make_model(args.model).to(device, memory_format=torch.channels_last)
-    optimizer = make_torch_optimizer(net, args)
-    state = (net, optimizer, setup.scaler)
-    model = torch.compile(net, dynamic=False) if args.compile else net
-    if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, [device] if device.type == "cuda" else None
-        )
-    batches = global_batches(len(data.train.labels), args, world)
-    warm_up(
-        model, net, sorted({len(world.share(range(start, stop))) for start, stop in batches}), setup
-    )
-    with make_run(
-        args, data, setup, lambda: get_arrays(*state), lambda arrays: set_arrays(*state, arrays)
-    ) as run:
-        share_position(run, net, optimizer, setup)
-        train(model, net, optimizer, data, args, run, setup)
-        if device.type == "cuda":
-            run.totals["peak_gpu_allocated_mb"] = torch.cuda.max_memory_allocated(device) / MIB
-        run.finish()
-    return run.sidecar["totals"]
-
-
-def load_once(args, data, setup):
-    """Measure the loading alone."""
-    with make_run(args, data, setup, dict, lambda _: None) as run:
-        measure_loading(data, args, run, setup)
-        run.finish()
-
-
-@contextlib.contextmanager
-def make_run(args, data, setup, get, put):
-    """The Run, with what is known of device and processes, and what fetching the data took."""
-    device, gpu = setup.device, None
-    if device.type == "cuda":
-        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    info = {
-        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "ranks": setup.world.size,
-    }
-    with Run(args, "train_cifar", data, get, put, info, setup.world.rank, gpu_uuid=gpu) as run:
-        for kind, fetched in zip((FETCH_TRAIN, FETCH_VALIDATE), data.fetched, strict=False):
-            run.record_fetch(kind, *fetched)
-        yield run
-
-
-def train_seeds(args, data, setup):
-    """train_once() for each of args.seeds seeds, with files of its own; then mean and standard deviation."""
-    results = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        mine = argparse.Namespace(**{**vars(args), "seed": seed})
-        for name in ("log", "save_metrics", "checkpoint"):
-            if path := getattr(args, name):
-                if not Path(path).name:
-                    raise InputError(f"--{name.replace('_', '-')} {path!r}: give a file name")
-                stem, dot, suffix = Path(path).name.partition(".")
-                setattr(mine, name, str(Path(path).with_name(f"{stem}_seed{seed}{dot}{suffix}")))
-        mine.resume = args.resume and (not mine.checkpoint or Path(mine.checkpoint).exists())
-        results.append(train_once(mine, data, setup))
-    if setup.world.rank == 0:
-        summary = {}
-        for name, form in (
-            ("best_accuracy", ".4f"),
-            ("final_accuracy", ".4f"),
-            ("train_seconds", ".2f"),
-            ("images_per_s", ",.0f"),
-            ("seconds_to_accuracy", ".2f"),
-        ):
-            values = [result[name] for result in results if name in result]
-            if len(values) == len(results):
-                summary[name] = {
-                    "mean": statistics.mean(values),
-                    "std": statistics.stdev(values),
-                    "values": values,
-                }
-                mean, std = (format(summary[name][key], form) for key in ("mean", "std"))
-                print(f"{name}: {mean} ± {std} (n = {len(values)})", flush=True)
-        path = Path(args.log).with_name(Path(args.log).stem + "_seeds.json")
-        with atomic_write(path, "w") as file:
-            json.dump(
-                {"seeds": args.seeds, "arguments": vars(args), **summary},
-                file,
-                indent=1,
-                default=str,
-            )
-
-
-def main(argv=None):
-    rank = int(os.environ.get("RANK", 0))
-    try:
-        with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
-            args = parse_args(argv)
-    except InputError:
-        if rank:
-            time.sleep(
-                5
-            )  # rank 0 says it, before torchrun ends all processes because this one ended
-            sys.exit(2)
-        raise
     if args.export:
-        return export(args)
+        export(args)
+        return
+
+    # Before the first large allocation: activations are freed and needed again in each step.
     keep_freed_memory()
-    world, amp = join_world(args), choose_amp(args.amp, torch.device(args.device))
-    args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "off"}[amp]
-    args.global_batch_size = args.batch_size * world.size
-    if args.threads or world.size > 1:  # torchrun asks for one thread each
-        torch.set_num_threads(args.threads or max(1, len(available_cores()) // world.local_size))
-    torch.backends.cudnn.benchmark = True
-    loader, scaler = (
-        Loader(args.workers),
-        torch.amp.GradScaler("cuda") if amp is torch.float16 else None,
+    torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms and keeps the fastest
+    group = join_process_group(args)
+    args.amp = choose_amp(args.amp, group.device)
+    args.global_batch_size = args.batch_size * group.size
+    if args.threads or group.size > 1:  # torchrun asks for one thread each
+        share = len(available_cores()) // group.local_size
+        torch.set_num_threads(args.threads or max(1, share))
+    context = TrainContext(
+        group,
+        WorkerPool(args.workers),
+        args.loader,
+        MEMORY_FORMATS[args.memory_format],
+        AMP_DTYPES[args.amp],
     )
-    setup = Setup(world.device, amp, scaler, loader, world)
-    data = open_on_all(args, loader, world, world.device)
+    data = open_data_on_all(args, context)
     try:
-        run = load_once if args.load_only else train_seeds if args.seeds > 1 else train_once
-        run(args, data, setup)
-    except (Interrupted, TrainingError) as error:
-        if world.rank and not isinstance(
-            error, LoadingError
-        ):  # all processes know, and rank 0 says it
-            sys.exit(1 if isinstance(error, TrainingError) else 130)
+        if args.load_only:
+            load_once(args, data, context)
+        elif args.seeds > 1:
+            train_seeds(args, data, context)
+        else:
+            train_once(args, data, context)
+    except LoadingError as error:
+        if RANK:  # run_main() lets only rank 0 print, but this error concerns one process alone
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise
     finally:
-        data.close()
-    if world.size > 1:
+        if data.bucket:
+            data.bucket.stop()  # requests that are being retried end
+    if group.size > 1:
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, RANK)

@@ -1,23 +1,31 @@
-"""Train ResNet-50 on a CPU with forward and backward pass on separate cores, and measure what that is worth.
+"""Train ResNet-50 on a CPU with the forward and the backward pass on separate cores.
 
-The cores of this process are divided into two groups. A group is a Python thread that owns an OpenMP pool; both are
-pinned to the group's cores once and stay there, so that a phase moves by handing over a loss, not by moving threads.
-Every mode computes the gradient of plain gradient accumulation over --micro-batches and updates once per batch:
+The cores of this process are divided into two groups. A group is one Python thread with an OpenMP
+pool of its own, pinned to the cores of the group. Threads never move: work goes from one group to
+the other when the forward pass puts a loss into a queue and the backward pass takes it out.
 
-    all        every core of both groups does both phases
-    split      forward on its group, then backward and update on the other
-    pipelined  forward of a micro-batch while the other group does backward of the one before
-    replicas   data parallel, for comparison: each group does both phases on half of every batch
+Every mode computes the same gradient, that of plain gradient accumulation over --micro-batches,
+and updates the weights once per batch:
 
-With no options: a small training run, then all modes on the same batches, taking turns, and what the figures mean. On
-two cores of an AMD EPYC (Zen 4), PyTorch 2.13.0, batch 64 in 4 micro-batches, bfloat16, medians of 4 rounds: all 35.1
-images/s, split 20.0, pipelined 25.9 (97 % of its bound: backward takes 2.2 × as long as forward), replicas 38.3.
+    all        all cores compute both phases
+    split      one group computes the forward pass, then the other the backward pass and the update
+    pipelined  as split, but the forward pass of a micro-batch overlaps the backward pass before it
+    replicas   data parallelism as a control: each group computes both phases on half of the batch
+
+Without options the script trains on a small subset, then compares all modes on the same batches
+and says what the figures mean.
 
     python train_resnet50_split_cores.py
     python train_resnet50_split_cores.py --benchmark --rounds 9 --split auto
     python train_resnet50_split_cores.py --mode split --epochs 2 --subset 1000 --dtype float32
-    python train_resnet50_split_cores.py --mode pipelined --forward-cores 0 --backward-cores 1 --epochs 1 --subset 500
-    python train_resnet50_split_cores.py --epochs 2 --checkpoint results/split.ckpt.npz      # Ctrl-C, then add --resume
+    python train_resnet50_split_cores.py --forward-cores 0 --backward-cores 1 --subset 500
+    python train_resnet50_split_cores.py --epochs 2 --checkpoint results/split.pt --resume
+
+Result: images/s on 2 cores, batch 64 in 4 micro-batches, bfloat16: all 52.4; split 29.5, 0.57
+(0.52–0.69) times all; pipelined 38.5, 0.74 (0.66–0.92) times all; replicas 54.7, 1.06 (0.96–1.36)
+times all (AMD EPYC; median (min–max) of 7 rounds).
+
+The last command starts from the beginning if there is no checkpoint yet.
 """
 
 import argparse
@@ -34,7 +42,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -47,91 +55,1221 @@ from common import (
     MEAN,
     STD,
     InputError,
-    Run,
+    RunLog,
+    StopSignal,
+    TorchCheckpoint,
     TrainingError,
     atomic_write,
     available_cores,
     check_outputs,
+    cpu_flags,
     cpu_model,
     environment,
     epoch_order,
-    get_torch_arrays,
+    format_table,
     keep_freed_memory,
     load_cifar10,
     make_parser,
     make_torch_optimizer,
     make_torch_resnet,
     number,
+    require_finite,
     run_main,
-    set_torch_arrays,
-    table,
+    save_and_stop,
 )
 
 MODES = ("all", "split", "pipelined", "replicas")
-INSIDE = 0.99  # the least share of a group's CPU time on its own cores before a run warns
-DEFAULT_RUN = {
-    "subset": 128,
-    "epochs": 1,
-    "rounds": 3,
-}  # with the benchmark within two minutes on two cores
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# A run warns if a group spends less than this share of its CPU time on its own cores.
+MIN_SHARE_INSIDE = 0.99
+
+# The run without options: with the benchmark it takes about two minutes on two cores.
+DEFAULT_RUN = {"subset": 128, "epochs": 1, "rounds": 3}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which cores
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Lesson 1: two groups of cores
+# --------------------------------------------------------------------------------------------------
+
+# The cores to divide are those of the affinity mask of this process, not those of the machine:
+# taskset, a container or a batch system may have given it a few only.
 
 
-class Split(NamedTuple):
-    forward: tuple  # core numbers
-    backward: tuple
-    reserved: tuple = ()  # left to the system
+class CoreSplit(NamedTuple):
+    """The core numbers of the two groups, and those that are left to the system."""
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    reserved: tuple[int, ...] = ()
+
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """{name of a group: its cores}; the group "all" has the cores of both phases."""
+        return {
+            "forward": self.forward,
+            "backward": self.backward,
+            "all": self.forward + self.backward,
+        }
 
     def __str__(self):
-        names = (
-            f"{name} {format_cores(cores)}"
-            for name, cores in zip(self._fields, self, strict=True)
-            if cores
-        )
-        return ", ".join(names)
+        named = self._asdict().items()
+        return ", ".join(f"{name} {format_cores(cores)}" for name, cores in named if cores)
 
 
-def split_cores(cores, proportion=(1, 1)):
-    """Divide the sorted `cores` as `proportion` (forward, backward) says; of more than four, two are reserved.
+def split_cores(cores, proportion=(1, 1)) -> CoreSplit:
+    """Divide the sorted core numbers in the `proportion` forward : backward.
 
-    Each group gets at least one core; where the proportion falls between two divisions, forward gets the core.
-    Raises InputError where there is only one core.
+    Each group gets at least one core. Where the proportion falls between two divisions, the core
+    goes to forward. Of more than four cores, two are reserved. Raises InputError for one core.
     """
     cores = tuple(cores)
     if len(cores) < 2:
-        bound = [
-            name
-            for name in ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "OMP_PLACES")
-            if name in os.environ
-        ]
-        remedy = f"unset {' and '.join(bound)}" if bound else "start it with more (taskset, cgroup)"
+        variables = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "OMP_PLACES")
+        binding = [name for name in variables if name in os.environ]
+        remedy = "start it with more (taskset, cgroup)"
+        if binding:  # OpenMP has bound the main thread to one core when torch was imported
+            remedy = f"unset {' and '.join(binding)}"
         raise InputError(
-            "forward and backward on separate cores need two cores, this process may use one: use --mode "
-            f"all, or {remedy}"
+            "forward and backward on separate cores need two cores, this process may use one: "
+            f"use --mode all, or {remedy}"
         )
-    usable = cores[:-2] if len(cores) > 4 else cores
-    forward, total = proportion[0], sum(proportion)
-    first = math.floor(len(usable) * forward / total + 0.5)
-    first = min(max(first, 1), len(usable) - 1)
-    return Split(usable[:first], usable[first:], cores[len(usable) :])
+
+    # The main thread, the monitors and other programs need cores too. Beside a group they would
+    # hold up all of it, since each operation ends when its last thread has ended.
+    usable = cores
+    if len(cores) > 4:
+        usable = cores[:-2]
+
+    # Neighbouring numbers stay together: they often share a cache or a memory bank.
+    forward = math.floor(len(usable) * proportion[0] / sum(proportion) + 0.5)
+    forward = min(max(forward, 1), len(usable) - 1)
+    return CoreSplit(usable[:forward], usable[forward:], cores[len(usable) :])
 
 
-def balance(split, forward_seconds, backward_seconds):
-    """The division of split's cores with the shortest longer phase, if a phase takes time in proportion to 1 / cores.
+def balance(split, forward_seconds, backward_seconds) -> CoreSplit:
+    """Divide the cores of `split` anew so that the longer phase becomes as short as possible.
 
-    forward_seconds, backward_seconds: of the phases on the groups of `split`.
+    forward_seconds, backward_seconds: measured on the groups of `split`. The model behind it: a
+    phase takes time in proportion to 1 / cores.
     """
     usable = split.forward + split.backward
-    forward, backward = (
-        forward_seconds * len(split.forward),
-        backward_seconds * len(split.backward),
-    )  # core-seconds
-    first = min(range(1, len(usable)), key=lambda n: max(forward / n, backward / (len(usable) - n)))
-    return Split(usable[:first], usable[first:], split.reserved)
+    forward_work = forward_seconds * len(split.forward)  # in core-seconds
+    backward_work = backward_seconds * len(split.backward)
+
+    def longer_phase(forward):
+        return max(forward_work / forward, backward_work / (len(usable) - forward))
+
+    # There are few divisions: try all of them.
+    forward = min(range(1, len(usable)), key=longer_phase)
+    return CoreSplit(usable[:forward], usable[forward:], split.reserved)
+
+
+def format_cores(cores) -> str:
+    """(0, 1, 2, 5) → "0-2,5"."""
+    runs = []
+    for core in cores:
+        if runs and core == runs[-1][1] + 1:
+            runs[-1][1] = core
+        else:
+            runs.append([core, core])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lesson 2: threads that stay on their cores
+# --------------------------------------------------------------------------------------------------
+
+# PyTorch divides an operation among the threads of an OpenMP pool. Where these threads run is up to
+# the kernel, unless each is pinned; and which of them a Python thread uses is up to OpenMP: each
+# Python thread that computes gets a pool of its own. So one Python thread per group, its pool
+# pinned once, is all it takes to bind a phase to cores.
+
+
+def can_pin() -> bool:
+    """Whether this system lets a process choose the cores of its threads (Linux does)."""
+    return hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
+
+
+def thread_ids() -> set[int]:
+    """The system's ids of all threads of this process, those of libraries too."""
+    if not can_pin():
+        return set()
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def python_thread_ids() -> set[int]:
+    """The ids of the threads that Python has started, and of the main thread."""
+    return {thread.native_id for thread in threading.enumerate()}
+
+
+def affinities() -> dict[int, set[int]]:
+    """{thread: the cores that it may run on} of all threads."""
+    cores = {}
+    for thread in thread_ids():
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended meanwhile
+            cores[thread] = os.sched_getaffinity(thread)
+    return cores
+
+
+def pin(threads, cores):
+    """Let the threads run on these cores only, and check that they do.
+
+    Each thread has its own affinity. os.sched_setaffinity(0, …) moves the calling thread and
+    psutil's cpu_affinity() the main thread. Threads that are started later inherit the affinity;
+    those that exist already, such as an OpenMP pool, stay where they are: pin each by its id.
+    """
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended meanwhile
+            os.sched_setaffinity(thread, cores)
+    check_affinity(threads, cores)
+
+
+def check_affinity(threads, cores):
+    """Raise TrainingError if one of the threads may run on other cores than these."""
+    for thread in threads:
+        with contextlib.suppress(ProcessLookupError):
+            found = os.sched_getaffinity(thread)
+            if found != set(cores):
+                raise TrainingError(
+                    f"a thread is on cores {format_cores(sorted(found))}, not "
+                    f"{format_cores(cores)}: let no other program move the threads of this one"
+                )
+
+
+def start_openmp_pool(size) -> set[int]:
+    """Start the OpenMP pool of the calling thread: `size` threads, this one included.
+
+    Returns their ids. Each Python thread that computes has an OpenMP pool of its own.
+    """
+    running = thread_ids()  # before the pool exists
+
+    # The first call of a thread into OpenMP takes over the thread count that any other thread has
+    # set last. Make that call now, so that it cannot come later and undo the count of this thread.
+    torch.get_num_threads()
+    torch.set_num_threads(size)
+
+    # OpenMP starts its threads at the first operation that is large enough to be divided.
+    torch.zeros(size * 65_536).add_(1)
+
+    # The threads of the pool have no names. They are those that are new and not Python's.
+    pool = thread_ids() - running - python_thread_ids()
+    return pool | {threading.get_native_id()}
+
+
+class CoreGroup:
+    """A Python thread with an OpenMP pool of its own, one thread for each of `cores`."""
+
+    def __init__(self, name, cores):
+        self.name = name
+        self.cores = tuple(cores)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+        # Pin the Python thread first: the pool inherits its cores. Then pin the whole pool, since
+        # OpenMP places its threads itself if the environment has OMP_PROC_BIND.
+        if can_pin():
+            pin([self.submit(threading.get_native_id).result()], self.cores)
+        self.threads = self.submit(start_openmp_pool, len(self.cores)).result()
+        if can_pin():
+            pin(self.threads, self.cores)
+
+    def submit(self, function, *args) -> Future:
+        """Call function(*args) in the thread of this group, after what was submitted before."""
+        return self._executor.submit(function, *args)
+
+    def check(self):
+        """Raise TrainingError unless each core of the group has one thread, pinned to the group."""
+        if not can_pin():
+            return
+        check_affinity(self.threads, self.cores)
+
+        # With fewer threads a core would be idle and the figures would say nothing.
+        alive = len(self.threads & thread_ids())
+        if alive != len(self.cores):
+            raise TrainingError(
+                f"{alive} OpenMP threads for the {len(self.cores)} cores of group {self.name}: "
+                "unset OMP_THREAD_LIMIT and OMP_DYNAMIC"
+            )
+
+    def close(self):
+        """End the thread when its work is done, also if Ctrl-C is pressed meanwhile."""
+        # Python aborts if a thread is still inside PyTorch when the interpreter ends, and
+        # Thread.join() takes a thread for ended when it is interrupted (Python 3.11). So wait for
+        # a job that does nothing: it is done when all before it are.
+        last = self.submit(lambda: None)
+        while not last.done():
+            with contextlib.suppress(KeyboardInterrupt):
+                wait([last])
+        self._executor.shutdown()
+
+
+class Placement:
+    """Context manager: pins all threads of the process; restores them when it is left.
+
+    groups: "forward", "backward" and "all", which has the cores of both. All other threads (the
+    main thread, the monitors) run on the reserved cores, or on any if none is reserved, and
+    compute with one thread.
+    """
+
+    def __init__(self, split):
+        self.split = split
+        self.groups = {}
+
+    def __enter__(self):
+        self._affinities_before = affinities()
+        self._num_threads_before = torch.get_num_threads()
+        groups = self.split.groups()
+        try:
+            # First everything that exists already: the main thread, monitors, pools of libraries.
+            pin(thread_ids(), self.split.reserved or groups["all"])
+            torch.set_num_threads(1)
+
+            # The groups pin their own threads. A group that has no cores has no thread.
+            for name, cores in groups.items():
+                if cores:
+                    self.groups[name] = CoreGroup(name, cores)
+            self.check()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for group in self.groups.values():
+            group.close()
+
+        # A thread that was started meanwhile has inherited its cores: it gets the main thread's.
+        main_before = self._affinities_before.get(threading.main_thread().native_id)
+        for thread in thread_ids():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, self._affinities_before.get(thread, main_before))
+        torch.set_num_threads(self._num_threads_before)
+
+    def check(self):
+        """Raise TrainingError unless all threads of the groups are where they were pinned."""
+        for group in self.groups.values():
+            group.check()
+
+    def group_of_threads(self) -> dict[int, str]:
+        """{thread: name of its group}"""
+        names = {}
+        for name, group in self.groups.items():
+            names.update(dict.fromkeys(group.threads, name))
+        return names
+
+
+# --------------------------------------------------------------------------------------------------
+# Lesson 3: one training step in four modes
+# --------------------------------------------------------------------------------------------------
+
+# A batch of four micro-batches; time goes from left to right. F forward, B backward, U update,
+# dots: the group waits. Backward takes twice as long as forward; on all cores (mode all) both take
+# half as long as on one group. Where there are two lines, they are the two groups.
+#
+#     all        F1B1--F2B2--F3B3--F4B4--U
+#
+#     split      F1--........F2--........F3--........F4--.........
+#                ....B1------....B2------....B3------....B4------U
+#
+#     pipelined  F1--F2--....F3--....F4--.............
+#                ....B1------B2------B3------B4------U
+#
+#     replicas   F1--B1------F2--B2------U
+#                F3--B3------F4--B4------U
+#
+# Cores in proportion to the phases, here --split 1:2, close most of the gaps of pipelined.
+
+
+class Step(NamedTuple):
+    """What a step has computed, and the seconds of its phases."""
+
+    loss: float  # summed over the batch
+    logits: torch.Tensor  # (N, 10)
+    forward: float  # if both groups compute this phase: the mean of both
+    backward: float
+    update: float
+
+
+class Trainer:
+    """A model and its optimizer, and a training step in each mode on the groups of a Placement."""
+
+    def __init__(self, placement, model, optimizer, dtype, micro_batches):
+        self.groups = placement.groups
+        self.model = model
+        self.optimizer = optimizer
+        self.dtype = dtype
+        self.micro_batches = micro_batches
+        self.replica = None  # made by the first step of mode "replicas"
+
+    def step(self, mode, x, labels) -> Step:
+        """One update with the mean gradient over the batch x (N, 3, S, S), labels (N,)."""
+        steps = {
+            "all": self.step_all,
+            "split": self.step_split,
+            "pipelined": self.step_pipelined,
+            "replicas": self.step_replicas,
+        }
+        self.optimizer.zero_grad()  # the micro-batches add their gradients to what is there
+        return steps[mode](x, labels)
+
+    # all: every core works on every operation, as in any other PyTorch script.
+    # The speed to beat: no core ever waits for another phase.
+    # Cost: small operations gain little when they are divided among many cores.
+    def step_all(self, x, labels):
+        return self.step_on_one_group("all", x, labels)
+
+    # split: the forward pass of a micro-batch on one group, then its backward pass on the other.
+    # Slower than all: while one group computes, the other one waits.
+    # Cost of moving the work between groups: next to nothing, since no thread moves.
+    def step_split(self, x, labels):
+        return self.step_on_two_groups(x, labels, in_flight=1)
+
+    # pipelined: two micro-batches in flight instead of one, nothing else changes. Faster than
+    # split: forward of micro-batch k + 1 overlaps backward of micro-batch k. Slower than all where
+    # one phase takes longer than the other. Cost: the activations of two micro-batches in memory.
+    def step_pipelined(self, x, labels):
+        return self.step_on_two_groups(x, labels, in_flight=2)
+
+    # replicas: both groups do the same with different images (data parallelism), as a control.
+    # Faster than pipelined: no group waits, so it is unequal phases that cost time there, not the
+    # division of the cores. Cost: a second set of gradients, summed before the update.
+    def step_replicas(self, x, labels):
+        if self.replica is None:
+            self.replica = self.make_replica()
+        self.replica.zero_grad()
+
+        # Two replicas need two micro-batches at least.
+        micro_batches = split_micro_batches(x, labels, max(self.micro_batches, 2))
+        half = math.ceil(len(micro_batches) / 2)
+        first, second = gather(
+            self.groups["forward"].submit(
+                self.forward_and_backward, self.model, micro_batches[:half], len(labels)
+            ),
+            self.groups["backward"].submit(
+                self.forward_and_backward, self.replica, micro_batches[half:], len(labels)
+            ),
+        )
+
+        # Both groups have ended: now the update, which needs the gradients of both.
+        outputs = first[0] + second[0]
+        forward = (first[1] + second[1]) / 2
+        backward = (first[2] + second[2]) / 2
+        update = self.groups["all"].submit(self.update, self.replica).result()
+        return make_step(outputs, len(labels), forward, backward, update)
+
+    def step_on_one_group(self, name, x, labels) -> Step:
+        """Both phases and the update on one group."""
+        group = self.groups[name]
+        micro_batches = split_micro_batches(x, labels, self.micro_batches)
+        outputs, forward, backward = group.submit(
+            self.forward_and_backward, self.model, micro_batches, len(labels)
+        ).result()
+        update = group.submit(self.update).result()
+        return make_step(outputs, len(labels), forward, backward, update)
+
+    def step_on_two_groups(self, x, labels, in_flight) -> Step:
+        """Forward on its group, backward and update on the other.
+
+        in_flight: how many micro-batches may be between the start of their forward pass and the
+        end of their backward pass. 1: the phases take turns. 2: they overlap.
+        """
+        micro_batches = split_micro_batches(x, labels, self.micro_batches)
+
+        # The semaphore counts how many forward passes may begin: each one takes a permit, and the
+        # end of its backward pass gives it back. The queue is the way from group to group.
+        semaphore = threading.Semaphore(in_flight)
+        losses = queue.SimpleQueue()
+        (outputs, forward), (backward, update) = gather(
+            self.groups["forward"].submit(
+                self.forward_worker, micro_batches, len(labels), semaphore, losses
+            ),
+            self.groups["backward"].submit(
+                self.backward_worker, len(micro_batches), semaphore, losses
+            ),
+        )
+        return make_step(outputs, len(labels), forward, backward, update)
+
+    def forward_and_backward(self, model, micro_batches, batch_size):
+        """Plain gradient accumulation in the calling thread.
+
+        Returns [(logits, loss) of each micro-batch], seconds of forward, seconds of backward.
+        """
+        outputs = []
+        forward_seconds = 0.0
+        backward_seconds = 0.0
+        with autocast(self.dtype):
+            for x, labels in micro_batches:
+                started = time.perf_counter()
+                logits, loss = forward_pass(model, x, labels, batch_size)
+                forward_done = time.perf_counter()
+
+                # The backward pass takes its dtypes from what the forward pass has recorded.
+                with torch.autocast("cpu", enabled=False):
+                    loss.backward()
+
+                forward_seconds += forward_done - started
+                backward_seconds += time.perf_counter() - forward_done
+                outputs.append((logits.detach(), loss.detach()))
+        return outputs, forward_seconds, backward_seconds
+
+    def forward_worker(self, micro_batches, batch_size, semaphore, losses):
+        """The forward passes of a batch, each when the semaphore allows it; losses go to the queue.
+
+        A loss holds the graph of its forward pass: the other group needs nothing else.
+        Returns [(logits, loss) of each micro-batch], seconds of forward.
+        """
+        outputs = []
+        seconds = 0.0
+        try:
+            with autocast(self.dtype):
+                for x, labels in micro_batches:
+                    semaphore.acquire()
+                    started = time.perf_counter()
+                    logits, loss = forward_pass(self.model, x, labels, batch_size)
+                    seconds += time.perf_counter() - started
+
+                    # Keep the values only: the graph is freed as soon as backward is done with it.
+                    outputs.append((logits.detach(), loss.detach()))
+                    losses.put(loss)
+        except BaseException as error:
+            losses.put(error)  # else the backward worker would wait for ever
+            raise
+        return outputs, seconds
+
+    def backward_worker(self, count, semaphore, losses):
+        """The backward passes of `count` losses from the queue, then the update.
+
+        Returns the seconds of backward and of the update.
+        """
+        seconds = 0.0
+        try:
+            for _ in range(count):
+                loss = losses.get()
+                if isinstance(loss, BaseException):  # the forward pass has failed: no update
+                    raise loss
+                started = time.perf_counter()
+                loss.backward()  # on a CPU autograd computes in the thread that calls it
+                seconds += time.perf_counter() - started
+                semaphore.release()
+        finally:
+            semaphore.release(count)  # after an error: else the forward worker would wait for ever
+        return seconds, self.update()
+
+    def make_replica(self):
+        """A copy of the model with the same parameters in the same memory, and its own gradients.
+
+        Its running statistics are not used, as in DistributedDataParallel, which keeps rank 0's.
+        """
+        # The shared memory makes the update of the model an update of the replica too.
+        replica = copy.deepcopy(self.model)
+        for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
+            theirs.data = ours.data
+        return replica
+
+    def update(self, replica=None) -> float:
+        """Update the weights, with the replica's gradients too if there is one. Returns seconds."""
+        started = time.perf_counter()
+        if replica is not None:
+            for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
+                if theirs.grad is not None:  # it is None after a batch of a single image
+                    ours.grad.add_(theirs.grad)
+        self.optimizer.step()
+        return time.perf_counter() - started
+
+
+def split_micro_batches(x, labels, count) -> list:
+    """[(x, labels), …]: the batch in `count` micro-batches, or in fewer so that none is empty."""
+    count = min(count, len(labels))
+    return list(zip(x.tensor_split(count), labels.tensor_split(count), strict=True))
+
+
+def autocast(dtype):
+    """The context in which a model computes in `dtype` while its parameters stay float32.
+
+    Autocast keeps the converted weights until the context ends. Enter it once per batch, so that
+    all micro-batches share them.
+    """
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype)
+
+
+def forward_pass(model, x, labels, batch_size):
+    """The logits (n, 10) of a micro-batch, and its part of the mean loss over the whole batch.
+
+    With these losses the gradients of all micro-batches add up to the gradient of the batch.
+    """
+    logits = model(x).float()
+    return logits, F.cross_entropy(logits, labels, reduction="sum") / batch_size
+
+
+def gather(*jobs) -> list:
+    """The results of jobs, when all of them have ended. Raises the first error."""
+    wait(jobs)
+    return [job.result() for job in jobs]
+
+
+def make_step(outputs, batch_size, forward, backward, update) -> Step:
+    """The Step of a batch from the (logits, loss) of its micro-batches and the seconds."""
+    loss = sum(loss.item() for _, loss in outputs) * batch_size
+    logits = torch.cat([logits for logits, _ in outputs])
+    return Step(loss, logits, forward, backward, update)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measurement: on which cores the threads really run
+# --------------------------------------------------------------------------------------------------
+
+# An affinity that was set and read back says where threads may run. This says where they did run:
+# a thread of a library that nobody has pinned, or a pool that was started too early, shows up here.
+
+
+class CoreUsage:
+    """CPU seconds by (owner, core) within `seconds` of time.
+
+    owner: the name of a group, "python" (main thread, monitors) or "unknown".
+    """
+
+    def __init__(self, split, seconds, by_core):
+        self.split = split
+        self.seconds = seconds
+        self.by_core = by_core
+
+    def __add__(self, other):
+        by_core = self.by_core + other.by_core
+        return CoreUsage(self.split, self.seconds + other.seconds, by_core)
+
+    def share_inside(self, group) -> float:
+        """The share of the group's CPU time that was spent on its own cores.
+
+        A thread that was never placed may belong to any group: it counts as outside.
+        """
+        cores = self.split.groups()[group]
+        inside = 0.0
+        total = 0.0
+        for (owner, core), seconds in self.by_core.items():
+            if owner in (group, "unknown"):
+                total += seconds
+            if owner == group and core in cores:
+                inside += seconds
+        return inside / total if total else 1.0
+
+    def shares_inside(self) -> dict[str, float]:
+        """{group: share_inside(group)} of the groups that computed."""
+        owners = {owner for owner, _ in self.by_core}
+        return {group: self.share_inside(group) for group in self.split.groups() if group in owners}
+
+    def idle_share(self, cores) -> float:
+        """The share of the time in which these cores did not compute for any group."""
+        busy = 0.0
+        for (owner, core), seconds in self.by_core.items():
+            if core in cores and owner != "python":
+                busy += seconds
+        return max(1 - busy / (self.seconds * len(cores)), 0.0)
+
+    def idle_shares(self) -> dict[str, float]:
+        """{group: idle_share(its cores)} of both phases' groups."""
+        groups = {"forward": self.split.forward, "backward": self.split.backward}
+        return {group: self.idle_share(cores) for group, cores in groups.items() if cores}
+
+    def __str__(self):
+        shares = self.shares_inside().items()
+        return ", ".join(f"{group} {share:.1%}" for group, share in shares) or "nothing computed"
+
+
+class CoreMonitor(threading.Thread):
+    """Samples on which cores the threads of a Placement run. Use as a context manager.
+
+    The time that a thread has computed since the last sample counts for the core on which it was
+    seen last.
+    """
+
+    def __init__(self, placement, interval=0.05):
+        super().__init__(daemon=True, name="core-monitor")
+        self.placement = placement
+        self.interval = interval
+        self._stop_event = threading.Event()
+        self._lock = threading.Lock()
+        self._cpu_seconds = {}  # of each thread, at the last sample
+        self._by_core = Counter()  # CPU seconds by (owner, core) since the last take()
+        self._since = time.perf_counter()  # the time of the last take()
+
+    def __enter__(self):
+        self.take()
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop_event.set()
+        self.join()
+
+    def run(self):
+        while not self._stop_event.wait(self.interval):
+            self._sample()
+
+    def take(self) -> CoreUsage:
+        """The CoreUsage since the last take()."""
+        self._sample()  # what was computed since the last sample belongs to this span too
+        with self._lock:
+            now = time.perf_counter()
+            usage = CoreUsage(self.placement.split, now - self._since, self._by_core)
+            self._by_core = Counter()
+            self._since = now
+        return usage
+
+    def _sample(self):
+        group_of_threads = self.placement.group_of_threads()
+        python_threads = python_thread_ids()
+        with self._lock:
+            for thread in thread_ids():
+                with contextlib.suppress(OSError):  # the thread has ended meanwhile
+                    seconds = cpu_seconds(thread)
+                    new = seconds - self._cpu_seconds.get(thread, 0.0)
+                    self._cpu_seconds[thread] = seconds
+                    if new > 0:
+                        # Python's own threads hardly compute. Any other one may be a stray worker.
+                        other = "python" if thread in python_threads else "unknown"
+                        owner = group_of_threads.get(thread, other)
+                        self._by_core[owner, last_core(thread)] += new
+
+
+def stat_field(thread, number) -> int:
+    """Field `number` of /proc/self/task/THREAD/stat, counted from 1 as in proc(5)."""
+    text = Path(f"/proc/self/task/{thread}/stat").read_text()
+    fields = text.rpartition(")")[2].split()  # field 2, the name, may hold spaces
+    return int(fields[number - 3])
+
+
+def cpu_seconds(thread) -> float:
+    """The seconds that a thread has computed so far."""
+    with contextlib.suppress(FileNotFoundError):
+        nanoseconds = int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0])
+        if nanoseconds:
+            return nanoseconds / 1e9
+
+    # A kernel without schedstat has no such file, or zeros in it. Ticks are coarser: 10 ms.
+    ticks = stat_field(thread, 14) + stat_field(thread, 15)  # utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def last_core(thread) -> int:
+    """The core on which the thread has run last."""
+    return stat_field(thread, 39)
+
+
+# --------------------------------------------------------------------------------------------------
+# Model and data
+# --------------------------------------------------------------------------------------------------
+
+
+def make_model(image_size=32):
+    """torchvision's ResNet-50: (N, 3, S, S) → logits (N, 10); the CIFAR stem for S = 32."""
+    return make_torch_resnet("resnet50", cifar_stem=image_size == 32)
+
+
+def make_trainer(placement, args, **changes) -> Trainer:
+    """A Trainer with a new model from --seed. changes: options that differ from args."""
+    args = argparse.Namespace(**{**vars(args), **changes})  # a copy
+    torch.manual_seed(args.seed)
+    model = make_model(args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
+    optimizer = make_torch_optimizer(model, args)
+    return Trainer(placement, model, optimizer, DTYPES[args.dtype], args.micro_batches)
+
+
+def load_batch(images, labels, index, args):
+    """The images at `index`, normalised and resized, and their labels.
+
+    images (n, 32, 32, 3) uint8 → (N, 3, S, S) float32 in --memory-format; labels (N,) int64.
+    """
+    # (pixel / 255 - mean) / std in one pass: shift + pixel · scale
+    std = torch.tensor(STD)
+    shift = -torch.tensor(MEAN) / std
+    scale = 1 / (255 * std)
+    x = torch.addcmul(shift, torch.from_numpy(images[index]).float(), scale)
+
+    x = x.permute(0, 3, 1, 2)  # (N, 32, 32, 3) → (N, 3, 32, 32); the memory stays NHWC
+    if args.image_size != 32:
+        x = F.interpolate(x, size=args.image_size, mode="bilinear")
+    x = x.contiguous(memory_format=MEMORY_FORMATS[args.memory_format])
+    return x, torch.from_numpy(labels[index]).long()
+
+
+def count_correct(logits, labels) -> tuple[int, int]:
+    """How many labels are the best of the logits, and how many are among the best five."""
+    hits = logits.topk(5).indices == labels[:, None]  # (N, 5)
+    return hits[:, 0].sum().item(), hits.sum().item()
+
+
+@torch.inference_mode()
+def evaluate(model, images, labels, args, batch_size=100):
+    """Mean loss, top-1 and top-5 accuracy, and the seconds spent on loading batches."""
+    model.eval()
+    loss = 0.0
+    top1 = 0
+    top5 = 0
+    loading = 0.0
+    n = len(labels)
+    for start in range(0, n, batch_size):
+        started = time.perf_counter()
+        index = np.arange(start, min(start + batch_size, n))
+        x, y = load_batch(images, labels, index, args)
+        loading += time.perf_counter() - started
+
+        with autocast(DTYPES[args.dtype]):
+            logits = model(x).float()
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        correct1, correct5 = count_correct(logits, y)
+        top1 += correct1
+        top5 += correct5
+    model.train()
+    return loss / n, top1 / n, top5 / n, loading
+
+
+def find_split(args, data) -> CoreSplit:
+    """The core groups that args ask for. With --split auto: measure both phases, then balance."""
+    split = choose_split(args)
+    if args.split != "auto" or len(split.groups()["all"]) < 3:
+        return split
+
+    # No phase scales perfectly with the cores, so the first answer is not yet the best one:
+    # measure again on the new groups, until they stay.
+    index = np.arange(args.batch_size) % len(data.y_train)
+    x, labels = load_batch(data.x_train, data.y_train, index, args)
+    for _ in range(3):
+        with Placement(split) as placement:
+            trainer = make_trainer(placement, args)
+            trainer.step("split", x, labels)  # warm-up
+            steps = [trainer.step("split", x, labels) for _ in range(2)]
+        forward = min(step.forward for step in steps)
+        backward = min(step.backward for step in steps)
+        print(
+            f"--split auto: {split}: forward {forward:.3f} s, backward {backward:.3f} s", flush=True
+        )
+
+        balanced = balance(split, forward, backward)
+        if balanced == split:
+            break
+        split = balanced
+    return split
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor) -> CoreUsage:
+    """Train until --epochs. Returns on which cores the threads have run."""
+    n = len(data.y_train)
+    batches = math.ceil(n / args.batch_size)
+    usage = CoreUsage(placement.split, 0.0, Counter())
+    for epoch in range(log.epoch, args.epochs + 1):
+        order = epoch_order(n, args.seed, epoch)
+        log.start_epoch(epoch, batches)
+        monitor.take()  # forget what was before the epoch
+        for batch in range(log.batch, batches):
+            with log.timed("loading"):
+                index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
+                x, labels = load_batch(data.x_train, data.y_train, index, args)
+
+            # Forward, backward and update. The threads of the groups measure their phases, which
+            # may overlap: their seconds can add up to more than the step takes.
+            step = trainer.step(args.mode, x, labels)
+            log.add_seconds("forward", step.forward)
+            log.add_seconds("backward", step.backward)
+
+            log.end_batch(len(labels), step.loss, *count_correct(step.logits, labels))
+            require_finite(step.loss, "loss", log)
+            if stop.requested:
+                save_and_stop(checkpoint, log, stop)
+            if checkpoint.due():
+                checkpoint.save()
+
+        log.end_training()
+
+        # Did the threads stay where they were pinned, for the whole epoch?
+        usage += monitor.take()
+        placement.check()
+        log.totals["cpu_time_inside"] = usage.shares_inside()
+        log.totals["idle"] = usage.idle_shares()
+
+        # Only the groups have OpenMP pools of a useful size: evaluate on all cores.
+        evaluation = placement.groups["all"].submit(
+            evaluate, trainer.model, data.x_test, data.y_test, args
+        )
+        loss, top1, top5, loading = evaluation.result()
+        log.end_epoch(loss, top1, top5, loading)
+        require_finite(loss, "validation loss", log)
+        if not args.quiet:
+            print(
+                f"epoch {epoch}/{args.epochs}  CPU time inside the assigned cores: {usage}",
+                flush=True,
+            )
+        checkpoint.save()
+        if stop.requested and epoch < args.epochs:
+            save_and_stop(checkpoint, log, stop)
+    return usage
+
+
+def run_training(args, data) -> dict[str, list[float]]:
+    """Train as the parsed command line says. Returns {"train_loss": [per epoch], "test_acc": …}."""
+    split = find_split(args, data)
+    if not args.quiet:
+        print(
+            f"mode {args.mode}, cores: {split}; {args.dtype}, {args.memory_format}, "
+            f"{args.micro_batches} micro-batches of {args.batch_size // args.micro_batches} images",
+            flush=True,
+        )
+    with Placement(split) as placement, CoreMonitor(placement) as monitor:
+        trainer = make_trainer(placement, args)
+        log = RunLog(args, "train_resnet50_split_cores", data, run_info(split, args.mode))
+        checkpoint = TorchCheckpoint(args, log, model=trainer.model, optimizer=trainer.optimizer)
+        if args.resume:
+            checkpoint.load()
+
+        # Kernels that are built in the first step would count as its time.
+        warm_up(placement, data, args)
+        with StopSignal() as stop, log:
+            usage = train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor)
+            log.finish()
+
+    print(f"cores: {split}; CPU time inside the assigned cores: {usage}", flush=True)
+    if min(usage.shares_inside().values(), default=1.0) < MIN_SHARE_INSIDE:
+        print(
+            f"warning: less than {MIN_SHARE_INSIDE:.0%} of the CPU time was inside the assigned "
+            "cores",
+            file=sys.stderr,
+        )
+    return log.history
+
+
+def warm_up(placement, data, args):
+    """One step with a model that is then discarded: the libraries build kernels for its shapes."""
+    index = np.arange(min(args.batch_size, len(data.y_train)))
+    x, labels = load_batch(data.x_train, data.y_train, index, args)
+    make_trainer(placement, args).step(args.mode, x, labels)
+
+
+def run_info(split, mode) -> dict:
+    """The entries of the log's .json that only this script has."""
+    both = split.groups()["all"]
+    phases = {"forward": split.forward, "backward": split.backward}
+    if mode in ("all", "replicas"):
+        phases = {"forward": both, "backward": both}
+    return {"threads": len(both), "cores_of_phases": phases, "reserved": split.reserved}
+
+
+def train(
+    num_epochs: int = 1, batch_size: int = 64, learning_rate: float = 0.01, **options
+) -> dict[str, list[float]]:
+    """Train from Python: train(num_epochs=2, subset=500, mode="split").
+
+    options: those of the command line, with underscores. Returns {"train_loss": [per epoch],
+    "test_acc": …}. Raises InputError for options that cannot be used.
+    """
+    options = {
+        "epochs": num_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        **options,
+    }
+
+    # By way of the command line: its defaults and its checks are then those of the script.
+    argv = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            argv.append(option)
+        elif value is not None and value is not False:
+            argv += [option, str(value)]
+    args = parse_args(argv)
+    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    return run_training(args, data)
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmark
+# --------------------------------------------------------------------------------------------------
+
+# Other programs and the clock rate of the processor make a machine faster and slower by the minute.
+# So the variants take turns on each batch, and are compared within a round (paired samples).
+
+
+class Sample(NamedTuple):
+    """One step of one variant: seconds, and the share of them in which each group was idle."""
+
+    seconds: float
+    forward: float
+    backward: float
+    update: float
+    forward_idle: float
+    backward_idle: float
+
+
+# Variants beside the modes: without micro-batches; and as a script does it that sets nothing.
+NO_MICRO_BATCHES = "all, 1 micro-batch"
+STOCK_PYTORCH = "all, 1 micro-batch, float32 NCHW"
+# The phases of mode split, each measured while the other group does nothing.
+FORWARD_ALONE = "forward alone on its group"
+BACKWARD_ALONE = "backward alone on its group"
+
+
+def make_variants(placement, args) -> dict:
+    """{name: function of (x, labels) that does one step and returns a Step}."""
+    # With a learning rate of 0 the weights stay equal, and with them the losses.
+    fixed = {"lr": 0.0, "weight_decay": 0.0}
+    stock_options = {"dtype": "float32", "memory_format": "contiguous", "micro_batches": 1}
+    trainer = make_trainer(placement, args, **fixed)
+    whole = Trainer(placement, trainer.model, trainer.optimizer, trainer.dtype, micro_batches=1)
+    stock = make_trainer(placement, args, **fixed, **stock_options)
+
+    def stock_step(x, labels):
+        return stock.step("all", x.contiguous(), labels)
+
+    variants = {mode: functools.partial(trainer.step, mode) for mode in MODES}
+    variants[NO_MICRO_BATCHES] = functools.partial(whole.step, "all")
+    variants[STOCK_PYTORCH] = stock_step
+    variants[FORWARD_ALONE] = functools.partial(forward_alone, trainer)
+    variants[BACKWARD_ALONE] = functools.partial(backward_alone, trainer)
+    return variants
+
+
+def forward_alone(trainer, x, labels) -> Step:
+    """The forward passes of a step on their group."""
+    micro_batches = split_micro_batches(x, labels, trainer.micro_batches)
+    semaphore = threading.Semaphore(len(micro_batches))  # the worker never waits
+    # Nobody takes the losses out of a queue, and their graphs would fill the memory.
+    discard = SimpleNamespace(put=lambda loss: None)
+    job = trainer.groups["forward"].submit(
+        trainer.forward_worker, micro_batches, len(labels), semaphore, discard
+    )
+    _, seconds = job.result()
+    return Step(math.nan, None, seconds, 0.0, 0.0)
+
+
+def backward_alone(trainer, x, labels) -> Step:
+    """A step on the backward group. Its forward pass, which has to be, is not counted."""
+    trainer.optimizer.zero_grad()
+    step = trainer.step_on_one_group("backward", x, labels)
+    return Step(math.nan, None, 0.0, step.backward, step.update)
+
+
+def measure(args, split, data) -> dict[str, list[Sample]]:
+    """{variant: [Sample of each round]}: in each round, all variants on the same batch."""
+    from tqdm import tqdm
+
+    with Placement(split) as placement, CoreMonitor(placement) as monitor:
+        variants = make_variants(placement, args)
+        samples = {name: [] for name in variants}
+        total = (args.rounds + 1) * len(variants)
+        with tqdm(total=total, leave=False, disable=None) as progress:  # None: only on a terminal
+            for number in range(args.rounds + 1):
+                index = np.arange(args.batch_size) + number * args.batch_size
+                index %= len(data.y_train)
+                x, labels = load_batch(data.x_train, data.y_train, index, args)
+                losses = {}
+                for name, step in variants.items():
+                    progress.set_description(f"round {number}/{args.rounds}: {name}")
+                    losses[name], sample = measure_step(step, x, labels, monitor)
+                    progress.update()
+                    if number > 0:  # round 0 is the warm-up
+                        samples[name].append(sample)
+                # First the same result, then the speed.
+                check_same_loss({mode: losses[mode] for mode in MODES})
+    return samples
+
+
+def measure_step(step, x, labels, monitor) -> tuple[float, Sample]:
+    """The loss of a step, and what it took."""
+    monitor.take()  # forget what was before the step
+    started = time.perf_counter()
+    done = step(x, labels)
+    seconds = time.perf_counter() - started
+    idle = monitor.take().idle_shares()
+    sample = Sample(
+        seconds, done.forward, done.backward, done.update, idle["forward"], idle["backward"]
+    )
+    return done.loss, sample
+
+
+def check_same_loss(losses):
+    """Raise TrainingError unless all modes compute the same loss, except for rounding."""
+    low = min(losses.values())
+    high = max(losses.values())
+    finite = all(math.isfinite(loss) for loss in losses.values())
+    if not finite or high - low > 0.02 * high:
+        listed = ", ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+        raise TrainingError(f"the losses of the modes differ: {listed}")
+
+
+def median_sample(samples) -> Sample:
+    """The median of each field."""
+    return Sample(*[statistics.median(values) for values in zip(*samples, strict=True)])
+
+
+def speedups(samples, name, baseline) -> list[float]:
+    """How many times as fast as the baseline a variant is, in each round."""
+    pairs = zip(samples[name], samples[baseline], strict=True)
+    return [base.seconds / sample.seconds for sample, base in pairs]
+
+
+def speedup(samples, name, baseline) -> float:
+    return statistics.median(speedups(samples, name, baseline))
+
+
+def pipeline_bound(forward, backward, update, micro_batches) -> float:
+    """The least seconds of a pipelined step, from the seconds of its phases over a whole batch.
+
+    M max(f, b) + min(f, b) + update, with f = forward / M and b = backward / M: the M micro-batches
+    of the longer phase follow each other without a gap; before the first or after the last of them,
+    one micro-batch of the shorter phase has nothing to overlap with.
+    """
+    longer = max(forward, backward)
+    shorter = min(forward, backward)
+    return longer + shorter / micro_batches + update
+
+
+def format_spread(values, digits) -> str:
+    """Median (min–max)."""
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def format_samples(samples, batch_size) -> str:
+    """The table of the benchmark."""
+    header = ["mode", "images/s", "forward s", "backward s"]
+    header += ["idle: fwd cores", "bwd cores", "against all"]
+    rows = []
+    for name in (*MODES, NO_MICRO_BATCHES, STOCK_PYTORCH):
+        median = median_sample(samples[name])
+        row = [
+            name,
+            format_spread([batch_size / sample.seconds for sample in samples[name]], 1),
+            f"{median.forward:.3f}",
+            f"{median.backward:.3f}",
+            f"{median.forward_idle:.0%}",
+            f"{median.backward_idle:.0%}",
+            format_spread(speedups(samples, name, "all"), 2),
+        ]
+        rows.append(row)
+    forward = median_sample(samples[FORWARD_ALONE]).forward
+    backward = median_sample(samples[BACKWARD_ALONE]).backward
+    rows.append([FORWARD_ALONE, "", f"{forward:.3f}", "", "", "", ""])
+    rows.append([BACKWARD_ALONE, "", "", f"{backward:.3f}", "", "", ""])
+    return format_table(header, rows)
+
+
+def findings(samples, micro_batches) -> list[str]:
+    """What the figures mean, in sentences."""
+    medians = {name: median_sample(taken) for name, taken in samples.items()}
+    replicas = speedup(samples, "replicas", "pipelined")
+    divided = speedup(samples, "all", NO_MICRO_BATCHES)
+    whole = speedup(samples, NO_MICRO_BATCHES, STOCK_PYTORCH)
+    return [
+        *explain_split(samples, medians),
+        *explain_pipelined(samples, medians, micro_batches),
+        "replicas, the same groups with half of the batch each, are "
+        f"{replicas:.2f} × as fast as pipelined.",
+        f"Micro-batches make all {divided:.2f} × as fast; without them it is {whole:.2f} × as fast "
+        "as stock PyTorch, in float32 and NCHW.",
+    ]
+
+
+def explain_split(samples, medians) -> list[str]:
+    split = medians["split"]
+    against_all = speedup(samples, "split", "all")
+
+    # Does a phase take longer beside the other group than alone, and how much of a step is spent
+    # outside all phases, on the way from one group to the other?
+    backward_alone = medians[BACKWARD_ALONE].backward + medians[BACKWARD_ALONE].update
+    against_alone = split.seconds / (medians[FORWARD_ALONE].forward + backward_alone)
+    switching = statistics.median(
+        1 - (sample.forward + sample.backward + sample.update) / sample.seconds
+        for sample in samples["split"]
+    )
+
+    idle = (
+        f"forward's cores are idle {split.forward_idle:.0%} of the time, "
+        f"backward's {split.backward_idle:.0%}"
+    )
+    if against_all > 0.95:
+        reason = f", although its phases wait for each other: {idle}"
+    elif against_alone <= 1.05:
+        reason = f" because its phases wait for each other: {idle}"
+    else:
+        reason = f": its phases wait for each other ({idle}) and are slower than alone"
+    return [
+        f"split takes {against_alone:.2f} × the time of its phases, each alone on its group; "
+        f"switching from one group to the other takes {switching:.2%} of its step.",
+        f"It is {against_all:.2f} × as fast as all{reason}.",
+    ]
+
+
+def explain_pipelined(samples, medians, micro_batches) -> list[str]:
+    pipelined = medians["pipelined"]
+    against_split = speedup(samples, "pipelined", "split")
+    against_all = speedup(samples, "pipelined", "all")
+    overlap = "the overlap gains nothing here"
+    if against_split > 1.05:
+        overlap = "the phases of different micro-batches overlap"
+
+    forward = medians[FORWARD_ALONE].forward
+    backward = medians[BACKWARD_ALONE].backward
+    bound = pipeline_bound(forward, backward, medians[BACKWARD_ALONE].update, micro_batches)
+    slowdown = (pipelined.forward + pipelined.backward) / (forward + backward)
+
+    reason = ""
+    if against_all < 1:
+        seconds = {"forward": forward, "backward": backward}
+        idle = {"forward": pipelined.forward_idle, "backward": pipelined.backward_idle}
+        shorter, longer = sorted(seconds, key=seconds.get)
+        reason = (
+            f": {longer} takes {seconds[longer] / seconds[shorter]:.1f} × as long as {shorter} on "
+            f"these groups, so {shorter}'s cores are idle {idle[shorter]:.0%} of the time"
+        )
+    return [
+        f"pipelined is {against_split:.2f} × as fast as split: {overlap}.",
+        f"With {micro_batches} micro-batches its bound, from the phases measured alone, is "
+        f"{bound:.3f} s a step; it takes {pipelined.seconds:.3f} s and so reaches "
+        f"{bound / pipelined.seconds:.0%} of the bound. At work together the phases take "
+        f"{slowdown:.2f} × as long as alone.",
+        f"pipelined is {against_all:.2f} × as fast as all{reason}.",
+    ]
+
+
+def run_benchmark(args, data):
+    """Measure all variants, print table and findings, and write every sample to --output."""
+    split = find_split(args, data)
+    print(
+        f"\nBenchmark: {cpu_model()}, cores: {split}; PyTorch {torch.__version__}; ResNet-50, "
+        f"{data.name}, {args.image_size} pixels, batch {args.batch_size} in {args.micro_batches} "
+        f"micro-batches, {args.dtype}, {args.memory_format}; medians (min–max) of {args.rounds} "
+        "rounds",
+        flush=True,
+    )
+    samples = measure(args, split, data)
+    sentences = findings(samples, args.micro_batches)
+    print(format_samples(samples, args.batch_size))
+    print("\n" + "\n".join(sentences), flush=True)
+
+    # "turns" is the name that the samples have in files of earlier versions.
+    shown = ("micro_batches", "batch_size", "dtype", "memory_format", "image_size", "rounds")
+    content = {
+        "environment": environment(),
+        "dataset": data.name,
+        "cores": str(split),
+        "arguments": {name: getattr(args, name) for name in shown},
+        "turns": {name: [sample._asdict() for sample in taken] for name, taken in samples.items()},
+        "findings": sentences,
+    }
+    with atomic_write(args.output, "w") as file:
+        json.dump(content, file, indent=1)
+    print(f"written: {args.output}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 
 def parse_cores(text):
@@ -153,1049 +1291,63 @@ def parse_cores(text):
 
 def parse_split(text):
     """An argparse type: "auto", or "1:2" → (1, 2)."""
-    parts = text.split(":")
     if text == "auto":
         return text
-    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) < 1000 for part in parts):
+    parts = text.split(":")
+    valid = [part.isdecimal() and 0 < int(part) < 1000 for part in parts]
+    if len(parts) != 2 or not all(valid):
         raise argparse.ArgumentTypeError(f"{text!r} is not a proportion such as 1:2, nor auto")
-    return tuple(map(int, parts))
-
-
-def format_cores(cores):
-    """(0, 1, 2, 5) → "0-2,5"."""
-    runs = []
-    for core in cores:
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def choose_split(args):
-    """The Split that the command line asks for; with --split auto the even one, to begin with."""
-    cores = available_cores()
-    if args.mode == "all" and not args.benchmark and (len(cores) < 2 or not can_pin()):
-        return Split(tuple(cores), ())  # needs no groups
-    if not can_pin():
-        what = "--benchmark" if args.benchmark else f"--mode {args.mode}"
-        raise InputError(
-            f"{what} chooses the cores of its threads, which {platform.system()} does not let a process "
-            "do: train with --mode all"
-        )
-    if args.forward_cores is None:
-        return split_cores(cores, (1, 1) if args.split in (None, "auto") else args.split)
-    forward, backward = args.forward_cores, args.backward_cores
-    if both := set(forward) & set(backward):
-        raise InputError(
-            f"--forward-cores and --backward-cores both have {format_cores(sorted(both))}: "
-            "give each core to one of them"
-        )
-    if missing := set(forward + backward) - set(cores):
-        raise InputError(
-            f"core {format_cores(sorted(missing))} is not available: this process may use "
-            f"{format_cores(cores)}"
-        )
-    return Split(forward, backward, tuple(core for core in cores if core not in forward + backward))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Threads that stay on their cores
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def can_pin():
-    return hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
-
-
-def thread_ids():
-    """The system's numbers of all threads of this process, those of libraries too."""
-    return {int(name) for name in os.listdir("/proc/self/task")} if can_pin() else set()
-
-
-def python_thread_ids():
-    return {thread.native_id for thread in threading.enumerate()}
-
-
-def affinities():
-    """{thread: the cores it may run on} of all threads; one that is just ending, as a pool's do late, is left out."""
-    cores = {}
-    for thread in thread_ids():
-        with contextlib.suppress(ProcessLookupError):
-            cores[thread] = os.sched_getaffinity(thread)
-    return cores
-
-
-def pin(threads, cores):
-    """Let the threads run on these cores alone, and check that they do. A thread that has ended is passed over.
-
-    Each thread has an affinity of its own: os.sched_setaffinity(0, …) moves the thread that calls, psutil's
-    cpu_affinity() the main one. Threads started later inherit it; those that exist, such as an OpenMP pool, stay where
-    they are.
-    """
-    for thread in threads:
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(thread, cores)
-    check_affinity(threads, cores)
-
-
-def check_affinity(threads, cores):
-    """Read the affinity of each thread; raise TrainingError if one may run on other cores than these."""
-    for thread in threads:
-        with contextlib.suppress(ProcessLookupError):
-            if (seen := os.sched_getaffinity(thread)) != set(cores):
-                raise TrainingError(
-                    f"a thread is on cores {format_cores(sorted(seen))}, not {format_cores(cores)}: "
-                    "let no other program move the threads of this one"
-                )
-
-
-class CoreGroup:
-    """A Python thread and its OpenMP pool of len(cores) threads in all, on `cores`. submit() as of an executor."""
-
-    def __init__(self, name, cores):
-        self.name, self.cores = name, tuple(cores)
-        self._executor = ThreadPoolExecutor(1, name)
-        self.submit = self._executor.submit
-        self.threads = self.submit(self._start).result()
-
-    def _start(self):
-        if can_pin():
-            pin([threading.get_native_id()], self.cores)
-        others = thread_ids() | python_thread_ids()
-        torch.get_num_threads()  # a thread's first call into OpenMP takes over a count set by any thread: have it now
-        torch.set_num_threads(len(self.cores))
-        torch.zeros(len(self.cores) << 16).add_(1)  # starts the pool
-        threads = {threading.get_native_id(), *(thread_ids() - others - python_thread_ids())}
-        if can_pin():
-            pin(
-                threads, self.cores
-            )  # the pool inherits the cores unless OpenMP has been told to bind its threads
-        return threads
-
-    def check(self):
-        """Raise TrainingError unless every thread of the group is on its cores, and there is one for each core."""
-        if can_pin():
-            check_affinity(self.threads, self.cores)
-            if (alive := len(self.threads & thread_ids())) != len(self.cores):
-                raise TrainingError(
-                    f"{alive} OpenMP threads for the {len(self.cores)} cores of group {self.name}: "
-                    "unset OMP_THREAD_LIMIT and OMP_DYNAMIC"
-                )
-
-    def close(self):
-        """End the thread when what it computes is done, also if Ctrl-C is pressed meanwhile.
-
-        Waits for a job, because Thread.join() takes a thread for ended when it is interrupted (Python 3.11), and Python
-        aborts if a thread is still in PyTorch when it ends itself.
-        """
-        last = self.submit(lambda: None)
-        while not last.done():
-            with contextlib.suppress(KeyboardInterrupt):
-                wait([last])
-        self._executor.shutdown()
-
-
-class Placement:
-    """While it is entered, the threads of this process are in their places; then all is as it was before.
-
-    groups: "forward" and "backward" of the split, and "all", which has the cores of both. Every other thread (the main
-    one, the monitors) is on the reserved cores, or where there are none on any, and computes with one thread.
-    """
-
-    def __init__(self, split):
-        self.split, self.groups = split, {}
-
-    def __enter__(self):
-        self._affinity = affinities()
-        self._threads = torch.get_num_threads()
-        try:
-            pin(thread_ids(), self.split.reserved or self.split.forward + self.split.backward)
-            torch.set_num_threads(1)
-            for name, cores in (
-                ("forward", self.split.forward),
-                ("backward", self.split.backward),
-                ("all", self.split.forward + self.split.backward),
-            ):
-                if cores:
-                    self.groups[name] = CoreGroup(name, cores)
-            self.check()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        for group in self.groups.values():
-            group.close()
-        for thread in thread_ids():
-            before = self._affinity.get(thread) or self._affinity[threading.main_thread().native_id]
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(thread, before)
-        torch.set_num_threads(self._threads)
-
-    def check(self):
-        for group in self.groups.values():
-            group.check()
-
-    def threads(self):
-        """{thread: name of its group}"""
-        return {thread: name for name, group in self.groups.items() for thread in group.threads}
-
-
-class CoreMonitor(threading.Thread):
-    """Samples on which cores the threads of a Placement really run: take() → Usage since the last take().
-
-    The time that a thread has computed since the last sample (schedstat, in nanoseconds; else stat, in ticks) counts
-    for the core on which it was seen last (field 39 of stat; see proc(5)).
-    """
-
-    def __init__(self, placement, interval=0.05):
-        super().__init__(daemon=True, name="core-monitor")
-        self.placement, self.interval = placement, interval
-        self._stop_event, self._lock, self._seen, self._seconds = (
-            threading.Event(),
-            threading.Lock(),
-            {},
-            Counter(),
-        )
-        self._sample()
-
-    def __enter__(self):
-        self._seconds.clear()
-        self._since = time.perf_counter()
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop_event.set()
-        self.join()
-
-    def run(self):
-        while not self._stop_event.wait(self.interval):
-            self._sample()
-
-    def take(self):
-        self._sample()
-        with self._lock:
-            usage = Usage(self.placement.split, time.perf_counter() - self._since, self._seconds)
-            self._seconds, self._since = Counter(), time.perf_counter()
-        return usage
-
-    def _sample(self):
-        owners, python = self.placement.threads(), python_thread_ids()
-        with self._lock:
-            for thread in thread_ids():
-                with contextlib.suppress(OSError):  # it has just ended
-                    seconds = cpu_seconds(thread)
-                    if (new := seconds - self._seen.get(thread, 0.0)) > 0:
-                        owner = owners.get(thread, "python" if thread in python else "unknown")
-                        self._seconds[owner, last_core(thread)] += new
-                    self._seen[thread] = seconds
-
-
-def stat_fields(thread):
-    """The fields of /proc/self/task/THREAD/stat after the name, which may hold spaces; field 3 of proc(5) is [0]."""
-    return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
-
-
-def cpu_seconds(thread):
-    with contextlib.suppress(FileNotFoundError):
-        if nanoseconds := int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]):
-            return nanoseconds / 1e9
-    fields = stat_fields(thread)  # a kernel without schedstat has no such file, or zeros in it
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime + stime
-
-
-def last_core(thread):
-    return int(stat_fields(thread)[36])
-
-
-class Usage:
-    """CPU seconds by (owner, core) in a span of `seconds`; owner: a group, "python" (main, monitors) or "unknown"."""
-
-    def __init__(self, split, seconds, by_core):
-        self.split, self.seconds, self.by_core = split, seconds, by_core
-
-    def __add__(self, other):
-        return Usage(self.split, self.seconds + other.seconds, self.by_core + other.by_core)
-
-    def inside(self, group):
-        """The share of the group's CPU time on its own cores; a thread that nobody placed counts as outside."""
-        cores = (
-            self.split.forward + self.split.backward
-            if group == "all"
-            else getattr(self.split, group)
-        )
-        of_group = {
-            key: seconds for key, seconds in self.by_core.items() if key[0] in (group, "unknown")
-        }
-        inside = sum(
-            seconds
-            for (owner, core), seconds in of_group.items()
-            if owner == group and core in cores
-        )
-        return inside / sum(of_group.values()) if of_group else 1.0
-
-    def idle(self, cores):
-        """The share of the time that these cores did not compute for any group."""
-        busy = sum(
-            seconds
-            for (owner, core), seconds in self.by_core.items()
-            if core in cores and owner != "python"
-        )
-        return max(1 - busy / (self.seconds * len(cores)), 0.0)
-
-    def shares(self):
-        """{group: inside(group)} of the groups that computed."""
-        groups = {owner for owner, _ in self.by_core} - {"python", "unknown"}
-        return {
-            group: self.inside(group)
-            for group in sorted(groups, key=("forward", "backward", "all").index)
-        }
-
-    def __str__(self):
-        return (
-            ", ".join(f"{group} {share:.1%}" for group, share in self.shares().items())
-            or "nothing computed"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One step, in each mode
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    loss: float  # summed over the batch
-    logits: torch.Tensor  # (N, 10)
-    forward: float  # seconds; of two groups at work on it, the mean
-    backward: float
-    update: float
-
-
-def forward_pass(model, x, labels, batch_size):
-    """Logits (n, 10) of a micro-batch and its part of the mean loss over the batch."""
-    logits = model(x).float()
-    return logits, F.cross_entropy(logits, labels, reduction="sum") / batch_size
-
-
-def autocast(dtype):
-    """For a whole batch, so that its micro-batches share the weights in `dtype`, which autocast keeps until it ends."""
-    return torch.autocast("cpu", dtype) if dtype is not torch.float32 else contextlib.nullcontext()
-
-
-def forward_lane(model, micro_batches, batch_size, dtype, tickets, losses):
-    """All forward passes of a batch, a ticket each; the losses go to the other group. Returns results, seconds."""
-    results, seconds = [], 0.0
-    try:
-        with autocast(dtype):
-            for x, labels in micro_batches:
-                tickets.acquire()
-                started = time.perf_counter()
-                logits, loss = forward_pass(model, x, labels, batch_size)
-                seconds += time.perf_counter() - started
-                results.append((logits.detach(), loss.detach()))
-                losses.put(loss)
-    except BaseException as error:
-        losses.put(error)
-        raise
-    return results, seconds
-
-
-def backward_lane(optimizer, count, tickets, losses):
-    """Backward pass of `count` losses as they come, then one update. Returns the seconds of both."""
-    seconds = 0.0
-    try:
-        for _ in range(count):
-            loss = losses.get()
-            if isinstance(loss, BaseException):  # no forward pass, no update
-                raise loss
-            started = time.perf_counter()
-            loss.backward()  # on a CPU autograd computes in the thread that calls it
-            seconds += time.perf_counter() - started
-            tickets.release()
-    finally:
-        tickets.release(count)  # after an error the forward lane does not wait for ever
-    started = time.perf_counter()
-    optimizer.step()
-    return seconds, time.perf_counter() - started
-
-
-def both_phases(model, micro_batches, batch_size, dtype):
-    """Plain gradient accumulation: forward and backward of each micro-batch in turn, on the calling group."""
-    results, forward, backward = [], 0.0, 0.0
-    with autocast(dtype):
-        for x, labels in micro_batches:
-            started = time.perf_counter()
-            logits, loss = forward_pass(model, x, labels, batch_size)
-            middle = time.perf_counter()
-            with torch.autocast("cpu", enabled=False):
-                loss.backward()
-            results.append((logits.detach(), loss.detach()))
-            forward, backward = forward + middle - started, backward + time.perf_counter() - middle
-    return results, forward, backward
-
-
-def cut(x, labels, count):
-    """[(images, labels)] of up to `count` micro-batches of the batch, none empty; sizes differ by one at most."""
-    count = min(count, len(labels))
-    return list(zip(x.tensor_split(count), labels.tensor_split(count), strict=True))
-
-
-def join(jobs):
-    """The jobs' results when all have ended, or the first error."""
-    wait(jobs)
-    return [job.result() for job in jobs]
-
-
-class Trainer:
-    """A model, its optimizer and the dtype, and a step in each mode on the groups of a Placement."""
-
-    def __init__(self, placement, model, optimizer, dtype, micro_batches):
-        self.groups, self.model, self.optimizer = placement.groups, model, optimizer
-        self.dtype, self.micro_batches, self._replica = dtype, micro_batches, None
-
-    def step(self, mode, x, labels):
-        """One update with the mean gradient over the batch x (N, 3, H, W), labels (N,)."""
-        self.optimizer.zero_grad()
-        micro_batches = cut(x, labels, self.micro_batches)
-        if mode in ("split", "pipelined"):
-            results, *seconds = self._two_lanes(
-                micro_batches, len(labels), ahead=mode == "pipelined"
-            )
-        elif mode == "replicas":
-            results, *seconds = self._replicas(
-                cut(x, labels, max(self.micro_batches, 2)), len(labels)
-            )
-        else:
-            results, *seconds = self._one_group("all", micro_batches, len(labels))
-        logits, losses = zip(*results, strict=True)
-        return Step(sum(loss.item() for loss in losses) * len(labels), torch.cat(logits), *seconds)
-
-    def forward_alone(self, x, labels):
-        """The forward passes of a step on their group, to measure them while the other group does nothing."""
-        discard = SimpleNamespace(put=lambda loss: None)
-        tickets = threading.Semaphore(self.micro_batches)
-        _, forward = (
-            self.groups["forward"]
-            .submit(
-                forward_lane,
-                self.model,
-                cut(x, labels, self.micro_batches),
-                len(labels),
-                self.dtype,
-                tickets,
-                discard,
-            )
-            .result()
-        )
-        return Step(math.nan, None, forward, 0.0, 0.0)
-
-    def backward_alone(self, x, labels):
-        """A whole step on the backward pass's group, for the same purpose: a backward pass needs a forward pass."""
-        self.optimizer.zero_grad()
-        _, _, backward, update = self._one_group(
-            "backward", cut(x, labels, self.micro_batches), len(labels)
-        )
-        return Step(math.nan, None, 0.0, backward, update)
-
-    def _one_group(self, name, micro_batches, batch_size):
-        """Both phases and the update on one group."""
-        group = self.groups[name]
-        results, forward, backward = group.submit(
-            both_phases, self.model, micro_batches, batch_size, self.dtype
-        ).result()
-        return results, forward, backward, group.submit(self._update).result()
-
-    def _two_lanes(self, micro_batches, batch_size, ahead):
-        """Forward and backward on their groups; the forward pass is at most `ahead` micro-batches ahead."""
-        tickets, losses = threading.Semaphore(1 + ahead), queue.SimpleQueue()
-        (results, forward), (backward, update) = join(
-            [
-                self.groups["forward"].submit(
-                    forward_lane, self.model, micro_batches, batch_size, self.dtype, tickets, losses
-                ),
-                self.groups["backward"].submit(
-                    backward_lane, self.optimizer, len(micro_batches), tickets, losses
-                ),
-            ]
-        )
-        return results, forward, backward, update
-
-    def _replicas(self, micro_batches, batch_size):
-        """Half of the micro-batches on each group, the gradients added, one update on all cores.
-
-        The second replica has the same parameters and gradients of its own. Its running statistics are not used, as in
-        DistributedDataParallel, which keeps those of rank 0.
-        """
-        if self._replica is None:
-            self._replica = copy.deepcopy(self.model)
-            for p, q in zip(self.model.parameters(), self._replica.parameters(), strict=True):
-                q.data = p.data
-        self._replica.zero_grad()
-        half = math.ceil(len(micro_batches) / 2)
-        (first, *seconds), (second, *others) = join(
-            [
-                self.groups["forward"].submit(
-                    both_phases, self.model, micro_batches[:half], batch_size, self.dtype
-                ),
-                self.groups["backward"].submit(
-                    both_phases, self._replica, micro_batches[half:], batch_size, self.dtype
-                ),
-            ]
-        )
-        forward, backward = ((a + b) / 2 for a, b in zip(seconds, others, strict=True))
-        return (
-            first + second,
-            forward,
-            backward,
-            self.groups["all"].submit(self._update, self._replica).result(),
-        )
-
-    def _update(self, replica=None):
-        started = time.perf_counter()
-        if replica is not None:
-            grads = [
-                (p.grad, q.grad)
-                for p, q in zip(self.model.parameters(), replica.parameters(), strict=True)
-            ]
-            if grads[0][1] is not None:  # a batch of one image leaves it without any
-                torch._foreach_add_(*map(list, zip(*grads, strict=True)))
-        self.optimizer.step()
-        return time.perf_counter() - started
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model and data
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_model(image_size=32):
-    """torchvision's ResNet-50: images (N, 3, S, S) → logits (N, 10). 32-pixel images get the CIFAR stem."""
-    return make_torch_resnet("resnet50", cifar_stem=image_size == 32)
-
-
-def load_batch(images, labels, index, args):
-    """The images at `index`, normalised and resized: (N, 3, S, S) in args.memory_format; and their labels (N,)."""
-    scale = 1 / (255 * torch.tensor(STD))
-    x = torch.addcmul(
-        -torch.tensor(MEAN) / torch.tensor(STD), torch.from_numpy(images[index]).float(), scale
-    )
-    x = x.permute(0, 3, 1, 2)  # channels_last
-    if args.image_size != 32:
-        x = F.interpolate(x, size=args.image_size, mode="bilinear")
-    return x.contiguous(memory_format=MEMORY_FORMATS[args.memory_format]), torch.from_numpy(
-        labels[index]
-    ).long()
-
-
-MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def count_correct(logits, labels):
-    hits = logits.topk(5).indices == labels[:, None]
-    return hits[:, 0].sum().item(), hits.sum().item()
-
-
-@torch.inference_mode()
-def evaluate(model, images, labels, args, batch_size=100):
-    """Mean loss, top-1 and top-5 accuracy, and seconds spent loading batches."""
-    model.eval()
-    loss, top1, top5, loading = 0.0, 0, 0, 0.0
-    for start in range(0, len(labels), batch_size):
-        clock = time.perf_counter()
-        x, y = load_batch(
-            images, labels, np.arange(start, min(start + batch_size, len(labels))), args
-        )
-        loading += time.perf_counter() - clock
-        with autocast(DTYPES[args.dtype]):
-            logits = model(x).float()
-        correct = count_correct(logits, y)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        top1, top5 = top1 + correct[0], top5 + correct[1]
-    model.train()
-    return loss / len(labels), top1 / len(labels), top5 / len(labels), loading
-
-
-def make_trainer(placement, args, **changes):
-    """A Trainer with a new model from args.seed; changes: of args."""
-    args = argparse.Namespace(**{**vars(args), **changes})
-    torch.manual_seed(args.seed)
-    model = make_model(args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
-    return Trainer(
-        placement, model, make_torch_optimizer(model, args), DTYPES[args.dtype], args.micro_batches
-    )
-
-
-def find_split(args, data):
-    """The Split of args; with --split auto the one on which the measured phases take most nearly the same time."""
-    split = choose_split(args)
-    if args.split != "auto" or len(split.forward + split.backward) < 3:
-        return split
-    batch = load_batch(
-        data.x_train, data.y_train, np.arange(args.batch_size) % len(data.y_train), args
-    )
-    for _ in range(3):
-        with Placement(split) as placement:
-            trainer = make_trainer(placement, args)
-            steps = [trainer.step("split", *batch) for _ in range(3)][1:]
-        forward, backward = (
-            min(getattr(step, phase) for step in steps) for phase in ("forward", "backward")
-        )
-        print(
-            f"--split auto: {split}: forward {forward:.3f} s, backward {backward:.3f} s", flush=True
-        )
-        before, split = split, balance(split, forward, backward)
-        if split == before:
-            break
-    return split
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def train_epochs(trainer, data, args, run, placement, monitor):
-    """Train for args.epochs epochs on data; everything measured goes to run. Returns the Usage of the training."""
-    n, size, total = len(data.y_train), args.batch_size, Usage(placement.split, 0.0, Counter())
-    for epoch in range(run.epoch, args.epochs + 1):
-        order = epoch_order(n, args.seed, epoch)
-        run.start_epoch(epoch, math.ceil(n / size))
-        monitor.take()
-        for batch in range(run.batch, math.ceil(n / size)):
-            started = time.perf_counter()
-            x, labels = load_batch(
-                data.x_train, data.y_train, order[batch * size : (batch + 1) * size], args
-            )
-            loading = time.perf_counter() - started
-            step = trainer.step(args.mode, x, labels)
-            correct = count_correct(step.logits, labels)
-            run.end_batch(
-                len(labels),
-                step.loss,
-                *correct,
-                loading,
-                forward=step.forward,
-                backward=step.backward,
-            )
-        run.end_training()
-        total += monitor.take()
-        placement.check()
-        run.totals["cpu_time_inside"] = total.shares()
-        groups = {"forward": placement.split.forward, "backward": placement.split.backward}
-        run.totals["idle"] = {group: total.idle(cores) for group, cores in groups.items() if cores}
-        run.end_epoch(
-            *placement.groups["all"]
-            .submit(evaluate, trainer.model, data.x_test, data.y_test, args)
-            .result()
-        )
-        if not args.quiet:
-            print(
-                f"epoch {epoch}/{args.epochs}  CPU time inside the assigned cores: {total}",
-                flush=True,
-            )
-    return total
-
-
-def run_training(args, data):
-    """Train as the parsed command line says; returns {"train_loss": [one per epoch], "test_acc": …}."""
-    split = find_split(args, data)
-    phases = {"forward": split.forward, "backward": split.backward}
-    if args.mode in ("all", "replicas"):
-        phases = dict.fromkeys(phases, split.forward + split.backward)
-    if not args.quiet:
-        print(
-            f"mode {args.mode}, cores: {split}; {args.dtype}, {args.memory_format}, "
-            f"{args.micro_batches} micro-batches of {args.batch_size / args.micro_batches:g} images",
-            flush=True,
-        )
-    with Placement(split) as placement, CoreMonitor(placement) as monitor:
-        trainer = make_trainer(placement, args)
-        x, labels = load_batch(
-            data.x_train, data.y_train, np.arange(min(args.batch_size, len(data.y_train))), args
-        )
-        make_trainer(placement, args).step(
-            args.mode, x, labels
-        )  # libraries build their kernels for these shapes
-        state = trainer.model, trainer.optimizer
-        info = {
-            "threads": len(split.forward + split.backward),
-            "cores_of_phases": phases,
-            "reserved": split.reserved,
-        }
-        with Run(
-            args,
-            "train_resnet50_split_cores",
-            data,
-            lambda: get_torch_arrays(*state),
-            lambda arrays: set_torch_arrays(*state, arrays),
-            info,
-        ) as run:
-            usage = train_epochs(trainer, data, args, run, placement, monitor)
-            run.finish()
-    print(f"cores: {split}; CPU time inside the assigned cores: {usage}", flush=True)
-    if min(usage.shares().values(), default=1.0) < INSIDE:
-        print(
-            f"warning: less than {INSIDE:.0%} of the CPU time was inside the assigned cores",
-            file=sys.stderr,
-        )
-    return run.history
-
-
-def train(num_epochs=1, batch_size=64, learning_rate=0.01, **options):
-    """Train from Python: train(num_epochs=2, subset=500, mode="split") → {"train_loss": [per epoch], "test_acc": …}.
-
-    options: those of the command line, with underscores. Raises InputError for what cannot be used.
-    """
-    argv = [
-        "--epochs",
-        str(num_epochs),
-        "--batch-size",
-        str(batch_size),
-        "--learning-rate",
-        str(learning_rate),
-    ]
-    for name, value in options.items():
-        option = "--" + name.replace("_", "-")
-        argv += (
-            [option] if value is True else [] if value in (None, False) else [option, str(value)]
-        )
-    args = parse_args(argv)
-    return run_training(args, load_cifar10(args.data_dir, args.dataset, args.subset, args.seed))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Benchmark
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Turn(NamedTuple):
-    """One step of one contestant, in seconds and shares."""
-
-    seconds: float
-    forward: float
-    backward: float
-    update: float
-    forward_idle: float
-    backward_idle: float
-
-
-ONE_PIECE, USUAL = "all, 1 micro-batch", "all, 1 micro-batch, float32 NCHW"
-FORWARD_ALONE, BACKWARD_ALONE = "forward alone on its group", "backward alone on its group"
-
-
-def contestants(placement, args):
-    """{name: function of (x, labels) that does one step}; the learning rate is 0, so that all have the same weights."""
-    trainer = make_trainer(placement, args, lr=0.0, weight_decay=0.0)
-    whole = copy.copy(trainer)
-    whole.micro_batches = 1
-    usual = make_trainer(
-        placement,
-        args,
-        lr=0.0,
-        weight_decay=0.0,
-        dtype="float32",
-        memory_format="contiguous",
-        micro_batches=1,
-    )
-
-    steps = {mode: functools.partial(trainer.step, mode) for mode in MODES}
-    steps[ONE_PIECE] = functools.partial(whole.step, "all")
-    steps[USUAL] = lambda x, labels: usual.step("all", x.contiguous(), labels)
-    steps[FORWARD_ALONE], steps[BACKWARD_ALONE] = trainer.forward_alone, trainer.backward_alone
-    return steps
-
-
-def measure(args, split, data):
-    """{name: [Turn of each round]} of all contestants on the same batches, taking turns, after a warm-up."""
-    turns = {}
-    with Placement(split) as placement, CoreMonitor(placement) as monitor:
-        steps = contestants(placement, args)
-        for turn in range(args.rounds + 1):
-            index = (np.arange(args.batch_size) + turn * args.batch_size) % len(data.y_train)
-            x, labels = load_batch(data.x_train, data.y_train, index, args)
-            losses = {}
-            for name, step in steps.items():
-                monitor.take()
-                started = time.perf_counter()
-                done = step(x, labels)
-                seconds, usage = time.perf_counter() - started, monitor.take()
-                losses[name] = done.loss
-                idle = usage.idle(split.forward), usage.idle(split.backward)
-                if turn:
-                    turns.setdefault(name, []).append(
-                        Turn(seconds, done.forward, done.backward, done.update, *idle)
-                    )
-                if sys.stderr.isatty():
-                    print(
-                        f"\r\033[Kround {turn}/{args.rounds}: {name} ",
-                        end="",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            check_same_loss({mode: losses[mode] for mode in MODES})
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    return turns
-
-
-def check_same_loss(losses):
-    """Raise TrainingError unless the modes compute the same, but for rounding, before anybody compares their speed."""
-    low, high = min(losses.values()), max(losses.values())
-    if not (all(map(math.isfinite, losses.values())) and high - low <= 0.02 * high):
-        raise TrainingError(
-            "the modes' losses differ: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
-        )
-
-
-def median(turns, name):
-    return Turn(*(statistics.median(values) for values in zip(*turns[name], strict=True)))
-
-
-def bound_seconds(forward, backward, update, micro_batches):
-    """The shortest step of a pipeline in seconds, from its phases' times over a whole batch.
-
-    The longer phase's M micro-batches follow each other without a gap; before the first or after the last of them,
-    one micro-batch of the shorter phase finds nothing to overlap with: M max(f, b) + min(f, b), with f = forward / M.
-    """
-    return max(forward, backward) + min(forward, backward) / micro_batches + update
-
-
-def report(turns, args):
-    """The table of the benchmark and what it means, as text."""
-    rows = []
-    for name in (*MODES, ONE_PIECE, USUAL):
-        middle, rates = (
-            median(turns, name),
-            [args.batch_size / turn.seconds for turn in turns[name]],
-        )
-        ratios = [b.seconds / a.seconds for a, b in zip(turns[name], turns["all"], strict=True)]
-        rows.append(
-            [
-                name,
-                f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})",
-                f"{middle.forward:.3f}",
-                f"{middle.backward:.3f}",
-                f"{middle.forward_idle:.0%}",
-                f"{middle.backward_idle:.0%}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
-            ]
-        )
-    rows.append([FORWARD_ALONE, "", f"{median(turns, FORWARD_ALONE).forward:.3f}", "", "", "", ""])
-    rows.append(
-        [BACKWARD_ALONE, "", "", f"{median(turns, BACKWARD_ALONE).backward:.3f}", "", "", ""]
-    )
-    header = (
-        "mode",
-        "images/s",
-        "forward s",
-        "backward s",
-        "idle: fwd cores",
-        "bwd cores",
-        "against all",
-    )
-    return table(header, rows) + "\n\n" + "\n".join(findings(turns, args.micro_batches))
-
-
-def speed(turns, name, other):
-    """How many times as fast as the other: the median over the rounds."""
-    return statistics.median(
-        b.seconds / a.seconds for a, b in zip(turns[name], turns[other], strict=True)
-    )
-
-
-def findings(turns, micro_batches):
-    """Sentences that follow from the figures."""
-    lines = [*findings_split(turns), *findings_pipelined(turns, micro_batches)]
-    replicas = speed(turns, "replicas", "pipelined")
-    lines.append(
-        f"replicas, the same groups with half of the batch each, are {replicas:.2f} × as fast as pipelined."
-    )
-    lines.append(
-        f"Cutting the batch makes all {speed(turns, 'all', ONE_PIECE):.2f} × as fast; uncut it is "
-        f"{speed(turns, ONE_PIECE, USUAL):.2f} × as fast as the usual step, in float32 and NCHW."
-    )
-    return lines
-
-
-def findings_split(turns):
-    split, against_all = median(turns, "split"), speed(turns, "split", "all")
-    idle = f"forward's cores are idle {split.forward_idle:.0%} of the time, backward's {split.backward_idle:.0%}"
-    alone = statistics.median(
-        s.seconds / (f.forward + b.backward + b.update)
-        for s, f, b in zip(turns["split"], turns[FORWARD_ALONE], turns[BACKWARD_ALONE], strict=True)
-    )
-    passing = statistics.median(
-        1 - (t.forward + t.backward + t.update) / t.seconds for t in turns["split"]
-    )
-    yield (
-        f"split takes {alone:.2f} × the time of its phases, each alone on its group; going over from one group to "
-        f"the other takes {passing:.2%} of its step."
-    )
-    if against_all > 0.95:
-        yield f"It is {against_all:.2f} × as fast as all, although its phases wait for each other: {idle}."
-    elif alone <= 1.05:
-        yield f"It is {against_all:.2f} × as fast as all because its phases wait for each other: {idle}."
-    else:
-        yield (
-            f"It is {against_all:.2f} × as fast as all: its phases wait for each other ({idle}) and are slower than "
-            "alone."
-        )
-
-
-def findings_pipelined(turns, micro_batches):
-    forward, (backward, update) = (
-        median(turns, FORWARD_ALONE).forward,
-        median(turns, BACKWARD_ALONE)[2:4],
-    )
-    pipelined, against_all = median(turns, "pipelined"), speed(turns, "pipelined", "all")
-    gain = speed(turns, "pipelined", "split")
-    why = (
-        "the phases of different micro-batches overlap"
-        if gain > 1.05
-        else "the overlap gains nothing here"
-    )
-    yield f"pipelined is {gain:.2f} × as fast as split: {why}."
-    bound = bound_seconds(forward, backward, update, micro_batches)
-    slower = (pipelined.forward + pipelined.backward) / (forward + backward)
-    yield (
-        f"With {micro_batches} micro-batches its bound, from the phases measured alone, is {bound:.3f} s a step; it "
-        f"takes {pipelined.seconds:.3f} s and so reaches {bound / pipelined.seconds:.0%} of the bound. At work "
-        f"together the phases take {slower:.2f} × as long as alone."
-    )
-    if against_all >= 1:
-        yield f"pipelined is {against_all:.2f} × as fast as all."
-    else:
-        longer, shorter = ("backward", "forward") if backward > forward else ("forward", "backward")
-        ratio, idle = (
-            max(forward, backward) / min(forward, backward),
-            getattr(pipelined, f"{shorter}_idle"),
-        )
-        yield (
-            f"pipelined is {against_all:.2f} × as fast as all: {longer} takes {ratio:.1f} × as long as {shorter} "
-            f"on these groups, so {shorter}'s cores are idle {idle:.0%} of the time."
-        )
-
-
-def run_benchmark(args, data):
-    split = find_split(args, data)
-    print(
-        f"\nBenchmark: {cpu_model()}, cores: {split}; PyTorch {torch.__version__}; ResNet-50, {data.name}, "
-        f"{args.image_size} pixels, batch {args.batch_size} in {args.micro_batches} micro-batches, {args.dtype}, "
-        f"{args.memory_format}; medians (min–max) of {args.rounds} rounds",
-        flush=True,
-    )
-    turns = measure(args, split, data)
-    print(report(turns, args), flush=True)
-    shown = ("micro_batches", "batch_size", "dtype", "memory_format", "image_size", "rounds")
-    content = {
-        "environment": environment(),
-        "dataset": data.name,
-        "cores": str(split),
-        "arguments": {name: getattr(args, name) for name in shown},
-        "turns": {name: [turn._asdict() for turn in taken] for name, taken in turns.items()},
-        "findings": findings(turns, args.micro_batches),
-    }
-    with atomic_write(args.output, "w") as file:
-        json.dump(content, file, indent=1)
-    print(f"written: {args.output}", flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def has_bfloat16():
-    """Whether the processor computes in bfloat16."""
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else ()
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return int(parts[0]), int(parts[1])
 
 
 def parse_args(argv=None):
-    parser = make_parser(
-        "train_resnet50_split_cores", __doc__, ("resnet50",), batch_size=64, epochs=None
-    )
+    models = ("resnet50",)
+    parser = make_parser("train_resnet50_split_cores", __doc__, models, batch_size=64, epochs=None)
     add = parser.add_argument
-    add(
-        "--learning-rate",
-        dest="lr",
-        type=number(float, 0, math.inf, exclusive=True),
-        metavar="LR",
-        help="like --lr",
-    )
+    positive = number(float, 0, math.inf, exclusive=True)
+    add("--learning-rate", dest="lr", type=positive, metavar="LR", help="same as --lr")
     add("--mode", choices=MODES, default="pipelined", help="see above (default: %(default)s)")
-    add(
-        "--micro-batches",
-        type=number(int, 1, 10**6),
-        default=4,
-        metavar="M",
-        help="pieces of a batch, in every mode (default: %(default)s)",
-    )
-    add(
-        "--split",
-        type=parse_split,
-        metavar="F:B",
-        help="proportion of forward's cores to backward's, or auto: measure both phases (default: 1:1)",
-    )
-    add(
-        "--forward-cores",
-        type=parse_cores,
-        metavar="LIST",
-        help="such as 0-2,5; with --backward-cores",
-    )
-    add(
-        "--backward-cores",
-        type=parse_cores,
-        metavar="LIST",
-        help="such as 3-4; with --forward-cores",
-    )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="bfloat16" if has_bfloat16() else "float32",
-        help="of autocast; parameters stay float32 (default here: %(default)s)",
-    )
-    add(
-        "--memory-format",
-        choices=MEMORY_FORMATS,
-        default="channels_last",
-        help="default: %(default)s",
-    )
-    add(
-        "--image-size",
-        type=int,
-        default=32,
-        metavar="S",
-        help="32, 64, … 224: images are scaled (default: 32)",
-    )
+    count = number(int, 1, 10**6)
+    micro_batches = "micro-batches per batch, in every mode (default: %(default)s)"
+    add("--micro-batches", type=count, default=4, metavar="M", help=micro_batches)
+
+    split = "forward cores : backward cores, or auto: measure both phases (default: 1:1)"
+    add("--split", type=parse_split, metavar="F:B", help=split)
+    add("--forward-cores", type=parse_cores, metavar="LIST", help="cores of forward, as in 0-2,5")
+    add("--backward-cores", type=parse_cores, metavar="LIST", help="cores of backward, as in 3-4")
+
+    has_bfloat16 = not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    dtype = "bfloat16" if has_bfloat16 else "float32"
+    dtype_help = "dtype of autocast; parameters stay float32 (default on this CPU: %(default)s)"
+    add("--dtype", choices=DTYPES, default=dtype, help=dtype_help)
+    layout = "memory format of weights and images (default: %(default)s)"
+    add("--memory-format", choices=MEMORY_FORMATS, default="channels_last", help=layout)
+    size = "resize images to S × S pixels: 32, 64, … 224 (default: %(default)s)"
+    add("--image-size", type=int, default=32, metavar="S", help=size)
+
     add("--benchmark", action="store_true", help="compare all modes instead of training")
-    add(
-        "--rounds",
-        type=number(int, 3, 1000),
-        help="of the benchmark (default: 7; in the default run 3)",
-    )
-    add(
-        "--output",
-        metavar="FILE",
-        default="results/split_cores_benchmark.json",
-        help="the benchmark's figures (default: %(default)s)",
-    )
+    rounds = "rounds of the benchmark (default: 7; in the run without options 3)"
+    add("--rounds", type=number(int, 3, 1000), help=rounds)
+    output = "results/split_cores_benchmark.json"
+    samples = "file for the samples of the benchmark (default: %(default)s)"
+    add("--output", metavar="FILE", default=output, help=samples)
+
     args = parser.parse_args(argv)
     check_args(args)
+
+    # Somebody who runs the script without options wants to see something within two minutes.
     args.default_run = not args.benchmark and args.epochs is None and args.subset is None
     if args.default_run:
-        args.epochs, args.subset = DEFAULT_RUN["epochs"], DEFAULT_RUN["subset"]
-    args.rounds = args.rounds or (DEFAULT_RUN["rounds"] if args.default_run else 7)
+        args.epochs = DEFAULT_RUN["epochs"]
+        args.subset = DEFAULT_RUN["subset"]
+        args.rounds = args.rounds or DEFAULT_RUN["rounds"]
     args.epochs = args.epochs or 10
+    args.rounds = args.rounds or 7
     return args
 
 
 def check_args(args):
-    """Raise InputError for options that do not go together; the cores are checked by choose_split()."""
+    """Raise InputError for options that do not go together, and for cores that cannot be used."""
     if (args.forward_cores is None) != (args.backward_cores is None):
         raise InputError("--forward-cores and --backward-cores go together: give both")
     if args.forward_cores and args.split:
@@ -1203,26 +1355,65 @@ def check_args(args):
             "--split does not go with --forward-cores and --backward-cores: give one or the other"
         )
     if args.batch_size % args.micro_batches:
-        fits = [m for m in range(1, args.batch_size + 1) if args.batch_size % m == 0]
+        divisors = [m for m in range(1, args.batch_size + 1) if args.batch_size % m == 0]
         raise InputError(
-            f"--micro-batches {args.micro_batches} does not divide --batch-size {args.batch_size}: "
-            f"give one of {', '.join(map(str, fits))}"
+            f"--micro-batches {args.micro_batches} does not divide --batch-size "
+            f"{args.batch_size}: give one of {', '.join(map(str, divisors))}"
         )
     if args.image_size % 32 or not 32 <= args.image_size <= 224:
         raise InputError(
-            f"--image-size {args.image_size}: the network halves an image five times: give a multiple of "
-            "32 from 32 to 224"
+            f"--image-size {args.image_size}: the network halves an image five times: give a "
+            "multiple of 32 from 32 to 224"
         )
     if args.resume and args.benchmark:
         raise InputError("--resume does not go with --benchmark: leave one out")
     choose_split(args)
 
 
+def choose_split(args) -> CoreSplit:
+    """The core groups that args ask for; with --split auto the even ones, to begin with.
+
+    Raises InputError for cores that overlap or are not available, or if threads cannot be pinned.
+    """
+    cores = available_cores()
+    if args.mode == "all" and not args.benchmark and (len(cores) < 2 or not can_pin()):
+        return CoreSplit(tuple(cores), ())  # this mode needs no groups
+    if not can_pin():
+        what = "--benchmark" if args.benchmark else f"--mode {args.mode}"
+        raise InputError(
+            f"{what} chooses the cores of its threads, which {platform.system()} does not let a "
+            "process do: train with --mode all"
+        )
+    if args.forward_cores is None:
+        proportion = args.split
+        if proportion in (None, "auto"):
+            proportion = (1, 1)
+        return split_cores(cores, proportion)
+
+    forward = args.forward_cores
+    backward = args.backward_cores
+    both = set(forward) & set(backward)
+    if both:
+        raise InputError(
+            f"--forward-cores and --backward-cores both have {format_cores(sorted(both))}: "
+            "give each core to one of them"
+        )
+    unavailable = set(forward + backward) - set(cores)
+    if unavailable:
+        raise InputError(
+            f"core {format_cores(sorted(unavailable))} is not available: this process may use "
+            f"{format_cores(cores)}"
+        )
+    reserved = tuple(core for core in cores if core not in forward + backward)
+    return CoreSplit(forward, backward, reserved)
+
+
 def main(argv=None):
     keep_freed_memory()
     args = parse_args(argv)
     benchmark = args.benchmark or (args.default_run and len(available_cores()) > 1 and can_pin())
-    check_outputs([args.output] if benchmark else [])
+    if benchmark:
+        check_outputs([args.output])
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:
         print(

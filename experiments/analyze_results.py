@@ -7,6 +7,9 @@ and *.svg, and analysis.json, which has all of these numbers.
     make analyze
     python experiments/analyze_results.py --results-dir ./results
     python experiments/analyze_results.py results/serial_cnn.csv results/parallel_cnn_mpi.csv
+    python experiments/analyze_results.py results/serial.ckpt.npz results/mpi.ckpt.npz
+
+Logs are compared with the first, loss by loss, and so are two checkpoints (compare_runs.py).
 
 What the numbers are (read_runs.py reads runs, metrics.py computes, plots.py draws):
 
@@ -38,6 +41,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import TRAIN, VALIDATE, InputError, Parser, atomic_write, format_table, run_main
+from compare_runs import batch_losses, compare_checkpoints, compare_logs, is_checkpoint
 from metrics import (
     METRICS,
     PHASES,
@@ -50,10 +54,13 @@ from metrics import (
     make_groups,
     on_main_machine,
 )
+from plot_ladder import plot_ladder
 from plots import figure_style, plot_suite, save_plot
 from read_runs import Machine, Run, read_logs, read_results
 
-SUITES = ("parallel", "hardware", "loading", "split")
+WIDTH = 100  # columns of what is printed
+
+SUITES = ("parallel", "hardware", "loading", "split", "ladder")
 
 # Columns of the tables that are no metrics but attributes of a RunGroup
 GROUP_SETTINGS = ("n", "cores", "ranks", "threads", "batch", "workers")
@@ -219,7 +226,27 @@ def print_table(content: dict):
             elif text:
                 line[-1] += f" ± {text}"
         lines.append(line)
-    print(f"\n{content['title']}\n{format_table(header, lines)}\n{content['caption']}")
+    print(f"\n{content['title']}")
+    for part in narrow_tables(header, lines):
+        print(part)
+    print("\n".join(textwrap.wrap(content["caption"], WIDTH)))
+
+
+def narrow_tables(header: list[str], lines: list[list[str]]) -> list[str]:
+    """A table as text, in as many tables below each other as fit into WIDTH.
+
+    Each begins with the first column, the name of the row.
+    """
+    widths = [max(len(cell) for cell in column) + 2 for column in zip(header, *lines, strict=True)]
+    parts = [[0]]
+    for i in range(1, len(header)):
+        if sum(widths[j] for j in parts[-1]) + widths[i] - 2 > WIDTH and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(i)
+    return [
+        format_table([header[i] for i in part], [[line[i] for i in part] for line in lines])
+        for part in parts
+    ]
 
 
 def write_table(content: dict, path: Path):
@@ -246,7 +273,10 @@ def draw_figures(groups: list[RunGroup], machines: list[Machine], folder: Path) 
     entries = []
     with figure_style():
         for suite, members in by_suite(groups).items():
-            for plot in plot_suite(suite, members):
+            plots = plot_suite(suite, members)
+            if suite == "ladder":
+                plots.insert(0, plot_ladder(members))
+            for plot in plots:
                 notes = figure_notes(members, machines, plot.has_whiskers)
                 entries.append(save_plot(plot, suite, notes, folder))
     return entries
@@ -539,7 +569,7 @@ def parse_args(argv=None):
         "logs",
         nargs="*",
         metavar="LOG",
-        help="logs (CSV) of any runs (default: those in --results-dir)",
+        help="logs (CSV) of any runs, or two checkpoints (default: the runs in --results-dir)",
     )
     parser.add_argument(
         "--results-dir",
@@ -576,6 +606,14 @@ def print_list(title: str, lines: list[str]):
 
 def main(argv=None):
     args = parse_args(argv)
+    paths = [Path(log) for log in args.logs]
+    checkpoints = [path for path in paths if is_checkpoint(path)]
+    if checkpoints:
+        if len(paths) != 2 or len(checkpoints) != 2:
+            raise InputError("give two checkpoints to compare, or the logs (.csv) of any runs")
+        print(compare_checkpoints(*paths))
+        return
+
     output_dir = Path(args.output_dir)
     warnings = []
 
@@ -584,7 +622,7 @@ def main(argv=None):
         warnings.append(text)
 
     if args.logs:
-        runs = read_logs([Path(log) for log in args.logs], warn)
+        runs = read_logs(paths, warn)
         failed = []
         left_out = {}
     else:
@@ -619,6 +657,11 @@ def main(argv=None):
     with atomic_write(output_dir / "analysis.json", "w") as file:
         json.dump(analysis, file, indent=1, ensure_ascii=False)
         file.write("\n")
+
+    if args.logs and len(groups) > 1:
+        print(compare_logs(groups))
+        with atomic_write(output_dir / "tables" / "batch_losses.csv", "w") as file:
+            batch_losses(groups).to_csv(file, lineterminator="\n")
 
     print_list("caveats", analysis["marks"])
     print_list("not analysed", analysis["missing"])

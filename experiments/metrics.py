@@ -298,6 +298,13 @@ def batch_waits(batches: pd.DataFrame) -> pd.Series:
 # --------------------------------------------------------------------------------------------------
 
 
+def curve(run: Run, kind: int, column: str) -> np.ndarray:
+    """A column of a run's epochs; none if nothing was trained."""
+    rows = run.rows(kind)
+    trained = rows["value1"].notna()
+    return rows.loc[trained, column].to_numpy(float)
+
+
 class RunGroup:
     """The repeats of one command line on one machine.
 
@@ -360,13 +367,9 @@ class RunGroup:
 
         column: "loss" or "value1", the accuracy from 0 to 1. No epochs if nothing was trained.
         """
-        curves = []
-        for run in self.runs:
-            rows = run.rows(kind)
-            trained = rows["value1"].notna()
-            curves.append(rows.loc[trained, column].to_numpy(float))
+        curves = [curve(run, kind, column) for run in self.runs]
         shortest = min(len(curve) for curve in curves)
-        return np.stack([curve[:shortest] for curve in curves])
+        return np.stack([values[:shortest] for values in curves])
 
     def computation(self) -> tuple:
         """A key that is equal for run groups whose losses differ by rounding errors alone."""
@@ -508,20 +511,29 @@ def add_differences(groups: list[RunGroup]):
                 ("accuracy_difference", "value1", 100),
             ):
                 largest = [
-                    largest_difference(first.curves(kind, column), group.curves(kind, column))
+                    largest_difference(first.runs, group.runs, kind, column)
                     for kind in (TRAIN, VALIDATE)
                 ]
                 if np.isfinite(largest).all():  # otherwise a training has diverged
                     group.add(metric, Estimate(factor * max(largest), None, None, group.n))
 
 
-def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest |a − b| of two (repeats, epochs), over all pairs of repeats and common epochs."""
-    epochs = min(a.shape[1], b.shape[1])
-    if epochs == 0:
-        return 0.0
-    differences = a[:, None, :epochs] - b[None, :, :epochs]  # (repeats of a, repeats of b, epochs)
-    return float(np.abs(differences).max())
+def largest_difference(ours: list[Run], theirs: list[Run], kind: int, column: str) -> float:
+    """The largest difference of two run groups' curves, over all pairs of runs with equal seeds."""
+    largest = 0.0
+    for a in ours:
+        for b in theirs:
+            if seed(a) == seed(b):
+                one = curve(a, kind, column)
+                other = curve(b, kind, column)
+                epochs = min(len(one), len(other))
+                differences = np.abs(one[:epochs] - other[:epochs])
+                largest = np.max(differences, initial=largest)  # NaN if one of them is
+    return float(largest)
+
+
+def seed(run: Run):
+    return (run.metadata.get("arguments") or {}).get("seed")
 
 
 def add_batch_waits(groups: list[RunGroup]):

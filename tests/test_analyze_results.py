@@ -274,6 +274,17 @@ def test_speedup_efficiency_and_fits(results, analyze):
     assert expected <= figure_names(content)
 
 
+def test_differences_are_those_of_repeats_with_the_same_seed(results, analyze):
+    """Repeats have other seeds, and so other losses: repeat i is compared with repeat i."""
+    for name, offset in (("a", 0.0), ("b", 0.25)):
+        results.add(f"parallel/{name}", 4.0, 4.0)
+        for repeat, seed, loss in ((1, 42, 1.0), (2, 43, 3.0)):
+            epochs = [{"duration": 4.0, "loss": loss + offset, "test_loss": loss}]
+            write_log(results.log(f"parallel/{name}", repeat), epochs, arguments={"seed": seed})
+    content, _ = analyze()
+    assert value(content, "parallel.b.loss_difference") == pytest.approx(0.25)
+
+
 def test_largest_difference_is_over_all_epochs_of_what_computes_the_same(results, analyze):
     for name, losses, test_accuracy, seed in (
         ("a", (2.0, 1.0), 0.40, 1),

@@ -1,16 +1,23 @@
-"""bench.py: what it measures is the same work on both sides, and its arithmetic holds. No figure is judged here."""
+"""bench.py: both sides of a row do the same work, and the arithmetic holds. No figure is judged."""
 
+import importlib
 import json
+import time
 from types import SimpleNamespace
 
-import bench
 import numpy as np
 import pytest
 import torch
+from helpers import assert_one_error_line, refused
+from mpi4py import MPI
 
+import bench
+import bench_worker
+from bench_worker import Step, Stopwatch, Work
 from common import Dataset, available_cores, make_synthetic
 
-KEYS = {"name", "ours", "peer", "unit", "ratio", "ratio_min", "ratio_max", "n"}
+KEYS = {"name", "ours", "baseline", "unit", "ratio", "ratio_min", "ratio_max", "n"}
+two_cores = pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
 
 
 @pytest.fixture(scope="module")
@@ -18,180 +25,290 @@ def data():
     return Dataset(*make_synthetic(64), "synthetic", "")
 
 
-def test_quick_run_writes_table_and_json(run_script, tmp_path):
-    done = run_script(
-        "bench.py", "--quick", "--only", "serial_cnn.py, CNN, batch 32", "--dataset", "synthetic"
-    )
-    rows = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
-    assert [set(row) for row in rows] == [KEYS | {"of_sgemm"}]
-    row = rows[0]
-    assert row["n"] >= 7
-    assert row["unit"] == "images/s"
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-    assert row["ratio_min"] * 0.5 < row["ours"] / row["peer"] < row["ratio_max"] * 2
-    assert row["name"] in done.stdout
-    assert "kernels" in done.stdout  # the BLAS kernel in use is named
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A worker sets the threads of its process; here all tests share one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
+def make_step(work, data):
+    return bench_worker.STEPS[work.kind](work, data, MPI.COMM_WORLD)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_quick(tmp_path, monkeypatch, capsys):
+    """run_quick(name) → the one row whose name has that, from samples of 0.05 s."""
+
+    def run(name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(bench, "QUICK_SAMPLE_SECONDS", 0.05)
+        bench.main(["--quick", "--only", name, "--dataset", "synthetic"])
+        (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+        out, _ = capsys.readouterr()
+        assert row["name"] in out
+        assert "kernels" in out  # the BLAS kernel in use is named
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
+        assert row["n"] >= 7
+        assert row["unit"] == "images/s"
+        return row
+
+    return run
+
+
+def test_quick_run_writes_table_and_json(run_quick):
+    row = run_quick("serial_cnn.py, CNN, batch 32")
+    assert set(row) == KEYS | {"of_sgemm"}
+    assert row["ratio_min"] * 0.5 < row["ours"] / row["baseline"] < row["ratio_max"] * 2
+
+
+@two_cores
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("weak: 32 a rank, 2 ranks", {"cores", "efficiency", "communication"}),
-        ("2 at once that share nothing", {"cores", "efficiency", "communication"}),
-        ("beside DDP (gloo), 32 a rank, 2 ranks", {"communication"}),
+        ("weak scaling: 32 per rank, 2 ranks", {"cores", "efficiency", "communication"}),
+        ("2 independent copies", {"cores", "efficiency", "communication"}),
+        ("beside DDP (gloo), 32 per rank, 2 ranks", {"communication"}),
+        ("parallel_cnn_hybrid.py, CNN, batch 32, 1 core", {"of_sgemm", "communication"}),
+        ("train_cifar.py, cnn, batch 32", {"of_sgemm"}),
+        ("train_cifar.py --load-only", set()),
     ],
 )
-def test_rows_of_processes_under_mpirun(run_script, tmp_path, name, more):
-    done = run_script("bench.py", "--quick", "--only", name, "--dataset", "synthetic")
-    (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
+def test_rows_of_each_kind(run_quick, name, more):
+    row = run_quick(name)
     assert set(row) == KEYS | more
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] < 100
-    assert (row["communication"] == 0) == ("share nothing" in name)
-    assert row["communication"] < 1
+    if "communication" in more:
+        assert (row["communication"] == 0) == ("independent" in name)
+        assert row["communication"] < 1
     assert row.get("efficiency", row["ratio"] / 2) == row["ratio"] / 2
-    assert row["name"] in done.stdout
 
 
-def test_both_sides_do_the_same_work(data, monkeypatch):
-    """The peer of the serial row has our network, batch and step: from equal weights both have the same loss."""
-    contest = bench.serial_contest(data, 32)
-    assert contest.flops == pytest.approx(32 * 38.1e6, rel=0.01)  # the count that one makes by hand
-    first = contest.ours()[0] / 32
+def test_the_scripts_accept_the_options_of_every_row():
+    modules = {
+        "serial": "serial_cnn",
+        "mpi": "parallel_cnn_mpi",
+        "hybrid": "parallel_cnn_hybrid",
+        "train_cifar": "train_cifar",
+        "loading": "train_cifar",
+        "gpu": "gpu_scratch",
+    }
+    kinds = set()
+    for benchmark in bench.list_benchmarks(quick=False).values():
+        for work in benchmark.ours, benchmark.baseline:
+            kinds.add(work.kind)
+            assert Work(*json.loads(json.dumps(work))).images == work.images  # as a worker gets it
+            if work.kind in modules:
+                importlib.import_module(modules[work.kind]).parse_args(list(work.options))
+    assert kinds >= {"serial", "hybrid", "pytorch", "train_cifar", "loading"}
+    assert kinds <= bench_worker.STEPS.keys()
+
+
+class FakeWorker:
+    """Answers with given rates."""
+
+    def __init__(self, letter, rate, communication, calls):
+        self.letter = letter
+        self.answer = [rate, communication]
+        self.calls = calls
+
+    def sample(self, seconds):
+        self.calls.append(self.letter)
+        return self.answer
+
+
+def test_samples_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
+    calls = []
+    ours = FakeWorker("a", 1000, 0.25, calls)
+    baseline = FakeWorker("b", 500, None, calls)
+    monkeypatch.setattr(bench, "sgemm_rate", lambda seconds: 1000)
+    monkeypatch.setattr(bench, "count_flops", lambda model: 1e5)
+    benchmark = bench.Benchmark(Work("mpi", 20, 2), Work("serial", 10), model="cnn", cores=2)
+    samples = bench.take_paired_samples("test", benchmark, [ours, baseline], 7, 0.01)
+    assert "".join(calls) == "ab" * 8  # a warm-up and seven pairs
+    assert samples == [(20_000, 5_000, 1000, 0.25)] * 7
+
+    samples[0] = samples[0]._replace(baseline=2_000)
+    row = bench.make_row("test", benchmark, samples)
+    assert (row["ours"], row["baseline"]) == (20_000, 5_000)
+    assert (row["ratio_min"], row["ratio"], row["ratio_max"]) == (4, 4, 10)
+    assert row["n"] == 7
+    assert row["of_sgemm"] == pytest.approx(20 * 1e5 / (2 * 1024**3))
+    assert (row["cores"], row["efficiency"], row["communication"]) == (2, 2, 0.25)
+
+
+def test_sgemm_rate_counts_whole_products(monkeypatch):
+    """Two products, then as many as fit; each look at the clock takes 0.03 s."""
+    readings = iter(np.arange(1000) * 0.03)
+    clock = SimpleNamespace(perf_counter=lambda: next(readings))
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "GEMM_SIZE", 2)
+    # Looks: at the start, 0.03, 0.06 and 0.09 s (one product each), 0.12 s, and at the end.
+    assert bench.sgemm_rate(0.1) == pytest.approx(5 / 0.15)
+
+
+# -- both sides do the same work -------------------------------------------------------------------
+
+
+def test_both_sides_do_the_same_training_step(data):
+    """The baseline of the serial row has our network, batch and loss."""
+    benchmark = bench.list_benchmarks(quick=True)["serial_cnn.py, CNN, batch 32, 1 core"]
+    assert benchmark.ours.images == benchmark.baseline.images == 32
+    assert bench.count_flops(benchmark.model) == pytest.approx(38.1e6, rel=0.01)  # made by hand
+    ours = make_step(benchmark.ours, data)
+    first = ours.run()
     assert np.log(10) * 0.5 < first < 20
-    assert np.log(10) * 0.5 < contest.peer() < 20
-    losses = [contest.ours()[0] / 32 for _ in range(60)]
+    assert np.log(10) * 0.5 < make_step(benchmark.baseline, data).run() < 20
+    losses = [ours.run() for _ in range(60)]
     assert losses[-1] < first / 2  # it trains, it does not only run
 
 
-class Clock:
-    """perf_counter() that steps alone move."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: self.now))
-
-    def pass_by(self, seconds):
-        self.now += seconds
-
-
-def test_pairs_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
-    calls, clock = [], Clock(monkeypatch)
-    monkeypatch.setattr(bench, "sgemm", lambda: lambda: clock.pass_by(0.001))
-    contest = bench.Contest(
-        "test",
-        10,
-        1,
-        lambda: calls.append("a") or clock.pass_by(0.001),
-        lambda: calls.append("b") or clock.pass_by(0.002),
-        1e6,
-    )
-    row = bench.compete(contest, pairs=7, seconds=0.01)
-    turns = "".join(calls[i] for i in range(len(calls)) if i == 0 or calls[i] != calls[i - 1])
-    assert turns == "ab" * 8  # a warm-up and seven pairs
-    assert (row["ours"], row["peer"]) == pytest.approx((10_000, 5_000))
-    assert (row["ratio_min"], row["ratio"], row["ratio_max"]) == pytest.approx((2, 2, 2))
-    assert row["n"] == 7
-    assert row["of_sgemm"] == pytest.approx(1e6 / (2 * 1024**3))
-
-
-def test_rate_counts_whole_calls(monkeypatch):
-    clock = Clock(monkeypatch)
-    assert bench.rate(lambda: clock.pass_by(0.03), seconds=0.1) == pytest.approx(4 / 0.12)
-    assert bench.rate(lambda: clock.pass_by(7), seconds=0.1) == pytest.approx(
-        2 / 14
-    )  # at least two
+@pytest.mark.parametrize("kind", ["mpi", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_parallel_steps_are_the_serial_step(data, kind):
+    """From the same weights, on the same batch, the same losses. The hybrid is compiled first."""
+    serial = make_step(Work("serial", 32), data)
+    parallel = make_step(Work(kind, 32), data)
+    losses = [serial.run() for _ in range(5)]
+    np.testing.assert_allclose([parallel.run() for _ in range(5)], losses, rtol=1e-4)
+    assert serial.communication is None
+    assert parallel.communication.seconds > 0
 
 
 def test_train_cifar_row_uses_what_the_script_uses(data):
-    step = bench.train_cifar_step(
-        {"options": ["--model", "cnn", "--lr", "0.001"], "images": 16}, data
-    )
-    loss, logits, _ = step()
-    assert logits.shape == (16, 10)
-    assert np.isfinite(loss.item())
-
-
-def test_train_cifar_row_has_a_process_of_its_own(data):
-    contest = bench.train_cifar_contest(data, "cnn", 16)
-    assert contest.ours.rate(0.01) > 0
-    assert np.isfinite(contest.peer())
-    contest.ours.stop()
-    assert contest.ours.process.returncode == 0
+    """Both sides: the script's own way, and that of tutorials, its first rung."""
+    benchmark = bench.list_benchmarks(quick=True)
+    (name,) = [name for name in benchmark if name.startswith("train_cifar.py, cnn")]
+    for work in benchmark[name].ours, benchmark[name].baseline:
+        step = make_step(work._replace(images=16, threads=1), data)
+        assert np.isfinite([step.run() for _ in range(3)]).all()
 
 
 def test_both_sides_load_the_same_images_augmented(data):
     """Batches of one form and distribution, each image once in an epoch."""
-    ours, theirs = bench.our_batches(data, 32, workers=1), bench.torchvision_batches(data, 32)
-    for batches in (ours, theirs):
-        (x, y), (x2, y2) = next(batches), next(batches)
+    benchmark = bench.list_benchmarks(quick=True)["train_cifar.py --load-only, batch 64, 1 core"]
+    for work in benchmark.ours, benchmark.baseline:
+        step = make_step(work._replace(images=32), data)
+        x, y = step.run()
+        x2, y2 = step.run()
         assert x.shape == (32, 3, 32, 32)
         assert x.dtype is torch.float32
         assert y.dtype is torch.int64
-        assert (
-            torch.bincount(torch.cat([y, y2]), minlength=10).tolist()
-            == np.bincount(data.y_train).tolist()
-        )
+        seen = torch.bincount(torch.cat([y, y2]), minlength=10)
+        assert seen.tolist() == np.bincount(data.y_train).tolist()
         assert torch.cat([x, x2]).mean().item() == pytest.approx(0.0, abs=0.4)
-    contest = bench.loading_contest(data, 32)
-    assert [len(batch[1]) for batch in (contest.ours(), contest.peer())] == [32, 32]
 
 
-def test_gpu_rows_are_left_out_with_a_reason(run_script):
+# -- workers ---------------------------------------------------------------------------------------
+
+
+@two_cores
+def test_a_worker_takes_samples_and_ends_with_its_stdin():
+    worker = bench.Worker(Work("mpi", 64, ranks=2), "synthetic")
+    worker.wait_until_ready()
+    for _ in range(2):
+        rate, communication = worker.sample(0.01)
+        assert rate > 0
+        assert 0 < communication < 1
+    worker.close()
+    assert worker.process.returncode == 0
+
+
+def test_a_worker_that_fails_ends_the_benchmark(capfd):
+    worker = bench.Worker(Work("serial", 64, options=("--no-such-option",)), "synthetic")
+    with pytest.raises(bench.TrainingError, match=r"a worker ended: .*no-such-option"):
+        worker.wait_until_ready()
+    worker.close()
+    assert "--no-such-option" in capfd.readouterr().err
+
+
+class Comm:
+    """Two ranks, of which the other one measures the same."""
+
+    rank = 0
+    size = 2
+
+    def allreduce(self, value):
+        return 2 * value
+
+
+def test_a_sample_has_all_steps_and_ends_when_a_gpu_has_done_them(monkeypatch):
+    """Steps only launch work, 0.5 s each; synchronize() waits for it, once."""
+    clock = SimpleNamespace(now=0.0, launched=0.0, waits=0)
+    stopwatch = Stopwatch()
+
+    def run():
+        clock.launched += 0.5
+        stopwatch.seconds += 0.125
+
+    def synchronize():
+        clock.now += clock.launched
+        clock.launched = 0.0
+        clock.waits += 1
+
+    monkeypatch.setattr(bench_worker.time, "perf_counter", lambda: clock.now)
+    step = Step(run, stopwatch, synchronize)
+    for _ in range(2):
+        assert bench_worker.take_sample(step, 20, Comm()) == (2, 0.25)
+    assert clock.waits == 2
+    assert bench_worker.take_sample(Step(run, None, synchronize), 20, Comm()) == (2, None)
+
+
+def test_a_stopwatch_adds_up():
+    stopwatch = Stopwatch()
+    for _ in range(2):
+        with stopwatch.running():
+            time.sleep(0.01)
+    assert 0.02 <= stopwatch.seconds < 10
+
+
+# -- GPU -------------------------------------------------------------------------------------------
+
+
+def test_gpu_rows_are_left_out_with_a_reason():
     if not bench.missing_for_gpu():
         pytest.skip("needs a machine without a GPU")
-    done = run_script("bench.py", "--only", "gpu_scratch.py", "--dataset", "synthetic", status=2)
-    assert done.stderr.startswith(
-        "error: --only gpu_scratch.py: no such row (no rows of gpu_scratch.py: "
-    )
+    line = refused(bench.main, "--only", "gpu_scratch.py", "--dataset", "synthetic")
+    assert line.startswith("error: --only gpu_scratch.py: no such row (no rows of gpu_scratch.py: ")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
     bool(bench.missing_for_gpu()), reason="needs an NVIDIA GPU, CuPy and a PyTorch with CUDA"
 )
-def test_gpu_row(run_script, tmp_path):
-    run_script(
-        "bench.py",
-        "--quick",
-        "--only",
-        "gpu_scratch.py, CNN, batch 64",
-        "--dataset",
-        "synthetic",
-        timeout=600,
-    )
+def test_gpu_row(run_quick):
+    assert set(run_quick("gpu_scratch.py, CNN, batch 64")) == KEYS
+
+
+# -- loading and refusals --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_loading(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--loading", "memory, 1", "--quick", "--dataset", "synthetic"])
     (row,) = json.loads((tmp_path / "results/bench.json").read_text())["rows"]
-    assert set(row) == KEYS
-    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-
-
-def test_a_gpu_turn_is_timed_by_its_events():
-    """Marks that count the calls between them, in the place of a GPU's events."""
-    calls = []
-
-    class Mark:
-        def __init__(self):
-            self.calls = len(calls)
-
-        def synchronize(self):
-            self.waited = True
-
-    def seconds(since, until):
-        assert until.waited
-        return (until.calls - since.calls) * 0.5
-
-    step = bench.GpuStep(lambda: calls.append(1), Mark, seconds)
-    before = len(calls)
-    assert bench.rate(step, seconds=10) == 2
-    assert len(calls) - before == 20
+    assert row["name"] == "memory, 1 workers"
+    assert row["name"] in capsys.readouterr().out
+    assert 0 < row["min"] <= row["images_per_s"] <= row["max"]
+    assert row["n"] == 3
+    for waiting, total in zip(row["waiting_s"], row["total_s"], strict=True):
+        assert 0 <= waiting <= total
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [(("--only", "absent"), "no such row"), (("--pairs", 3), "--pairs")]
 )
-def test_bad_input_is_one_line(run_script, tmp_path, options, message):
-    done = run_script("bench.py", *options, "--dataset", "synthetic", status=2)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_bad_input_is_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(bench.main, *options, "--dataset", "synthetic")
+    assert not (tmp_path / "results").exists()
+
+
+def test_bad_input_is_one_line(run_script, tmp_path):
+    done = run_script("experiments/bench.py", "--pairs", 3, status=2)
+    assert_one_error_line(done.stderr)
     assert not (tmp_path / "results").exists()

@@ -1,4 +1,6 @@
-"""common.py: gradients, parity with PyTorch, data, run log, and what the other parts of it promise."""
+"""common.py: gradients, parity with PyTorch, data, run log, and what the other parts of it
+promise.
+"""
 
 import contextlib
 import csv
@@ -119,9 +121,83 @@ def use_proxy(monkeypatch, port):
     urllib.request.install_opener(None)  # urllib keeps the proxies that it found first
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# A layer or a model that is wrong says so
+# --------------------------------------------------------------------------------------------------
+
+
+class Rebinding(Dense):
+    """The mistake that trains nothing in silence: dW becomes an array that no optimizer sees."""
+
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW = self.dW * 1
+        return dx
+
+
+class Doubling(Dense):
+    def backward(self, dout):
+        dx = super().backward(dout)
+        self.dW[1, 2] *= 2
+        return dx
+
+
+def one_step(model, shape, labels=(0, 1)):
+    logits = model.forward(np.ones((2, *shape), np.float32))
+    _, dlogits = softmax_cross_entropy(logits, np.array(labels))
+    model.backward(dlogits)
+
+
+def test_a_layer_that_rebinds_its_gradient_is_named():
+    with pytest.raises(ValueError, match=r"Rebinding\.dW is a new array.*self\.dW\[\.\.\.\] = "):
+        one_step(Model([Rebinding(3, 4)]), (3,))
+
+
+def test_a_layer_that_rebinds_its_weights_is_named():
+    model = Model([Dense(3, 4)])
+    model.layers[0].W = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match=r"Dense\.W is a new array"):
+        one_step(model, (3,))
+
+
+def test_a_layer_that_is_used_twice_is_named():
+    relu = ReLU()
+    with pytest.raises(ValueError, match="layer 3, ReLU, is in the model twice"):
+        Model([Dense(3, 4), relu, Dense(4, 4), relu])
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match=r"Model\(\[ReLU, Flatten\]\): no layer has parameters"):
+        Model([ReLU(), Flatten()])
+
+
+def test_a_dense_layer_of_the_wrong_width_has_both_numbers():
+    with pytest.raises(ValueError, match=r"Dense\(4, 5\) takes .* \(N, 4\), not of \(N, 3\)"):
+        one_step(Model([Dense(4, 5)]), (3,))
+    with pytest.raises(ValueError, match=r"not of \(N, 2, 2, 3\): .*Flatten"):
+        one_step(Model([Dense(4, 5)]), (2, 2, 3))
+
+
+def test_a_convolution_of_the_wrong_channels_has_both_numbers():
+    with pytest.raises(ValueError, match="Conv2D takes 3 channels, its input has 2"):
+        Conv2D(3, 4).forward(np.ones((1, 4, 4, 2), np.float32))
+
+
+def test_a_label_outside_the_classes_is_named():
+    with pytest.raises(ValueError, match="label 4, but the logits are of 4 classes"):
+        one_step(Model([Dense(3, 4)]), (3,), labels=(0, 4))
+
+
+def test_check_gradient_names_the_worst_entry():
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    assert common.check_gradient(Dense(3, 4, rng=1, dtype=np.float64), x) < 1e-6
+    with pytest.raises(ValueError, match=r"Doubling\.dW\[1, 2\] is .*, central differences give"):
+        common.check_gradient(Doubling(3, 4, rng=1, dtype=np.float64), x)
+
+
+# --------------------------------------------------------------------------------------------------
 # Layers: numerical gradients
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def numerical_gradient(f, x, eps=1e-6):
@@ -159,7 +235,9 @@ def randomized(layer, rng):
 
 
 def distinct(rng, shape):
-    """Numbers that are at least 0.01 apart from each other and from zero: no tie, no kink within reach."""
+    """Numbers that are at least 0.01 apart from each other and from zero: no tie, no kink within
+    reach.
+    """
     size = math.prod(shape)
     return (rng.permutation(size) - size // 2 + 0.5).reshape(shape) * 0.02
 
@@ -240,7 +318,9 @@ def test_gradient_basic_block(channels, stride, conv):
 
 
 def test_batch_norm_over_ranks_is_that_of_the_whole_batch():
-    """Three shards of unequal size, one of them empty, each in a thread of its own: outputs, gradients, statistics."""
+    """Three shards of unequal size, one of them empty, each in a thread of its own: outputs,
+    gradients, statistics.
+    """
     rng = np.random.default_rng(0)
     x, dout = 5 + rng.standard_normal((7, 2, 3, 4)), rng.standard_normal((7, 2, 3, 4))
     whole = BatchNorm2D(4, dtype=np.float64)
@@ -344,9 +424,9 @@ def test_gradient_of_the_whole_cnn():
         assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(model.grads @ direction, rel=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers: against PyTorch and against each other
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def run_layer(layer, x, R):
@@ -357,7 +437,9 @@ def run_layer(layer, x, R):
 
 
 def against_torch(torch, layer, x, function, tolerance=1e-10):
-    """The layer gives the output and gradients of function(x, *params), which works on NHWC tensors."""
+    """The layer gives the output and gradients of function(x, *params), which works on NHWC
+    tensors.
+    """
     leaves = [torch.tensor(a, requires_grad=True) for a in (x, *layer.params())]
     out = function(*leaves)
     R = np.random.default_rng(0).standard_normal(out.shape).astype(x.dtype)
@@ -446,7 +528,9 @@ def tied_inputs(shape):
 @pytest.mark.parametrize("kind", ["integers", "constant", "zero", "stripes"])
 @pytest.mark.parametrize("bias", [-2, 0, 1])
 def test_ties_go_where_pytorch_sends_them(torch, kind, bias):
-    """Integers are added without rounding, so equal sums are equal: the gradient goes to the same one of them."""
+    """Integers are added without rounding, so equal sums are equal: the gradient goes to the same
+    one of them.
+    """
     x = tied_inputs((3, 9, 8, 3))[kind]
     layer = ConvReLUPool(3, 5, dtype=np.float64)
     layer.W[...] = np.random.default_rng(7).integers(-1, 2, layer.W.shape)
@@ -456,7 +540,9 @@ def test_ties_go_where_pytorch_sends_them(torch, kind, bias):
 
 @pytest.mark.parametrize("bias", [-1, 0, 1])
 def test_winograd_ties_of_empty_images_go_where_pytorch_sends_them(torch, bias):
-    """A Winograd tile rounds, so only zeros tie exactly; after a ReLU they are the ties that there are."""
+    """A Winograd tile rounds, so only zeros tie exactly; after a ReLU they are the ties that there
+    are.
+    """
     rng = np.random.default_rng(0)
     layer = WinogradReLUPool(3, 5, rng=0, dtype=np.float64)
     layer.b[...] = bias
@@ -669,9 +755,9 @@ def test_count_correct():
     assert count_correct(logits, np.array([0, 4, 5, 0], np.uint8)) == (2, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and optimizers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def to_torch(torch, model):
@@ -716,8 +802,9 @@ def images():
 def test_fifty_steps_are_pytorchs(torch, images, dtype, name, weight_decay):
     """The same weights and batches give the same losses and, step by step, the same weights.
 
-    In float64 both trainings run freely, and agree to 1e-10 at the end. In float32 rounding flips a ReLU now and then,
-    and training amplifies that, in PyTorch too; so each step starts from the same weights.
+    In float64 both trainings run freely, and agree to 1e-10 at the end. In float32 rounding flips a
+    ReLU now and then, and training amplifies that, in PyTorch too; so each step starts from the
+    same weights.
     """
     size, loss_tolerance, tolerance = (32, 1e-5, 1e-4) if dtype is np.float32 else (8, 1e-10, 1e-10)
     model = make_cnn(0, dtype)
@@ -748,14 +835,17 @@ def test_fifty_steps_are_pytorchs(torch, images, dtype, name, weight_decay):
             wanted = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
             mine = torch.nn.utils.parameters_to_vector(to_torch(torch, model).parameters()).detach()
             differ = int((abs(mine - wanted) > tolerance).sum())
-            # Adam's first steps are ±lr whatever the gradient's size: one that rounds to the other side of 0 is far off
+            # Adam's first steps are ±lr whatever the gradient's size: one that rounds to the other
+            # side of 0 is far off
             assert differ <= (1000 if name == "adam" and dtype is np.float32 else 0), f"step {step}"
         if dtype is np.float32:
             torch.nn.utils.vector_to_parameters(mine, net.parameters())
 
 
 def resnet18_to_torch(torch, model):
-    """torchvision's ResNet-18 with the CIFAR stem, in float64, with the weights and statistics of ours."""
+    """torchvision's ResNet-18 with the CIFAR stem, in float64, with the weights and statistics of
+    ours.
+    """
     net = common.import_torchvision().models.resnet18(num_classes=10)
     net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
     stem, norm, _, *blocks, _, dense = model.layers
@@ -791,7 +881,9 @@ def resnet18_to_torch(torch, model):
 
 @pytest.mark.slow
 def test_resnet18_trains_as_pytorchs(torch, images):
-    """Five steps in float64 from the same weights: losses, every parameter, running statistics, and an evaluation."""
+    """Five steps in float64 from the same weights: losses, every parameter, running statistics, and
+    an evaluation.
+    """
     model = make_resnet18(0, np.float64)
     assert model.params.size == 11_173_962
     net, optimizer = resnet18_to_torch(torch, model), SGD(model, lr=0.01, momentum=0.9)
@@ -820,8 +912,9 @@ def test_resnet18_trains_as_pytorchs(torch, images):
 
 @pytest.mark.slow
 def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
-    """Both convolutions by im2col, which adds in the order of PyTorch's, and a learning rate at which training is calm:
-    losses within 1e-4 (relative) and parameters within 1e-4 after 50 steps that start from each side's own weights.
+    """Both convolutions by im2col, which adds in the order of PyTorch's, and a learning rate at
+    which training is calm: losses within 1e-4 (relative) and parameters within 1e-4 after 50 steps
+    that start from each side's own weights.
     """
     model = make_cnn(3, conv2=ConvReLUPool)
     net, optimizer = to_torch(torch, model), SGD(model, lr=0.001, momentum=0.9)
@@ -843,6 +936,14 @@ def test_fifty_free_steps_in_float32_with_im2col_are_pytorchs(torch, images):
     mine = torch.nn.utils.parameters_to_vector(to_torch(torch, model).parameters()).detach()
     wanted = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     assert abs(mine - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("make", [make_cnn, pytest.param(make_resnet18, marks=pytest.mark.slow)])
+def test_the_first_loss_is_that_of_guessing(make):
+    x_train, y_train, *_ = make_synthetic(64, n_test=1)
+    x, labels = load_batch(x_train, y_train, slice(64))
+    loss, _ = softmax_cross_entropy(make().forward(x), labels)
+    assert loss / 64 == pytest.approx(math.log(10), abs=0.1)
 
 
 def test_the_cnn_has_1070794_parameters():
@@ -890,7 +991,9 @@ def test_gradients_are_reported_in_backward_order_when_they_are_final():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gradients_are_sums_over_shards(dtype):
-    """Summed over shards of 5, 0 and 3 images they are the gradient of the batch of 8: the idea of every MPI script."""
+    """Summed over shards of 5, 0 and 3 images they are the gradient of the batch of 8: the idea of
+    every MPI script.
+    """
     rng, model = np.random.default_rng(2), make_cnn(1, dtype)
     x, labels = (
         rng.standard_normal((8, 32, 32, 3)).astype(dtype),
@@ -910,7 +1013,9 @@ def test_gradients_are_sums_over_shards(dtype):
 
 
 def test_evaluate_is_the_mean_over_all_images(images):
-    """Over batches of 100 and a last one of 30, in evaluation mode; the model is left in training mode."""
+    """Over batches of 100 and a last one of 30, in evaluation mode; the model is left in training
+    mode.
+    """
     modes = []
 
     class Conv(ConvReLUPool):
@@ -1053,14 +1158,16 @@ def test_sgd_is_its_formula():
         np.testing.assert_allclose(model.params, w, rtol=1e-14)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def binary_files(tmp_path_factory):
-    """A folder with the six files of the binary layout in full size: random pixels, labels 0 to 9."""
+    """A folder with the six files of the binary layout in full size: random pixels, labels 0 to
+    9.
+    """
     folder, rng = tmp_path_factory.mktemp("binary"), np.random.default_rng(0)
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
         records = np.frombuffer(rng.bytes(30_730_000), np.uint8).reshape(10_000, 3073).copy()
@@ -1357,7 +1464,7 @@ def test_the_python_layout_without_torch_is_a_one_line_error(python_files, data_
         load_cifar10(data_dir, "cifar10")
 
 
-# -- downloads ---------------------------------------------------------------------------------------------------------
+# -- downloads
 
 
 class QuietServer(http.server.ThreadingHTTPServer):
@@ -1410,7 +1517,9 @@ def tarball(published, python_files, tmp_path, serve, monkeypatch):
 
 
 def test_download(tarball, binary_files, data_dir):
-    """Missing data are downloaded, checked and left as cifar-10-batches-py; nothing else is left."""
+    """Missing data are downloaded, checked and left as cifar-10-batches-py; nothing else is
+    left.
+    """
     data = load_cifar10(data_dir)
     image, label = record(binary_files, "data_batch_5.bin", 9_999)
     np.testing.assert_array_equal(data.x_train[-1], image)
@@ -1442,7 +1551,8 @@ def test_a_download_without_torch_is_given_up_in_one_line(tmp_path, serve, monke
 def test_a_download_that_hangs_half_way_is_given_up(torchvision, tmp_path, serve, monkeypatch):
     """The server answers HEAD but not GET; the sockets' default timeout is put back.
 
-    The time for GET alone is shortened, because the answer to HEAD may take a while on a busy machine.
+    The time for GET alone is shortened, because the answer to HEAD may take a while on a busy
+    machine.
     """
     asked, set_timeout = [], socket.setdefaulttimeout
 
@@ -1462,7 +1572,9 @@ def test_a_download_that_hangs_half_way_is_given_up(torchvision, tmp_path, serve
 
 
 def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
-    """A proxy that accepts and never answers costs the time-out, which is below ten seconds, once."""
+    """A proxy that accepts and never answers costs the time-out, which is below ten seconds,
+    once.
+    """
     assert common.DOWNLOAD_TIMEOUT < 9
     monkeypatch.setattr(common, "DOWNLOAD_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -1521,7 +1633,9 @@ def test_synthetic_is_asked_for_without_a_banner(tmp_path, capsys):
 
 
 def test_subset_is_a_prefix(binary_files, data_dir):
-    """The first N training images and N // 5 test images, at least one; the fingerprint is the whole set's."""
+    """The first N training images and N // 5 test images, at least one; the fingerprint is the
+    whole set's.
+    """
     link(binary_files, data_dir / "cifar-10-batches-bin")
     whole = load_cifar10(data_dir)
     for subset, tests in ((1, 1), (4, 1), (5, 1), (9, 1), (10, 2), (1234, 246), (50_000, 10_000)):
@@ -1539,7 +1653,7 @@ def test_impossible_subsets(tmp_path, subset, dataset):
         load_cifar10(tmp_path, dataset, subset)
 
 
-# -- the synthetic set -------------------------------------------------------------------------------------------------
+# -- the synthetic set
 
 
 def test_synthetic_is_a_function_of_the_seed():
@@ -1568,7 +1682,9 @@ def test_synthetic_splits_differ_and_have_all_classes():
 
 
 def test_no_two_random_streams_are_the_same(monkeypatch):
-    """Weights, patterns, images and data orders of one seed are independent: NumPy takes [7], [7, 0] for the same."""
+    """Weights, patterns, images and data orders of one seed are independent: NumPy takes [7], [7,
+    0] for the same.
+    """
     make_generator, states = np.random.default_rng, []
 
     def default_rng(seed):
@@ -1610,7 +1726,7 @@ def test_a_cnn_learns_the_synthetic_set_well_but_not_at_once():
     assert accuracies[2] > 0.5
 
 
-# -- the real images ---------------------------------------------------------------------------------------------------
+# -- the real images
 
 
 @pytest.mark.real_data
@@ -1637,7 +1753,7 @@ def test_a_cnn_learns_real_images(real_data):
     assert train(load_cifar10(real_data, "cifar10", 2000)[:4], 3)[-1] > 0.25
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
+# -- batches
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
@@ -1666,9 +1782,9 @@ def test_load_batch_normalises(images, dtype, tolerance, index):
         np.testing.assert_array_equal(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run log and resource monitor
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 DESIGN_COLUMNS = [
     "type",
@@ -1915,11 +2031,15 @@ def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
     log = Fake(tmp_path).log
-    with pytest.raises(TrainingError, match=rf"loss is {loss} at step 1 .*smaller --lr"):  # noqa: PT012
+
+    def train():
         with log:
             log.start_epoch(1, 3)
             log.end_batch(10, loss, 1, 5)
             require_finite(loss, "loss", log)
+
+    with pytest.raises(TrainingError, match=rf"loss is {loss} at step 1 .*smaller --lr"):
+        train()
     assert sidecar(tmp_path)["status"].startswith(f"failed: the loss is {loss}")
     assert [r["loss"] for r in log_rows(tmp_path)[1]] == [str(loss)]
 
@@ -1927,7 +2047,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, loss):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("batch", [0, 2], ids=["first batch", "last batch"])
 def test_an_interrupted_run_is_resumed_without_a_gap(tmp_path, number, batch):
-    """The batch is finished, the checkpoint written; the resumed run's log is the one of a run that was not stopped."""
+    """The batch is finished, the checkpoint written; the resumed run's log is the one of a run that
+    was not stopped.
+    """
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     options = ("--checkpoint", f"{tmp_path}/c.npz")
     stop = (2, batch)
@@ -2015,7 +2137,9 @@ def test_outputs_that_cannot_be_written_are_input_errors_at_the_start(tmp_path, 
 
 
 def test_the_sidecar_has_a_place_of_its_own(tmp_path):
-    """It stands beside x.csv as x.json, so the log must not be x.json and no folder may have that name."""
+    """It stands beside x.csv as x.json, so the log must not be x.json and no folder may have that
+    name.
+    """
     with pytest.raises(InputError, match=r"--log.*\.json"):
         Fake(tmp_path, "--log", f"{tmp_path}/x.json").train()
     (tmp_path / "log.json").mkdir()
@@ -2077,7 +2201,9 @@ def test_monitor_sees_a_busy_child(busy_child):
     "earlier", [True, False], ids=["child before monitor", "monitor before child"]
 )
 def test_monitors_first_sample_of_a_child_is_not_a_false_zero(busy_child, earlier):
-    """It has all that the child has computed, however little of a core it got, since the monitor was made."""
+    """It has all that the child has computed, however little of a core it got, since the monitor
+    was made.
+    """
     child = busy_child() if earlier else None
     started, monitor = time.monotonic(), ResourceMonitor()
     child = child or busy_child()
@@ -2152,9 +2278,9 @@ def test_summary_is_mean_use_and_peak_memory():
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files, command line and the rest
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_atomic_write_is_all_or_nothing(tmp_path):
@@ -2296,7 +2422,7 @@ def test_aligned_zeros(shape, dtype):
 
 
 def test_importing_common_imports_nothing_heavy():
-    heavy = "{'torch', 'torchvision', 'scipy', 'numba', 'mpi4py', 'cupy', 'psutil', 'threadpoolctl', 'tqdm'}"
+    heavy = set("torch torchvision scipy numba mpi4py cupy psutil threadpoolctl tqdm".split())
     code = f"import common, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
@@ -2314,7 +2440,9 @@ def test_import_torchvision(torch, torchvision):
 
 
 def test_import_torchvision_beside_operators_of_its_own(torch, tmp_path):
-    """A torchvision that fits its torch (CPU wheels, macOS) registers its operators itself: twice would be an abort."""
+    """A torchvision that fits its torch (CPU wheels, macOS) registers its operators itself: twice
+    would be an abort.
+    """
     if torch.version.cuda:
         pytest.skip("needs a CPU-only torch")
     (tmp_path / "torchvision.py").write_text(

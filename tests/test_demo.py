@@ -56,7 +56,7 @@ def left_over(tmp_path):
 
 
 def read_until(terminal, text, timeout=90):
-    """What the terminal gets until `text` stands in it."""
+    """What the terminal shows, up to the first time that `text` is in it."""
     got, deadline = "", time.monotonic() + timeout
     while text not in got:
         assert time.monotonic() < deadline, got

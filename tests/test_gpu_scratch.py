@@ -1,15 +1,17 @@
-"""gpu_scratch.py: its kernels against the layers of common.py, compiled as C++ where there is no GPU; its script.
+"""gpu_scratch.py: its kernels against the layers of common.py, and the script.
 
-The tests of kernels run twice: on any machine with a C++ compiler, and on a GPU.
+The tests of kernels run twice: on any machine with a C++ compiler, compiled as C++, and on a GPU.
 """
 
 import contextlib
 import ctypes
 import functools
+import inspect
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,17 +31,22 @@ from helpers import (
     numbers,
     read_log,
     read_npz,
+    refused,
+    script_environment,
     send,
     start,
     start_stopping,
+    usage_lines,
 )
 
 import common
 import gpu_scratch
+import serial_cnn
 
 SCRIPT = "gpu_scratch.py"
-LOG, SIDECAR = "results/gpu_scratch.csv", "results/gpu_scratch.json"
-TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
+LOG = "results/gpu_scratch.csv"
+METADATA = "results/gpu_scratch.json"
+TINY = ("--dataset", "synthetic", "--subset", "40", "--epochs", "1")
 NO_GPU = gpu_scratch.missing_for_gpu()
 ON_GPU = (
     pytest.mark.gpu,
@@ -48,12 +55,12 @@ ON_GPU = (
 SIGNATURES = dict(re.findall(r"^KERNEL (\w+)\(([^)]*)\)", gpu_scratch.KERNELS, re.M))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The kernels as C++
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# What CUDA C has and C++ has not. The threads of a block are fibers that take turns at each __syncthreads(), so that a
-# barrier that is missing shows.
+# What CUDA C has and C++ has not. The threads of a block are fibers that take turns at each
+# __syncthreads(), so that a missing barrier shows.
 SHIM = r"""
 #include <math.h>
 #include <cmath>
@@ -86,7 +93,8 @@ static __attribute__((noinline)) void resume(Fiber *fiber)
     if (fiber->begun) _longjmp(fiber->here, 1);
     fiber->begun = true;
     getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.data(), fiber->context.uc_stack.ss_size = fiber->stack.size();
+    fiber->context.uc_stack.ss_sp = fiber->stack.data();
+    fiber->context.uc_stack.ss_size = fiber->stack.size();
     makecontext(&fiber->context, fiber_main, 0);
     setcontext(&fiber->context);
 }
@@ -105,17 +113,19 @@ template <class Body> static void run(bool waits, const unsigned *dims, Body bod
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
             if (waits) run_fibers();
-            else for (unsigned t = 0; t < blockDim.x * blockDim.y; t++) threadIdx = place(t), body();
+            else
+                for (unsigned t = 0; t < blockDim.x * blockDim.y; t++) threadIdx = place(t), body();
 }
 """
 
 
 def parameters(name):
-    """[(type, name)] of a kernel."""
-    return [
-        re.fullmatch(r"(?:const )?(.*?)(\w+)", " ".join(p.split())).groups()
-        for p in SIGNATURES[name].split(",")
-    ]
+    """[(type, name)] of a kernel's parameters."""
+    found = []
+    for parameter in SIGNATURES[name].split(","):
+        parameter = " ".join(parameter.split())
+        found.append(re.fullmatch(r"(?:const )?(.*?)(\w+)", parameter).groups())
+    return found
 
 
 @functools.cache
@@ -124,53 +134,42 @@ def compiled(dtype, folder):
     source = SHIM + gpu_scratch.kernel_source(dtype)
     bodies = re.split(r"^KERNEL (\w+)", gpu_scratch.KERNELS, flags=re.M)
     for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
-        waits = (
-            "true"
-            if re.search(r"sum_block|merge_block|__syncthreads", body.partition("\n}")[0])
-            else "false"
-        )
+        body = body.partition("\n}")[0]
+        waits = bool(re.search(r"block_sum|block_merge|__syncthreads", body))
         names = ", ".join(parameter for _, parameter in parameters(name))
         source += (
             f'extern "C" void run_{name}(const unsigned *dims, {SIGNATURES[name]})\n'
-            f"{{ run({waits}, dims, [=] {{ {name}({names}); }}); }}\n"
+            f"{{ run({int(waits)}, dims, [=] {{ {name}({names}); }}); }}\n"
         )
     file = folder / f"kernels_{dtype}.cpp"
+    library = file.with_suffix(".so")
     file.write_text(source)
-    command = [
-        "g++",
-        "-O2",
-        "-std=c++14",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-    ]
-    done = subprocess.run(
-        [*command, file, "-o", file.with_suffix(".so")], capture_output=True, text=True, timeout=120
-    )
+    options = "-O2 -std=c++14 -Wall -Werror -Wno-unknown-pragmas -shared -fPIC".split()
+    command = ["g++", *options, file, "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(file.with_suffix(".so"))
+    return ctypes.CDLL(library)
 
 
-class CxxKernels(gpu_scratch.Kernels):
-    """The kernels on NumPy arrays. Checks every argument's type against the kernel's signature."""
+class CxxGpu(gpu_scratch.Gpu):
+    """A Gpu of NumPy arrays, whose kernels run on the CPU, one thread after the other.
+
+    Checks every argument's type against the kernel's signature.
+    """
 
     launched = set()  # noqa: RUF012 (of all tests)
 
     def __init__(self, dtype, folder):
-        super().__init__(np, dtype)
+        self.dtype = np.dtype(dtype)
+        self.workspaces = {}
         self.library = compiled(self.dtype.name, folder)
 
-    def room(self, key, shape, dtype=None):
-        """What a kernel does not write stays NaN."""
-        array = super().room(key, shape, dtype)
-        if array.dtype == self.dtype and key not in self.seen:
+    def allocate(self, size, dtype):
+        """What no kernel writes stays NaN."""
+        array = np.empty(size, dtype)
+        if array.dtype == self.dtype:
             array.fill(np.nan)
-        self.seen.add(key)
         return array
-
-    seen = property(lambda self: self.__dict__.setdefault("_seen", set()))
 
     def launch(self, name, grid, block, *args):
         self.launched.add(name)
@@ -179,19 +178,19 @@ class CxxKernels(gpu_scratch.Kernels):
         for (kind, parameter), value in zip(
             parameters(name), map(self.argument, args), strict=True
         ):
-            pointer, kind = "*" in kind, wanted[kind.strip(" *")]
-            if pointer and isinstance(value, np.uintp):
+            is_pointer = "*" in kind
+            kind = wanted[kind.strip(" *")]
+            if is_pointer and isinstance(value, np.uintp):
                 assert value == 0
                 values.append(ctypes.c_void_p(None))
                 continue
             assert value.dtype == kind, f"{name}: {parameter} is {value.dtype}"
-            assert isinstance(value, np.ndarray) == pointer, f"{name}: {parameter}"
-            assert not pointer or value.flags.c_contiguous, f"{name}: {parameter}"
-            values.append(
-                ctypes.c_void_p(value.ctypes.data)
-                if pointer
-                else np.ctypeslib.as_ctypes_type(kind)(value)
-            )
+            assert isinstance(value, np.ndarray) == is_pointer, f"{name}: {parameter}"
+            if is_pointer:
+                assert value.flags.c_contiguous, f"{name}: {parameter}"
+                values.append(ctypes.c_void_p(value.ctypes.data))
+            else:
+                values.append(np.ctypeslib.as_ctypes_type(kind)(value))
         dims = (ctypes.c_uint * 4)(*(*grid, 1)[:2], *(*block, 1)[:2])
         getattr(self.library, f"run_{name}")(dims, *values)
 
@@ -199,25 +198,30 @@ class CxxKernels(gpu_scratch.Kernels):
         assert all(array.flags.c_contiguous and array.dtype == self.dtype for array in (a, b, out))
         assert not np.shares_memory(out, a)
         assert not np.shares_memory(out, b)
-        matrices = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
-        for A, B, C in zip(
-            *matrices, strict=True
-        ):  # NumPy gives stacks of transposed matrices to BLAS one by one only
+        stacks = (array.reshape(-1, *array.shape[-2:]) for array in (a, b, out))
+        for A, B, C in zip(*stacks, strict=True):  # NumPy is slow with stacks of transposed ones
             np.matmul(A.T if transpose_a else A, B.T if transpose_b else B, out=C)
 
     def put(self, array):
         return np.array(array)
 
-    get = put
+    def get(self, array):
+        return np.array(array)
 
     def mark(self):
         return None
 
-    def read(self, sums):
-        return sums.tolist
-
     def seconds(self, since, until):
         return 0.0
+
+    def start_read(self, sums):
+        return sums.tolist
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread():
+    """As in the script; several would wait for each other where cores are busy."""
+    common.limit_blas_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -235,7 +239,7 @@ def make_kernels(request, kernels_folder):
         return gpu_on_device
     if not shutil.which("g++"):
         pytest.skip("needs a C++ compiler, g++")
-    return lambda dtype: CxxKernels(dtype, kernels_folder)
+    return lambda dtype: CxxGpu(dtype, kernels_folder)
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -244,8 +248,9 @@ def gpu(request, make_kernels):
 
 
 def assert_close(gpu, value, wanted, least=1e-3):
-    """Apart by at most 1e-5 (float32) or 1e-11 times the largest value, or times `least` if that is more."""
-    value, tolerance = gpu.get(value), {4: 1e-5, 8: 1e-11}[gpu.dtype.itemsize]
+    """Apart by at most 1e-5 (float32) or 1e-11 times the largest value, but at least `least`."""
+    value = gpu.get(value)
+    tolerance = {4: 1e-5, 8: 1e-11}[gpu.dtype.itemsize]
     assert value.shape == wanted.shape
     assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), least)
 
@@ -255,40 +260,45 @@ def normal(gpu, seed, *shape):
 
 
 def against(gpu, ours, theirs, x, add=None):
-    """Forward and backward pass of our layer against one of common.py with the same parameters, twice."""
+    """Forward and backward pass of our layer against one of common.py with the same parameters.
+
+    Twice, the second time with one image less. Returns the gradient behind our ReLU.
+    """
+    our_leaves = [leaf for leaf in ours.leaves() if leaf.param_names]
+    their_leaves = [leaf for leaf in theirs.leaves() if leaf.param_names]
     for leaf in ours.leaves():
         leaf.gpu = gpu
-    for our_leaf, their_leaf in zip(
-        (leaf for leaf in ours.leaves() if leaf.param_names),
-        (leaf for leaf in theirs.leaves() if leaf.param_names),
-        strict=True,
-    ):
+    for our_leaf, their_leaf in zip(our_leaves, their_leaves, strict=True):
         for i, name in enumerate(their_leaf.param_names):
             value = getattr(their_leaf, name)
             value += np.random.default_rng(i).standard_normal(value.shape).astype(value.dtype) / 10
             setattr(our_leaf, name, gpu.put(value))
             setattr(our_leaf, "d" + name, gpu.put(np.full_like(value, np.nan)))
-        for name in their_leaf.state_names:
+        for name in their_leaf.buffer_names:
             setattr(our_leaf, name, gpu.put(getattr(their_leaf, name)))
+    relu = getattr(ours, "relu", False) is True
+
     for n in (len(x), max(1, len(x) - 1)):
         wanted = theirs.forward(x[:n])
-        out = ours.forward(gpu.put(x[:n]), *([] if add is None else [gpu.put(add[:n])]))
-        if add is not None:
+        if add is None:
+            out = ours.forward(gpu.put(x[:n]))
+        else:
+            out = ours.forward(gpu.put(x[:n]), gpu.put(add[:n]))
             wanted = wanted + add[:n]
-        relu = getattr(ours, "relu", False) is True
-        wanted = np.maximum(wanted, 0) if relu else wanted
+        if relu:
+            wanted = np.maximum(wanted, 0)
         assert_close(gpu, out, wanted)
+
         passed = gpu.get(out) > 0
         dout = normal(gpu, 100 + n, *wanted.shape)
         dx = ours.backward(gpu.put(dout))
         masked = dout * passed if relu else dout
         assert_close(gpu, dx, theirs.backward(masked))
         for our_grad, their_grad in zip(ours.grads(), theirs.grads(), strict=True):
-            assert_close(
-                gpu, our_grad, their_grad, least=math.sqrt(dout.size)
-            )  # sums of so many that cancel
-        for our_state, their_state in zip(ours.state(), theirs.state(), strict=True):
-            assert_close(gpu, our_state, their_state)
+            # sums of so many values, which cancel
+            assert_close(gpu, our_grad, their_grad, least=math.sqrt(dout.size))
+        for our_buffer, their_buffer in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert_close(gpu, our_buffer, their_buffer)
     return masked
 
 
@@ -305,7 +315,7 @@ def against(gpu, ours, theirs, x, add=None):
 def test_im2col_is_conv2d(gpu, shape, c_out, k, s, p):
     ours, theirs = (
         layer(shape[3], c_out, k, s, p, bias=False, rng=0, dtype=gpu.dtype)
-        for layer in (gpu_scratch.Im2col, common.Conv2D)
+        for layer in (gpu_scratch.GpuConv2D, common.Conv2D)
     )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
@@ -314,7 +324,7 @@ def test_im2col_is_conv2d(gpu, shape, c_out, k, s, p):
 def test_im2col_relu_pool(gpu, shape):
     ours, theirs = (
         layer(shape[3], 34, rng=0, dtype=gpu.dtype)
-        for layer in (gpu_scratch.Im2colReLUPool, common.ConvReLUPool)
+        for layer in (gpu_scratch.GpuConvReLUPool, common.ConvReLUPool)
     )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
@@ -325,7 +335,7 @@ def test_im2col_relu_pool(gpu, shape):
 def test_winograd(gpu, shape, c_out):
     ours, theirs = (
         layer(shape[3], c_out, bias=False, rng=0, dtype=gpu.dtype)
-        for layer in (gpu_scratch.WinogradConv, common.WinogradConv2D)
+        for layer in (gpu_scratch.GpuWinogradConv2D, common.WinogradConv2D)
     )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
     extra = normal(gpu, 2, *shape)
@@ -340,7 +350,7 @@ def test_winograd(gpu, shape, c_out):
 def test_winograd_relu_pool(gpu, shape, c_out):
     ours, theirs = (
         layer(shape[3], c_out, rng=0, dtype=gpu.dtype)
-        for layer in (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool)
+        for layer in (gpu_scratch.GpuWinogradReLUPool, common.WinogradReLUPool)
     )
     against(gpu, ours, theirs, normal(gpu, 1, *shape))
 
@@ -349,7 +359,7 @@ def test_winograd_relu_pool(gpu, shape, c_out):
 @pytest.mark.parametrize(("relu", "add"), [(False, False), (True, False), (True, True)])
 def test_norm(gpu, shape, relu, add):
     ours, theirs = (
-        gpu_scratch.Norm(shape[3], relu, dtype=gpu.dtype),
+        gpu_scratch.GpuBatchNorm2D(shape[3], relu, dtype=gpu.dtype),
         common.BatchNorm2D(shape[3], dtype=gpu.dtype),
     )
     x = 3 * normal(gpu, 1, *shape) + 20  # a mean far from zero, where E x² - (E x)² would fail
@@ -366,29 +376,29 @@ def test_norm(gpu, shape, relu, add):
 def test_block(gpu, channels, stride):
     ours, theirs = (
         layer(*channels, stride, rng=0, dtype=gpu.dtype)
-        for layer in (gpu_scratch.Block, common.BasicBlock)
+        for layer in (gpu_scratch.GpuBasicBlock, common.BasicBlock)
     )
     against(gpu, ours, theirs, normal(gpu, 1, 3, 8, 8, channels[0]))
 
 
 def test_average_and_dense(gpu):
-    against(gpu, gpu_scratch.AvgPool(), common.GlobalAvgPool(), normal(gpu, 1, 3, 4, 5, 7))
+    against(gpu, gpu_scratch.GpuGlobalAvgPool(), common.GlobalAvgPool(), normal(gpu, 1, 3, 4, 5, 7))
     for relu in (False, True):
-        ours = gpu_scratch.DenseReLU(50, 37, relu, rng=0, dtype=gpu.dtype)
+        ours = gpu_scratch.GpuDense(50, 37, relu, rng=0, dtype=gpu.dtype)
         against(gpu, ours, common.Dense(50, 37, rng=0, dtype=gpu.dtype), normal(gpu, 1, 70, 50))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_layers_of_random_shapes(gpu, seed):
-    """Sizes that no author has chosen: images, height and width in tiles of four, channels; kernel, stride, padding."""
+    """Sizes that no author has chosen: images, tiles of height and width, channels, windows."""
     rng = np.random.default_rng(seed)
     n, rows, columns, c, c_out = map(int, rng.integers(1, [9, 4, 4, 40, 40]))
     k, stride = int(rng.choice([1, 3, 5])), int(rng.integers(1, 4))
     padding = int(rng.integers(k // 2, 3))
     x = normal(gpu, seed, n, 4 * rows, 4 * columns, c)
     for ours, theirs, *options in (
-        (gpu_scratch.Im2col, common.Conv2D, k, stride, padding),
-        (gpu_scratch.WinogradConv, common.WinogradConv2D),
+        (gpu_scratch.GpuConv2D, common.Conv2D, k, stride, padding),
+        (gpu_scratch.GpuWinogradConv2D, common.WinogradConv2D),
     ):
         ours, theirs = (
             layer(c, c_out, *options, bias=False, rng=seed, dtype=gpu.dtype)
@@ -396,17 +406,21 @@ def test_layers_of_random_shapes(gpu, seed):
         )
         against(gpu, ours, theirs, x)
     for ours, theirs in (
-        (gpu_scratch.Im2colReLUPool, common.ConvReLUPool),
-        (gpu_scratch.WinogradConvReLUPool, common.WinogradReLUPool),
+        (gpu_scratch.GpuConvReLUPool, common.ConvReLUPool),
+        (gpu_scratch.GpuWinogradReLUPool, common.WinogradReLUPool),
     ):
         ours, theirs = (layer(c, c_out, rng=seed, dtype=gpu.dtype) for layer in (ours, theirs))
         against(gpu, ours, theirs, x)
-    against(gpu, gpu_scratch.Norm(c, dtype=gpu.dtype), common.BatchNorm2D(c, dtype=gpu.dtype), x)
-    against(gpu, gpu_scratch.AvgPool(), common.GlobalAvgPool(), x)
-    ours = gpu_scratch.DenseReLU(c, c_out, relu=bool(seed % 2), rng=seed, dtype=gpu.dtype)
     against(
-        gpu, ours, common.Dense(c, c_out, rng=seed, dtype=gpu.dtype), normal(gpu, seed, 16 * n, c)
+        gpu,
+        gpu_scratch.GpuBatchNorm2D(c, dtype=gpu.dtype),
+        common.BatchNorm2D(c, dtype=gpu.dtype),
+        x,
     )
+    against(gpu, gpu_scratch.GpuGlobalAvgPool(), common.GlobalAvgPool(), x)
+    ours = gpu_scratch.GpuDense(c, c_out, relu=bool(seed % 2), rng=seed, dtype=gpu.dtype)
+    theirs = common.Dense(c, c_out, rng=seed, dtype=gpu.dtype)
+    against(gpu, ours, theirs, normal(gpu, seed, 16 * n, c))
 
 
 def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
@@ -414,11 +428,11 @@ def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
     x = np.full((1, 4, 4, 2), np.nan, gpu.dtype)
     convs = (
         layer(2, 3, dtype=gpu.dtype)
-        for layer in (gpu_scratch.Im2colReLUPool, gpu_scratch.WinogradConvReLUPool)
+        for layer in (gpu_scratch.GpuConvReLUPool, gpu_scratch.GpuWinogradReLUPool)
     )
-    for layer in (*convs, gpu_scratch.Norm(2, relu=True, dtype=gpu.dtype)):
+    for layer in (*convs, gpu_scratch.GpuBatchNorm2D(2, relu=True, dtype=gpu.dtype)):
         layer.gpu = gpu
-        for name in (*layer.param_names, *layer.state_names):
+        for name in (*layer.param_names, *layer.buffer_names):
             setattr(layer, name, gpu.put(getattr(layer, name)))
         assert np.isnan(gpu.get(layer.forward(gpu.put(x)))).all()
 
@@ -433,22 +447,22 @@ def test_loss_gradient_and_counts(gpu, n):
     dlogits, sums = gpu.loss(gpu.put(logits), gpu.put(labels))
     assert_close(gpu, dlogits, wanted)
     counts = common.count_correct(logits, labels)
-    assert gpu.read(sums)()[1:] == list(counts)
-    assert gpu.read(sums)()[0] == pytest.approx(loss, rel=1e-5)
+    assert gpu.start_read(sums)()[1:] == list(counts)
+    assert gpu.start_read(sums)()[0] == pytest.approx(loss, rel=1e-5)
     gpu.loss(gpu.put(logits), gpu.put(labels), sums)
-    assert gpu.read(sums)() == pytest.approx([2 * value for value in (loss, *counts)], rel=1e-5)
+    assert gpu.start_read(sums)() == pytest.approx(
+        [2 * value for value in (loss, *counts)], rel=1e-5
+    )
 
 
 def test_images_are_loaded_augmented_and_normalised(gpu):
     images, labels, *_ = common.make_synthetic(60)
-    draws, index = (
-        common.draw_augmentation(60, 1, 1),
-        np.random.default_rng(0).permutation(60)[:41].astype(np.int32),
-    )
+    drawn = common.draw_augmentation(60, 1, 1)
+    index = np.random.default_rng(0).permutation(60)[:41].astype(np.int32)
     cpu = gpu_scratch.Cpu(gpu.dtype)
-    for these in (None, draws):
-        wanted, wanted_labels = cpu.load(images, labels, index, these)
-        on_gpu = [None if a is None else gpu.put(a) for a in (images, labels, index, these)]
+    for aug_params in (None, drawn):
+        wanted, wanted_labels = cpu.load(images, labels, index, aug_params)
+        on_gpu = [None if a is None else gpu.put(a) for a in (images, labels, index, aug_params)]
         x, y = gpu.load(*on_gpu)
         assert_close(gpu, x, wanted)
         assert gpu.get(y).tolist() == wanted_labels.tolist()
@@ -465,15 +479,11 @@ def test_images_are_loaded_augmented_and_normalised(gpu):
 )
 def test_optimizers(gpu, options):
     args = gpu_scratch.parse_args(list(options))
-
-    def model(xp):
-        return common.Model([common.Dense(301, 3, rng=0, dtype=gpu.dtype)], xp)
-
-    ours, theirs = model(gpu.xp), model(np)
-    our_optimizer, their_optimizer = (
-        gpu.make_optimizer(ours, args),
-        common.make_optimizer(theirs, args),
-    )
+    theirs = common.Model([common.Dense(301, 3, rng=0, dtype=gpu.dtype)])
+    ours = gpu_scratch.GpuModel([gpu_scratch.GpuDense(301, 3, rng=0, dtype=gpu.dtype)])
+    ours.to_device(gpu)
+    their_optimizer = common.make_optimizer(theirs, args)
+    our_optimizer = gpu.make_optimizer(ours, args)
     for step in range(4):
         theirs.grads[...] = normal(gpu, step, theirs.grads.size)
         ours.grads[...] = gpu.put(theirs.grads)
@@ -481,53 +491,120 @@ def test_optimizers(gpu, options):
         their_optimizer.step(7)
     assert_close(gpu, ours.params, theirs.params)
     assert our_optimizer.steps == their_optimizer.steps == 4
-    for name, slot in their_optimizer.slots.items():
-        assert_close(gpu, our_optimizer.slots[name], slot)
+    for name, array in their_optimizer.state.items():
+        assert_close(gpu, our_optimizer.state[name], array)
 
 
-def both_devices(make_kernels, name, seed=0):
-    """[(device, model)]: NumPy with common.py, and the kernels, in float64."""
-    devices = gpu_scratch.Cpu("float64"), make_kernels("float64")
-    return [(device, device.make_model(name, seed)) for device in devices]
+def test_a_state_goes_to_the_host_and_back(gpu):
+    """To a checkpoint and from it, and to common.py's model and optimizer of the same form."""
+    args = gpu_scratch.parse_args(["--optimizer", "adam"])
+    layers = [
+        gpu_scratch.GpuConv2D(2, 3, bias=False, rng=0, dtype=gpu.dtype),
+        gpu_scratch.GpuBatchNorm2D(3, dtype=gpu.dtype),
+    ]
+    model = gpu_scratch.GpuModel(layers)
+    model.to_device(gpu)
+    optimizer = gpu.make_optimizer(model, args)
+    model.forward(gpu.put(normal(gpu, 0, 2, 4, 4, 2)))  # moves the running statistics
+    model.grads[...] = gpu.put(normal(gpu, 1, model.grads.size))
+    optimizer.step(2)
+    saved = {**model.state_dict(), **optimizer.state_dict()}
+    assert all(type(array) is np.ndarray for array in saved.values())
+
+    theirs = common.Model(
+        [
+            common.Conv2D(2, 3, bias=False, dtype=gpu.dtype),
+            common.BatchNorm2D(3, dtype=gpu.dtype),
+        ]
+    )
+    their_optimizer = common.make_optimizer(theirs, args)
+    theirs.load_state_dict(saved)
+    their_optimizer.load_state_dict(saved)
+    assert their_optimizer.steps == 1
+
+    optimizer.step(2)
+    model.load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+    again = {**model.state_dict(), **optimizer.state_dict()}
+    theirs_again = {**theirs.state_dict(), **their_optimizer.state_dict()}
+    assert saved.keys() == again.keys() == theirs_again.keys()
+    for name, array in saved.items():
+        assert array.tobytes() == again[name].tobytes() == theirs_again[name].tobytes(), name
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "batch", "n_test"), [("cnn", 8, 9, 3), ("resnet18", 1, 2, 1)]
+    ("name", "steps", "batch", "n_test"),
+    [("cnn", 8, 9, 3), pytest.param("resnet18", 1, 2, 1, marks=pytest.mark.slow)],
 )
 def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_test):
-    """The same weights from the same seed, the same losses, counts and weights after training, the same evaluation."""
-    data, results = common.make_synthetic(50, n_test=n_test), []
-    for device, model in both_devices(make_kernels, name):
+    """In float64: the same initial weights, losses, counts, final weights and evaluation."""
+    data = common.Dataset(*common.make_synthetic(50, n_test=n_test), "synthetic", "")
+    results = []
+    for device in (gpu_scratch.Cpu("float64"), make_kernels("float64")):
+        model = device.make_model(name, 0)
         optimizer = device.make_optimizer(model, gpu_scratch.parse_args(["--lr", "0.001"]))
-        before, sums = device.get(model.params).copy(), []
-        x_train, y_train, x_test, y_test = map(device.put, data)
-        draws = device.put(common.draw_augmentation(50, 0, 1))
+        before = device.get(model.params).copy()
+        on_device = put_data(device, data)
+        aug_params = device.put(common.draw_augmentation(50, 0, 1))
+        sums = []
         for step in range(steps):
             index = np.random.default_rng(step).permutation(50)[:batch].astype(np.int32)
-            images, labels = device.load(x_train, y_train, device.put(index), draws)
-            sums.append(
-                device.read(gpu_scratch.train_step(device, model, optimizer, images, labels)[0])()
-            )
-        evaluated = gpu_scratch.evaluate(device, model, x_test, y_test, 2)[:3]
-        state = np.concatenate([[0.0], *(device.get(array) for array in model.state())])
-        results.append((before, sums, evaluated, device.get(model.params), state))
+            images = (on_device.x_train, on_device.y_train)
+            x, labels = device.load(*images, device.put(index), aug_params)
+            result = gpu_scratch.train_step(device, model, optimizer, x, labels)
+            sums.append(device.start_read(result)())
+        evaluated = gpu_scratch.evaluate(device, model, on_device, 2)[:3]
+        buffers = np.concatenate([[0.0], *(device.get(array) for array in model.buffers())])
+        results.append((before, sums, evaluated, device.get(model.params), buffers))
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-9, atol=1e-10)
+
+
+def put_data(device, data):
+    names = ("x_train", "y_train", "x_test", "y_test")
+    return data._replace(**{name: device.put(getattr(data, name)) for name in names})
+
+
+def test_the_warm_up_changes_nothing(make_kernels):
+    """It trains, which reserves memory; a second one of the same sizes needs no more."""
+    device = make_kernels("float32")
+    args = gpu_scratch.parse_args(["--batch-size", "4", "--optimizer", "adam"])
+    data = put_data(device, common.Dataset(*common.make_synthetic(10), "synthetic", ""))
+    model = device.make_model("cnn", 0)
+    optimizer = device.make_optimizer(model, args)
+    states = []
+    places = []
+    for _ in range(2):
+        states.append({**model.state_dict(), **optimizer.state_dict()})
+        steps = gpu_scratch.make_steps(device, model, optimizer, data, args)
+        assert steps.keys() == {4, 2}
+        places.append({key: id(array) for key, array in device.workspaces.items()})
+    states.append({**model.state_dict(), **optimizer.state_dict()})
+    assert places[0]
+    assert places[0] == places[1]
+    for name in states[0]:
+        assert states[0][name].tobytes() == states[2][name].tobytes(), name
 
 
 def test_every_kernel_has_been_tested(request):
     """The tests above have launched all kernels that there are, if all of them were run."""
     if not shutil.which("g++"):
         pytest.skip("needs a C++ compiler, g++")
-    names = {item.originalname for item in request.session.items if item.path == request.path}
-    if not {name for name in globals() if name.startswith("test_")} <= names:
-        pytest.skip("only when the whole file is run")
-    assert CxxKernels.launched == SIGNATURES.keys()
+    of_kernels = set()
+    for name, test in globals().items():
+        if name.startswith("test_") and {"gpu", "make_kernels"} & {
+            *inspect.signature(test).parameters
+        }:
+            of_kernels.add(name)
+    if not of_kernels <= {item.originalname for item in request.session.items}:
+        pytest.skip("only when all tests of kernels are run")
+    assert CxxGpu.launched == SIGNATURES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nvrtc_compiles_the_kernels(dtype):
-    """NVIDIA's compiler, which needs no GPU: for a T4, an A100 and an H100, without spilling registers to memory."""
+    """NVIDIA's compiler, which needs no GPU: for T4, A100 and H100, without register spills."""
     try:
         from cupy_backends.cuda.libs import nvrtc
 
@@ -553,9 +630,8 @@ def column_major(
 
     def matrix(address, rows, columns, leading, stride, i):
         size = leading * (columns - 1) + rows
-        flat = np.ctypeslib.as_array(
-            ctypes.cast(address + 8 * i * stride, ctypes.POINTER(ctypes.c_double)), (size,)
-        )
+        start = ctypes.cast(address + 8 * i * stride, ctypes.POINTER(ctypes.c_double))
+        flat = np.ctypeslib.as_array(start, (size,))
         return np.lib.stride_tricks.as_strided(flat, (rows, columns), (8, 8 * leading))
 
     one, zero = (ctypes.cast(p, ctypes.POINTER(ctypes.c_double))[0] for p in (alpha, beta))
@@ -574,29 +650,29 @@ def test_matrix_products_are_asked_for_as_blas_understands_them(stack, ta, tb):
     class Array(np.ndarray):
         data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data))
 
-    gpu = gpu_scratch.Gpu.__new__(gpu_scratch.Gpu)
-    gpu.handle, gpu.one, gpu.zero = None, np.ones(1), np.zeros(1)
-
     def single(*args):
         *start, a, lda, b, ldb, beta, c, ldc = args
         column_major(*start, a, lda, 0, b, ldb, 0, beta, c, ldc, 0, 1)
 
-    gpu.products = single, column_major
+    cublas = gpu_scratch.Cublas.__new__(gpu_scratch.Cublas)
+    cublas.handle = None
+    cublas.alpha = np.ones(1)
+    cublas.beta = np.zeros(1)
+    cublas.single = single
+    cublas.batched = column_major
+
     rng = np.random.default_rng(0)
-    a, b = (
-        rng.standard_normal((*stack, *shape))
-        for shape in ((5, 3) if ta else (3, 5), (2, 5) if tb else (5, 2))
-    )
+    a = rng.standard_normal((*stack, *((5, 3) if ta else (3, 5))))
+    b = rng.standard_normal((*stack, *((2, 5) if tb else (5, 2))))
     out = np.full((*stack, 3, 2), np.nan)
-    gpu.gemm(*(array.view(Array) for array in (a, b, out)), ta, tb)
-    np.testing.assert_allclose(
-        out, (a.swapaxes(-1, -2) if ta else a) @ (b.swapaxes(-1, -2) if tb else b)
-    )
+    cublas.gemm(a.view(Array), b.view(Array), out.view(Array), ta, tb)
+    wanted = (a.swapaxes(-1, -2) if ta else a) @ (b.swapaxes(-1, -2) if tb else b)
+    np.testing.assert_allclose(out, wanted)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The script without a GPU
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -606,94 +682,83 @@ def run(run_script, cache):
     )
 
 
-STEPS = {  # 30 and 8 of them
-    "cnn": (
-        "--dataset",
-        "synthetic",
-        "--subset",
-        "150",
-        "--batch-size",
-        "10",
-        "--epochs",
-        "2",
-        "--dtype",
-        "float64",
-    ),
+@pytest.fixture
+def here(tmp_path, monkeypatch, cache):
+    """An empty folder to call main() in."""
+    monkeypatch.chdir(tmp_path)
+    for name, folder in cache.items():
+        monkeypatch.setenv(name, str(folder))
+    return tmp_path
+
+
+def words(line, *more):
+    return [*line.split(), *map(str, more)]
+
+
+# 30 and 8 steps.
+STEPS = {
+    "cnn": "--dataset synthetic --subset 150 --batch-size 10 --epochs 2 --dtype float64".split(),
     "resnet18": (
-        "--dataset",
-        "synthetic",
-        "--subset",
-        "8",
-        "--batch-size",
-        "1",
-        "--epochs",
-        "1",
-        "--model",
-        "resnet18",
-        "--dtype",
-        "float64",
-    ),
+        "--dataset synthetic --subset 8 --batch-size 1 --epochs 1 --dtype float64 --model resnet18"
+    ).split(),
 }
 
 
+@pytest.mark.parametrize("line", usage_lines(REPO / SCRIPT))
+def test_documented_commands_are_accepted(line):
+    assert gpu_scratch.parse_args(shlex.split(line)[2:])
+
+
+@pytest.mark.slow
 def test_memory_stays_flat_on_numpy(run, tmp_path):
-    run(
-        "--device",
-        "cpu",
-        "--dataset",
-        "synthetic",
-        "--subset",
-        300,
-        "--batch-size",
-        60,
-        "--epochs",
-        10,
-    )
+    run(*words("--device cpu --dataset synthetic --subset 300 --batch-size 60 --epochs 10"))
     ram = numbers(read_log(tmp_path / LOG), "ram_mb", kind=0)
     assert len(ram) == 10
     assert ram[9] - ram[0] < 20
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
     run(*STEPS[name], "--device", "cpu", "--checkpoint", "run.npz")
     reference = serial(*STEPS[name])
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    ours, theirs = read_log(tmp_path / LOG), read_log(reference / "results/serial_cnn.csv")
+    ours = read_log(tmp_path / LOG)
+    theirs = read_log(reference / "results/serial_cnn.csv")
     assert [row["type"] for row in ours] == [row["type"] for row in theirs]
     assert sum(row["type"] == "2" for row in ours) == {"cnn": 30, "resnet18": 8}[name]
     for column in ("value1", "value2", "loss"):
         assert numbers(ours, column) == pytest.approx(numbers(theirs, column), abs=2e-6)
 
 
-@pytest.mark.parametrize("scripts", [(SCRIPT, "serial_cnn.py"), ("serial_cnn.py", SCRIPT)])
-def test_it_and_serial_cnn_go_on_from_each_others_checkpoint(
-    run_script, tmp_path, cache, serial, scripts
-):
-    for script, options in zip(scripts, (("--epochs", 1), ("--resume",)), strict=True):
-        device = ("--device", "cpu") if script == SCRIPT else ()
-        run_script(script, *STEPS["cnn"], *device, "--checkpoint", "run.npz", *options, env=cache)
-    assert_same_weights(tmp_path / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        pytest.param((SCRIPT, "serial_cnn.py"), marks=pytest.mark.slow),
+        ("serial_cnn.py", SCRIPT),
+    ],
+)
+def test_it_and_serial_cnn_continue_each_others_checkpoints(here, serial, scripts):
+    mains = {SCRIPT: gpu_scratch.main, "serial_cnn.py": serial_cnn.main}
+    for script, options in zip(scripts, (["--epochs", "1"], ["--resume"]), strict=True):
+        device = ["--device", "cpu"] if script == SCRIPT else []
+        mains[script]([*STEPS["cnn"], *device, "--checkpoint", "run.npz", *options])
+    assert_same_weights(here / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
 
 
-def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(run, run_script, cache):
-    run(*TINY, "--device", "cpu", "--augment", "on", "--checkpoint", "run.npz")
-    done = run_script(
-        "serial_cnn.py", *TINY, "--checkpoint", "run.npz", "--resume", env=cache, status=2
-    )
-    assert_one_error_line(done.stderr)
-    assert "augment on" in done.stderr
+def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(here):
+    gpu_scratch.main([*TINY, *words("--device cpu --augment on --checkpoint run.npz")])
+    line = refused(serial_cnn.main, *TINY, "--checkpoint", "run.npz", "--resume")
+    assert "augment on" in line
 
 
-def test_auto_without_a_gpu_says_so_in_one_line(run, tmp_path):
+def test_auto_without_a_gpu_says_so_in_one_line(here, capsys):
     if not NO_GPU:
         pytest.skip("needs a machine without a GPU")
-    done = run(*TINY, "--device", "auto", "--graph", "--tf32", "on")
-    assert re.fullmatch(
-        r"Training on the CPU with NumPy: [^\n]+\n(warning: BLAS[^\n]+\n)?", done.stderr
-    )
-    sidecar = json.loads((tmp_path / SIDECAR).read_text())
-    assert (sidecar["device"], sidecar["tf32"], sidecar["graph"]) == ("cpu", "off", False)
+    gpu_scratch.main([*TINY, *words("--device auto --graph --tf32 on --quiet")])
+    stderr = capsys.readouterr().err
+    assert re.fullmatch(r"Training on the CPU with NumPy: [^\n]+\n(warning: BLAS[^\n]+\n)?", stderr)
+    metadata = json.loads((here / METADATA).read_text())
+    assert (metadata["device"], metadata["tf32"], metadata["graph"]) == ("cpu", "off", False)
 
 
 def test_cuda_without_a_gpu_names_what_is_missing(run, tmp_path):
@@ -719,13 +784,14 @@ def test_cuda_without_a_gpu_names_what_is_missing(run, tmp_path):
         ),
     ],
 )
-def test_a_missing_or_broken_cupy_is_one_line(run, tmp_path, cupy, message):
+def test_a_missing_or_broken_cupy_is_one_line(here, monkeypatch, cupy, message):
     """A stand-in for the package, since a machine has only one state of it."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages/cupy.py").write_text(cupy)
-    done = run(*TINY, "--device", "cuda", status=2, env={"PYTHONPATH": tmp_path / "packages"})
-    assert_one_error_line(done.stderr)
-    assert message in done.stderr
+    (here / "cupy.py").write_text(cupy)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(here)
+    line = refused(gpu_scratch.main, *TINY, "--device", "cuda")
+    assert message in line
+    assert not (here / "results").exists()
 
 
 def test_no_driver_and_no_cupy_are_both_named(monkeypatch):
@@ -738,9 +804,8 @@ def test_no_driver_and_no_cupy_are_both_named(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", not_there)
-    assert gpu_scratch.missing_for_gpu().startswith(
-        "no NVIDIA driver is found, and CuPy is not installed"
-    )
+    missing = gpu_scratch.missing_for_gpu()
+    assert missing.startswith("no NVIDIA driver is found, and CuPy is not installed")
 
 
 def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
@@ -756,102 +821,95 @@ def test_the_uuid_of_a_gpu_may_have_zero_bytes(monkeypatch):
     assert gpu_scratch.gpu_uuid(0) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 
 
-@pytest.mark.parametrize("option", [("--graph",), ("--tf32", "on")])
-def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(run, option):
-    done = run(*TINY, "--device", "cpu", *option, status=2)
-    assert_one_error_line(done.stderr)
-    assert option[0] in done.stderr
+@pytest.mark.parametrize("option", ["--graph", "--tf32 on"])
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(here, option):
+    line = refused(gpu_scratch.main, *TINY, "--device", "cpu", *option.split())
+    assert option.split()[0] in line
+    assert not (here / "results").exists()
 
 
-def test_augmentation_changes_the_images_and_is_reproducible(run, tmp_path):
+def test_augmentation_changes_the_images_and_is_reproducible(here):
     losses = []
     for augment in ("off", "on", "on"):
-        run(*TINY, "--device", "cpu", "--augment", augment)
-        losses.append(numbers(read_log(tmp_path / LOG), "loss"))
+        gpu_scratch.main([*TINY, *words("--device cpu --quiet --augment"), augment])
+        losses.append(numbers(read_log(here / LOG), "loss"))
     assert losses[1] == losses[2]
     assert losses[0] != losses[1]
 
 
-LONG = (
-    "--dataset",
-    "synthetic",
-    "--subset",
-    "600",
-    "--batch-size",
-    "20",
-    "--epochs",
-    "2",
-    "--device",
-    "cpu",
-    "--augment",
-    "on",
-    "--checkpoint",
-    "run.npz",
-)
+def test_a_trace_shows_the_layers(here):
+    options = "--dataset synthetic --subset 300 --epochs 1 --device cpu --quiet --trace trace.json"
+    gpu_scratch.main(options.split())
+    events = json.loads((here / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"0 ConvReLUPool forward", "0 ConvReLUPool backward"} <= names
 
 
-def test_interrupted_and_resumed_it_is_the_same_run(run, tmp_path, cache):
-    for name, options in (("whole", ()), ("resumed", ("--resume",))):
+@pytest.mark.slow
+def test_interrupted_and_resumed_it_is_the_same_run(tmp_path, cache):
+    options = words(
+        "--dataset synthetic --subset 600 --batch-size 20 --epochs 2 --device cpu --augment on "
+        "--checkpoint run.npz"
+    )
+    for name in ("whole", "resumed"):
         folder = tmp_path / name
         folder.mkdir()
-        if options:
-            process = start_stopping(folder, SCRIPT, *LONG, when=before_batch(1, 20), env=cache)
+        resume = []
+        if name == "resumed":
+            process = start_stopping(folder, SCRIPT, *options, when=before_batch(1, 20), env=cache)
             send(process, signal.SIGINT)
             finish(process, status=130)
-        finish(start(folder, SCRIPT, *LONG, *options, env=cache))
+            resume = ["--resume"]
+        finish(start(folder, SCRIPT, *options, *resume, env=cache))
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", "gpu_scratch")
 
 
 class Lagging(gpu_scratch.Cpu):
     """NumPy that claims to work behind the host's back, as a GPU does."""
 
-    overlaps = True
+    asynchronous = True
 
-    def read(self, sums):
+    def start_read(self, sums):
         return sums.copy().tolist
 
 
 @pytest.mark.parametrize("when", ["signal", "time"])
-def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
-    """Batches are counted one behind, but a checkpoint has the weights of just the batches that it counts."""
-    counted, files = (
-        [],
-        {"--log": "log.csv", "--save-metrics": "metrics.npz", "--checkpoint": "run.npz"},
-    )
-    args = gpu_scratch.parse_args(
-        [
-            *(word for option, name in files.items() for word in (option, str(tmp_path / name))),
-            "--batch-size",
-            "10",
-            "--epochs",
-            "1",
-            "--quiet",
-            "--checkpoint-every",
-            "0" if when == "time" else "1000",
-        ]
-    )
-    data, device = common.Dataset(*common.make_synthetic(50), "synthetic", ""), Lagging("float64")
+def test_nothing_is_saved_while_a_step_is_on_its_way(here, when):
+    """Batches are counted one behind, but a checkpoint has the weights of those that it counts."""
+    options = "--batch-size 10 --epochs 1 --quiet --log log.csv --checkpoint run.npz"
+    every = 0 if when == "time" else 1000
+    args = gpu_scratch.parse_args(words(options, "--checkpoint-every", every))
+    data = common.Dataset(*common.make_synthetic(50), "synthetic", "")
+    device = Lagging("float64")
     model = device.make_model("cnn", 0)
     optimizer = device.make_optimizer(model, args)
-    run = common.Run(args, "gpu_scratch", data, lambda: common.get_arrays(model, optimizer), None)
-    save = run.save_checkpoint
+    log = common.RunLog(args, gpu_scratch.__file__, data)
+    counted = []
 
-    def saved():
-        counted.append((run.batch or 5, optimizer.steps))
-        save()
+    class Recording(common.Checkpoint):
+        def save(self):
+            counted.append((log.batch or 5, optimizer.steps))
+            super().save()
 
-    run.save_checkpoint = saved
+    checkpoint = Recording(args, log, model, optimizer)
+    stop = common.StopSignal()
 
-    def step(x, labels):
+    def step(x, labels, timed):
         if when == "signal" and optimizer.steps == 2:
-            run.signal = "SIGTERM"
-        return gpu_scratch.train_step(device, model, optimizer, x, labels, device.mark)
+            stop.requested = "SIGTERM"
+        return gpu_scratch.train_step(device, model, optimizer, x, labels, timed)
 
-    with pytest.raises(common.Interrupted) if when == "signal" else contextlib.nullcontext(), run:
-        gpu_scratch.train(device, model, optimizer, data, args, run, {10: step})
+    ends = contextlib.nullcontext()
+    if when == "signal":
+        ends = pytest.raises(common.Interrupted)
+    with ends, log:
+        gpu_scratch.train(device, model, optimizer, data, args, log, checkpoint, stop, {10: step})
     assert counted
     assert all(batches == steps for batches, steps in counted)
-    assert counted == [(3, 3)] if when == "signal" else counted[-1] == (5, 5)
+    if when == "signal":
+        assert counted == [(3, 3)]
+    else:
+        assert counted == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -866,8 +924,12 @@ def test_nothing_is_saved_while_a_step_is_on_its_way(tmp_path, when):
     ],
 )
 def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, message):
-    """Stand-ins for nvidia-smi and for Python, which notes what it is asked to do: nothing is installed."""
-    python = '#!/bin/sh\n[ "$1$2" = -mvenv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python\necho "$@" >> asked\n'
+    """Stand-ins for nvidia-smi and for Python, which notes its arguments and installs nothing."""
+    python = (
+        "#!/bin/sh\n"
+        '[ "$1$2" = -mvenv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python\n'
+        'echo "$@" >> asked\n'
+    )
     for name, text in {"nvidia-smi": f"#!/bin/sh\n{smi}\n", "python3": python}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -878,7 +940,7 @@ def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, messa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env=script_environment(PATH=f"{tmp_path}:{os.environ['PATH']}"),
     )
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "asked").read_text()
@@ -888,9 +950,9 @@ def test_make_setup_brings_cupy_if_the_driver_is_new_enough(tmp_path, smi, messa
     assert ("No CuPy" in done.stderr) == bool(message)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The script on a GPU
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def on_gpu(test):
@@ -900,25 +962,13 @@ def on_gpu(test):
 
 
 @on_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "resnet18"])
 def test_200_steps_on_a_gpu_are_those_on_numpy(run, tmp_path, name):
-    options = (
-        "--model",
+    options = words(
+        "--dataset synthetic --subset 800 --batch-size 4 --epochs 1 --lr 0.001 --dtype float64 "
+        "--augment on --model",
         name,
-        "--dataset",
-        "synthetic",
-        "--subset",
-        800,
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-        "--lr",
-        0.001,
-        "--dtype",
-        "float64",
-        "--augment",
-        "on",
     )
     for device in ("cpu", "cuda"):
         run(*options, "--device", device, "--checkpoint", f"{device}.npz", timeout=600)
@@ -930,54 +980,37 @@ def test_200_steps_on_a_gpu_are_those_on_numpy(run, tmp_path, name):
 @pytest.mark.parametrize("name", ["cnn", "resnet18"])
 def test_a_graph_changes_nothing(run, tmp_path, name, optimizer):
     """Bit for bit the same weights, an incomplete last batch included."""
-    options = (
-        "--model",
+    options = words(
+        "--dataset synthetic --subset 500 --batch-size 64 --epochs 2 --device cuda --model",
         name,
         "--optimizer",
         optimizer,
-        "--dataset",
-        "synthetic",
-        "--subset",
-        500,
-        "--batch-size",
-        64,
-        "--epochs",
-        2,
-        "--device",
-        "cuda",
     )
-    for graph in ((), ("--graph",)):
-        run(*options, *graph, "--checkpoint", f"graph{len(graph)}.npz")
-    ours, theirs = read_npz(tmp_path / "graph1.npz"), read_npz(tmp_path / "graph0.npz")
-    for key in theirs.keys() - {"meta"}:
-        assert ours[key].tobytes() == theirs[key].tobytes(), key
+    run(*options, "--checkpoint", "launched.npz")
+    run(*options, "--graph", "--checkpoint", "captured.npz")
+    launched = read_npz(tmp_path / "launched.npz")
+    captured = read_npz(tmp_path / "captured.npz")
+    for key in launched.keys() - {"meta"}:
+        assert captured[key].tobytes() == launched[key].tobytes(), key
 
 
 @on_gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", [(), ("--graph",)])
 def test_a_gpu_learns_in_float32_and_its_memory_stays_flat(run, tmp_path, graph):
-    run(
-        "--dataset",
-        "synthetic",
-        "--subset",
-        20000,
-        "--batch-size",
-        64,
-        "--epochs",
-        10,
-        "--device",
-        "cuda",
-        *graph,
-        timeout=600,
+    options = words(
+        "--dataset synthetic --subset 20000 --batch-size 64 --epochs 10 --device cuda", *graph
     )
-    rows, sidecar = read_log(tmp_path / LOG), json.loads((tmp_path / SIDECAR).read_text())
+    run(*options, timeout=600)
+    rows = read_log(tmp_path / LOG)
+    totals = json.loads((tmp_path / METADATA).read_text())["totals"]
     memory = numbers(rows, "gpu_mem_mb", kind=0)
     assert max(memory[1:]) - memory[1] < 20
     ram = numbers(rows, "ram_mb", kind=0)
     assert ram[9] - ram[1] < 50
     assert all(0 <= use <= 100 for use in numbers(rows, "gpu_percent", kind=0))
-    assert 0 < sidecar["totals"]["gpu_arrays_mb"] <= sidecar["totals"]["gpu_pool_mb"]
-    assert sidecar["totals"]["best_accuracy"] > 0.5
+    assert 0 < totals["gpu_arrays_mb"] <= totals["gpu_pool_mb"]
+    assert totals["best_accuracy"] > 0.5
 
 
 @on_gpu
@@ -985,26 +1018,6 @@ def test_tf32_is_recorded_and_rounds(run, tmp_path):
     losses = []
     for tf32 in ("off", "on"):
         run(*TINY, "--device", "cuda", "--tf32", tf32)
-        assert json.loads((tmp_path / SIDECAR).read_text())["tf32"] == tf32
+        assert json.loads((tmp_path / METADATA).read_text())["tf32"] == tf32
         losses.append(numbers(read_log(tmp_path / LOG), "loss"))
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
-
-
-@on_gpu
-def test_the_layers_of_common_work_on_cupy():
-    """The whole networks of common.py, without a kernel of this script: one step in float64 as on NumPy."""
-    import cupy
-
-    x, labels = common.load_batch(*common.make_synthetic(8)[:2], slice(None), np.float64)
-    for name in common.MODELS:
-        results = []
-        for xp in (np, cupy):
-            model = common.make_model(name, 0, np.float64, xp)
-            optimizer = common.SGD(model)
-            logits = model.forward(xp.asarray(x))
-            loss, dlogits = common.softmax_cross_entropy(logits, xp.asarray(labels))
-            model.backward(dlogits)
-            optimizer.step(8)
-            results.append((loss, model.params if xp is np else cupy.asnumpy(model.params)))
-        assert results[1][0] == pytest.approx(results[0][0], rel=1e-9)
-        np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-7, atol=1e-9)

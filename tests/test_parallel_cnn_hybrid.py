@@ -1,6 +1,7 @@
-"""parallel_cnn_hybrid.py: each threaded layer beside its serial one, ranks × threads, numbers of threads."""
+"""parallel_cnn_hybrid.py: each threaded layer against its serial one, ranks × threads."""
 
 import json
+import sys
 
 import numba
 import numpy as np
@@ -16,6 +17,7 @@ from helpers import (
     ranks_of,
     read_log,
     read_npz,
+    refused,
     start_ranks,
     wait_until,
 )
@@ -33,19 +35,34 @@ from common import (
     ReLU,
     WinogradConv2D,
     WinogradReLUPool,
+    available_cores,
     make_cnn,
     softmax_cross_entropy,
 )
 
 SCRIPT = "parallel_cnn_hybrid.py"
-LOG, SIDECAR = "results/parallel_cnn_hybrid.csv", "results/parallel_cnn_hybrid.json"
+LOG = "results/parallel_cnn_hybrid.csv"
+METADATA = "results/parallel_cnn_hybrid.json"
 TINY = ("--dataset", "synthetic", "--subset", 60, "--batch-size", 20, "--epochs", 1)
 TOLERANCE = {np.float64: 1e-12, np.float32: 1e-5}
+
+# The quick tier compiles the kernels for float64 only: a compilation takes half a minute.
+DTYPES = [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_blas_thread():
+    """As in the script: products inside kernels must not start threads of their own."""
+    import scipy.linalg.cython_blas  # noqa: F401 (Numba's BLAS)
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(params=[1, 2])
 def threads(request):
-    """A number of threads; more than there are cores need NUMBA_NUM_THREADS before Numba starts."""
+    """The number of threads; more than the cores need NUMBA_NUM_THREADS in the environment."""
     if request.param > numba.config.NUMBA_NUM_THREADS:
         pytest.skip(f"Numba was started with {numba.config.NUMBA_NUM_THREADS} threads")
     numba.set_num_threads(request.param)
@@ -54,17 +71,18 @@ def threads(request):
 
 
 LAYERS = {
-    "conv": (hybrid.ThreadedConvReLUPool, ConvReLUPool, (3, 32), (32, 32, 3)),
+    "conv": (hybrid.ThreadedConvReLUPool, ConvReLUPool, (3, 48), (32, 32, 3)),
     "winograd": (hybrid.ThreadedWinogradReLUPool, WinogradReLUPool, (32, 64), (16, 16, 32)),
     "dense": (hybrid.ThreadedDense, Dense, (50, 17), (50,)),
 }
 
 
 def are_decided(layer, x):
-    """Of the layer's outputs, those that no rounding takes from one pixel to another or through ReLU's bend.
+    """The layer's outputs whose gradient goes to the same pixel whatever the rounding.
 
-    Two sums in float32 that differ in order are 1e-6 apart; where the two largest of a pooling window, or the largest
-    and -b, are nearer than 1e-4, which of them wins, and so where the gradient goes, may depend on the order.
+    Two sums in float32 that differ in order are 1e-6 apart. Where the two largest values of a
+    pooling window, or the largest and -b, are closer than 1e-4, the order may decide which is the
+    maximum, or whether ReLU is open.
     """
     conv = Conv2D(*layer.W.shape[2:], bias=False, dtype=np.float64)
     conv.W[...] = layer.W
@@ -79,7 +97,7 @@ def are_decided(layer, x):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_threaded_layer_is_the_serial_layer(name, dtype, n, threads):
     """Output, dx, dW and db on random images, with a bias; the second call finds used buffers."""
@@ -87,7 +105,7 @@ def test_threaded_layer_is_the_serial_layer(name, dtype, n, threads):
     rng = np.random.default_rng(3)
     ours, theirs = threaded(*sizes, rng=1, dtype=dtype), plain(*sizes, rng=1, dtype=dtype)
     ours.b[...] = theirs.b[...] = rng.standard_normal(theirs.b.shape)
-    ours.needs_dx = theirs.needs_dx = name != "conv"
+    ours.requires_input_grad = theirs.requires_input_grad = name != "conv"
     for _ in range(2):
         x = rng.standard_normal((n, *shape)).astype(dtype)
         out = theirs.forward(x)
@@ -106,7 +124,10 @@ def test_threaded_layer_is_the_serial_layer(name, dtype, n, threads):
 
 
 def assert_same_layer(ours, theirs, x, rng):
-    """Output, dx, gradients and statistics to 1e-10 (float32: 1e-4 of the largest), twice, from equal weights."""
+    """Output, dx, gradients and statistics from equal weights are equal to 1e-10, in two steps.
+
+    In float32 they are equal to 1e-4 of the largest.
+    """
 
     def assert_same(a, b, atol=1e-10):
         if b.dtype == np.float32 and b.size:
@@ -124,15 +145,15 @@ def assert_same_layer(ours, theirs, x, rng):
         dout = rng.standard_normal(out.shape).astype(x.dtype)
         dx = theirs.backward(dout)
         assert_same(ours.backward(dout), dx)
-        for a, b in zip(
-            [*ours.grads(), *ours.state()], [*theirs.grads(), *theirs.state()], strict=True
-        ):
+        for a, b in zip(ours.grads(), theirs.grads(), strict=True):
+            assert_same(a, b, 1e-9)
+        for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
             assert_same(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_threaded_convolutions_of_random_shapes(seed, threads):
-    """Any kernel size, stride and padding, odd sizes, more images than one piece; Winograd's with its own limits."""
+    """Any kernel size, stride and padding, odd sizes, several chunks; Winograd where it can."""
     rng = np.random.default_rng(seed)
     n, k, h, w = rng.integers(0, 7), rng.integers(1, 6), *rng.integers(5, 12, 2)
     channels, stride, padding = rng.integers(1, 9, 2), rng.integers(1, 4), rng.integers(0, k)
@@ -140,7 +161,7 @@ def test_threaded_convolutions_of_random_shapes(seed, threads):
         conv(*channels, k, stride, padding, bias=seed % 2 == 0, dtype=np.float64)
         for conv in (hybrid.ThreadedConv2D, Conv2D)
     )
-    ours.ROWS = 40
+    ours.MIN_ROWS = 40
     assert_same_layer(ours, theirs, rng.standard_normal((n, h, w, channels[0])), rng)
     channels = 32 * rng.integers(1, 4, 2)
     ours, theirs = (
@@ -152,20 +173,20 @@ def test_threaded_convolutions_of_random_shapes(seed, threads):
     )
 
 
-def test_winograd_in_several_pieces(threads, monkeypatch):
-    """19 images in pieces of one a thread: the weights' gradient is added up, the last piece may be smaller."""
+def test_winograd_in_several_chunks(threads, monkeypatch):
+    """19 images, one per thread and chunk: the weights' gradient is a sum over chunks."""
     monkeypatch.setattr(hybrid, "CACHE_BYTES", 1)
     rng = np.random.default_rng(0)
     ours, theirs = (
         conv(32, 32, dtype=np.float64) for conv in (hybrid.ThreadedWinogradConv2D, WinogradConv2D)
     )
     assert_same_layer(ours, theirs, rng.standard_normal((19, 8, 12, 32)), rng)
-    assert len(ours._pieces()) > 1
+    assert len(ours._chunks()) > 1
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_threaded_normalization_is_the_serial_one(threads, training):
-    """With ReLU, too, and far from zero mean, where a variance taken from the sum of squares would lose its digits."""
+    """Also with ReLU, and with means at which a sum of squares would lose the variance's digits."""
     rng = np.random.default_rng(1)
     x = 1000 * rng.standard_normal(7) + rng.standard_normal((5, 9, 3, 7))
     assert_same_layer(
@@ -179,7 +200,7 @@ def test_threaded_normalization_is_the_serial_one(threads, training):
 
 
 @pytest.mark.parametrize(("channels", "stride"), [((32, 32), 1), ((32, 64), 1), ((64, 32), 2)])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threaded_block_is_the_serial_block(threads, channels, stride, dtype):
     """Both convolutions, fused normalisation, ReLU and sum, both kinds of shortcut."""
     rng = np.random.default_rng(2)
@@ -189,12 +210,15 @@ def test_threaded_block_is_the_serial_block(threads, channels, stride, dtype):
     assert_same_layer(ours, theirs, rng.standard_normal((3, 8, 8, channels[0])).astype(dtype), rng)
 
 
-def test_threaded_convolution_sends_ties_where_the_serial_one_does(threads):
+def test_threaded_pooling_resolves_ties_as_the_serial_one(threads):
     """Constant images: all four positions of most pooling windows are equal to the last bit."""
-    ours, theirs = (layer(3, 32, rng=1) for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool))
-    theirs.needs_dx = False
-    x = np.ones((2, 8, 8, 3), np.float32)
-    dout = np.random.default_rng(0).standard_normal(theirs.forward(x).shape).astype(np.float32)
+    ours, theirs = (
+        layer(3, 32, rng=1, dtype=np.float64)
+        for layer in (hybrid.ThreadedConvReLUPool, ConvReLUPool)
+    )
+    theirs.requires_input_grad = False
+    x = np.ones((2, 8, 8, 3))
+    dout = np.random.default_rng(0).standard_normal(theirs.forward(x).shape)
     ours.forward(x)
     ours.backward(dout)
     theirs.backward(dout)
@@ -204,7 +228,6 @@ def test_threaded_convolution_sends_ties_where_the_serial_one_does(threads):
 def test_sizes_that_the_kernels_cannot_take_are_named():
     """The kernels do not check their bounds."""
     for layer, channels in (
-        (hybrid.ThreadedConvReLUPool, (3, 48)),
         (hybrid.ThreadedWinogradReLUPool, (16, 32)),
         (hybrid.ThreadedWinogradReLUPool, (32, 48)),
     ):
@@ -232,7 +255,7 @@ def test_threaded_optimizer_is_the_serial_one(threads, threaded, plain, weight_d
     for _ in range(3):
         sums = rng.standard_normal(ours.grads.shape)
         theirs.grads[...] = sums
-        # not in the model's own buffer, and not all at once, as a Reducer has them
+        # not in the model's own buffer, and in shards, as a reducer provides them
         optimizers[0].step(7, sums, [slice(0, 700_001), slice(700_001, len(sums))])
         optimizers[1].step(7)
     np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-12, atol=1e-12)
@@ -251,115 +274,87 @@ def test_threads_change_no_result_beyond_rounding(name):
         np.testing.assert_allclose(grads, results[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "threads", "reduce"),
+    [(2, 2, "shared"), pytest.param(2, 2, "overlap", marks=pytest.mark.slow)],
+)
+def test_ranks_times_threads_give_the_serial_weights(
+    tmp_path, serial, cache, ranks, threads, reduce
+):
+    """20 steps with batches of 50, 50, 50, 50 and 3 images, as in test_parallel_cnn_mpi.py."""
+    tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 4, "--dtype", "float64")
+    reference = serial(*tiny, "--quiet", "--batch-size", 50)
+    options = ("--quiet", "--global-batch-size", 50, "--checkpoint", "run.npz", "--reduce", reduce)
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": threads}
+    mpirun(tmp_path, ranks, SCRIPT, *tiny, *options, *forced, env=env)
+    assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
+    metadata = json.loads((tmp_path / METADATA).read_text())
+    assert metadata["ranks"] == ranks
+    assert metadata["threads"] == threads
+    assert metadata["reduce"] == reduce
+    assert metadata["threading_layer"] == "omp"
+    assert all(blas["threads"] == 1 for blas in metadata["blas"])  # NumPy's and SciPy's
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "threads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
-def test_ranks_and_threads_give_the_serial_weights(
+def test_any_ranks_and_threads_give_the_serial_weights(
     tmp_path, serial, cache, ranks, threads, dtype, tolerance
 ):
     """As in test_parallel_cnn_mpi.py: 1,001 images in global batches of 64, 32 steps.
 
-    The layers sum in another order than the serial ones. In float32 a pooling window may then round the other way and
-    move weights by the learning rate times its gradient: by up to 6e-5 at 0.0003, where training moves them by 6e-3.
+    The layers sum in another order than the serial ones. In float32 a pooling window may then round
+    the other way and move weights by the learning rate times its gradient: by up to 6e-5 at 0.0003,
+    where training moves them by 6e-3.
     """
-    same = (
-        "--dataset",
-        "synthetic",
-        "--subset",
-        1001,
-        "--epochs",
-        2,
-        "--dtype",
-        dtype,
-        "--quiet",
-        "--lr",
-        0.01 if dtype == "float64" else 0.0001,
-    )
-    reference = serial(*same, "--batch-size", 64)
-    mpirun(
-        tmp_path,
-        ranks,
-        SCRIPT,
-        *same,
-        "--global-batch-size",
-        64,
-        "--checkpoint",
-        "run.npz",
-        "--num-threads",
-        threads,
-        "--force-threads",
-        env={**cache, "NUMBA_NUM_THREADS": 2},
-    )
+    lr = 0.01 if dtype == "float64" else 0.0001
+    same = ("--dataset", "synthetic", "--subset", 1001, "--epochs", 2, "--dtype", dtype)
+    reference = serial(*same, "--quiet", "--lr", lr, "--batch-size", 64)
+    options = ("--quiet", "--lr", lr, "--global-batch-size", 64, "--checkpoint", "run.npz")
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": 2}
+    mpirun(tmp_path, ranks, SCRIPT, *same, *options, *forced, env=env)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", tolerance)
-    sidecar = json.loads((tmp_path / SIDECAR).read_text())
-    assert (sidecar["ranks"], sidecar["threads"], sidecar["threading_layer"]) == (
-        ranks,
-        threads,
-        "omp",
-    )
-    assert [blas["threads"] for blas in sidecar["blas"]] == [1] * len(
-        sidecar["blas"]
-    )  # NumPy's and SciPy's
 
 
 RESNET18 = ("--model", "resnet18", "--dataset", "synthetic", "--dtype", "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "threads", "options"),
     [
         (1, 1, ()),
         (1, 2, ()),
-        (2, 1, ("--reduce", "messages", "--no-overlap")),
+        (2, 1, ("--reduce", "overlap", "--no-overlap")),
         (2, 2, ("--reduce", "shared")),
     ],
 )
 def test_resnet18_has_the_statistics_of_the_global_batch(
     tmp_path, serial, cache, ranks, threads, options
 ):
-    """Batches of 4, 4 and 1 images, the last leaves a rank without: weights and statistics are the serial run's."""
+    """Batches of 4, 4 and 1 images (a rank has none): the serial run's weights and statistics."""
     same = (*RESNET18, "--subset", 9, "--epochs", 1, "--quiet")
     reference = serial(*same, "--batch-size", 4)
-    mpirun(
-        tmp_path,
-        ranks,
-        SCRIPT,
-        *same,
-        *options,
-        "--global-batch-size",
-        4,
-        "--checkpoint",
-        "run.npz",
-        "--num-threads",
-        threads,
-        "--force-threads",
-        env={**cache, "NUMBA_NUM_THREADS": 2},
-    )
+    options = (*options, "--global-batch-size", 4, "--checkpoint", "run.npz")
+    forced = ("--num-threads", threads, "--force-threads")
+    env = {**cache, "NUMBA_NUM_THREADS": 2}
+    mpirun(tmp_path, ranks, SCRIPT, *same, *options, *forced, env=env)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     assert_same_resnet18_statistics(tmp_path / "run.npz", reference / "run.npz", 1e-10)
-    row, expected = read_log(tmp_path / LOG)[-1], read_log(reference / "results/serial_cnn.csv")[-1]
-    assert float(row["loss"]) == pytest.approx(
-        float(expected["loss"]), rel=1e-8
-    )  # in evaluation mode
+    validation = read_log(tmp_path / LOG)[-1]  # in evaluation mode
+    expected = read_log(reference / "results/serial_cnn.csv")[-1]
+    assert float(validation["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_resnet18_resumes_bit_for_bit(tmp_path, cache):
     """Two threads, killed in the second epoch: parameters, velocity and running statistics."""
-    options = (
-        *RESNET18,
-        "--subset",
-        8,
-        "--batch-size",
-        4,
-        "--epochs",
-        2,
-        "--checkpoint",
-        "run.npz",
-        "--checkpoint-every",
-        0,
-        "--num-threads",
-        2,
-        "--force-threads",
-    )
+    run = (*RESNET18, "--subset", 8, "--batch-size", 4, "--epochs", 2)
+    saved = ("--checkpoint", "run.npz", "--checkpoint-every", 0)
+    options = (*run, *saved, "--num-threads", 2, "--force-threads")
     env = {**cache, "NUMBA_NUM_THREADS": 2}
     for folder in ("whole", "parts"):
         (tmp_path / folder).mkdir()
@@ -375,67 +370,95 @@ def test_resnet18_resumes_bit_for_bit(tmp_path, cache):
     assert_same_run(tmp_path / "parts", tmp_path / "whole", "parallel_cnn_hybrid")
 
 
-def test_compiling_is_told_and_not_timed(tmp_path, cache):
-    """Into an empty cache: the seconds stand in the sidecar and on a line of their own; training has none of them.
+@pytest.mark.slow
+def test_compiling_is_reported_and_not_timed(tmp_path, cache):
+    """Into an empty cache: the seconds are on a line and in the metadata, and not in training's.
 
-    What has just been compiled and what comes from the cache compute the same, bit for bit.
+    A fresh compilation and one from the cache compute the same, bit for bit.
     """
     env = {**cache, "NUMBA_CACHE_DIR": tmp_path / "numba"}
-    seconds, weights = [], []
+    options = (*TINY, "--num-threads", 1, "--checkpoint", "run.npz")
+    compiling = []
+    training = []
+    weights = []
     for _ in range(2):
-        out, _ = mpirun(
-            tmp_path, 2, SCRIPT, *TINY, "--num-threads", 1, "--checkpoint", "run.npz", env=env
-        )
-        weights.append(read_npz(tmp_path / "run.npz")["params"].tobytes())
-        sidecar = json.loads((tmp_path / SIDECAR).read_text())
+        out, _ = mpirun(tmp_path, 2, SCRIPT, *options, env=env)
         assert "kernels ready after" in out
-        seconds.append(sidecar["compile_seconds"])
-        assert sidecar["totals"]["train_seconds"] < 5
-    assert seconds[0] > 5
-    assert seconds[1] < seconds[0] / 2  # kept on disk
+        weights.append(read_npz(tmp_path / "run.npz")["params"].tobytes())
+        metadata = json.loads((tmp_path / METADATA).read_text())
+        compiling.append(metadata["compile_seconds"])
+        training.append(metadata["totals"]["train_seconds"])
+    assert training[0] < compiling[0] / 2
+    assert compiling[1] < compiling[0] / 2  # kept on disk
     assert weights[0] == weights[1]
 
 
+@pytest.fixture
+def restored(monkeypatch):
+    """Undo what main() changes in this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    yield monkeypatch
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+def choose_threads(*argv):
+    return hybrid.choose_threads(hybrid.parse_args(argv), hybrid.MPI.COMM_WORLD)
+
+
+def test_threads_are_limited_to_the_cores(restored, capsys):
+    """One rank: all cores by default and at most; --num-threads wins over OMP_NUM_THREADS."""
+    cores = min(len(available_cores()), numba.config.NUMBA_NUM_THREADS)
+    assert choose_threads() == cores
+    assert capsys.readouterr().err == ""
+    assert choose_threads("--num-threads", "999") == cores
+    assert f"--num-threads {cores} instead of 999" in capsys.readouterr().err
+    restored.setenv("OMP_NUM_THREADS", "1")
+    assert choose_threads() == numba.get_num_threads() == 1
+    assert choose_threads("--num-threads", str(cores)) == cores
+
+
+@pytest.mark.slow
 def test_a_rank_takes_no_more_than_its_share_of_the_cores(tmp_path, cache):
     cores = numba.config.NUMBA_NUM_THREADS
-    out, err = mpirun(tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, env=cache)
     share = max(1, cores // 2)
+    options = (*TINY, "--num-threads", cores)
+    out, err = mpirun(tmp_path, 2, SCRIPT, *options, env=cache)
     if cores > 1:
         assert f"--num-threads {share} instead of {cores}" in err
     assert f"2 ranks x {share} threads" in out
-    _, err = mpirun(
-        tmp_path, 2, SCRIPT, *TINY, "--num-threads", cores, "--force-threads", env=cache
-    )
+    _, err = mpirun(tmp_path, 2, SCRIPT, *options, "--force-threads", env=cache)
     assert "warning: 2 ranks of" in err
     mpirun(tmp_path, 1, SCRIPT, *TINY, env={**cache, "OMP_NUM_THREADS": 1})
-    assert json.loads((tmp_path / SIDECAR).read_text())["threads"] == 1
+    assert json.loads((tmp_path / METADATA).read_text())["threads"] == 1
 
 
-def test_more_threads_than_numba_was_started_with_is_one_line(tmp_path, cache):
-    _, err = mpirun(
-        tmp_path, 1, SCRIPT, *TINY, "--num-threads", 99, "--force-threads", status=2, env=cache
-    )
+def test_bad_input_is_one_line(restored):
+    too_many = ("--num-threads", 99, "--force-threads")
+    assert refused(hybrid.main, *TINY, *too_many).startswith("error: 99 threads")
+    assert "--num-threads" in refused(hybrid.main, "--num-threads", 0)
+    assert "--reduce" in refused(hybrid.main, "--reduce", "ring")  # a rung of parallel_cnn_mpi.py
+    for value in ("two", "-3"):
+        restored.setenv("OMP_NUM_THREADS", value)
+        assert refused(hybrid.main, *TINY).startswith(f"error: OMP_NUM_THREADS={value}")
+
+
+def test_bad_input_is_one_line_for_all_ranks(tmp_path, cache):
+    options = (*TINY, "--num-threads", 99, "--force-threads")
+    _, err = mpirun(tmp_path, 2, SCRIPT, *options, status=2, env=cache)
     assert err.splitlines()[-1].startswith("error: 99 threads")
+    assert err.count("error: ") == 1
 
 
-@pytest.mark.parametrize("value", ["two", "-3"])
-def test_omp_num_threads_that_is_no_number_is_one_line(tmp_path, cache, value):
-    _, err = mpirun(tmp_path, 1, SCRIPT, *TINY, status=2, env={**cache, "OMP_NUM_THREADS": value})
-    assert err.splitlines()[-1].startswith(f"error: OMP_NUM_THREADS={value}")
+def test_the_old_name_of_a_reducer_is_accepted():
+    assert hybrid.parse_args(["--reduce", "messages"]).reduce == "overlap"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job(tmp_path, cache):
-    process = start_ranks(
-        tmp_path,
-        2,
-        pausing(tmp_path, SCRIPT, epoch=1, batch=5),
-        "--dataset",
-        "synthetic",
-        "--subset",
-        2000,
-        "--quiet",
-        env=cache,
-    )
+    script = pausing(tmp_path, SCRIPT, epoch=1, batch=5)
+    options = ("--dataset", "synthetic", "--subset", 2000, "--quiet")
+    process = start_ranks(tmp_path, 2, script, *options, env=cache)
     wait_until(process, lambda: count_rows(tmp_path / LOG) >= 5)
     ranks = ranks_of(process)
     ranks[1].kill()

@@ -1,4 +1,6 @@
-"""parallel_cnn_mpi.py under a real mpirun: the serial weights whatever the ranks, and what happens when one dies."""
+"""parallel_cnn_mpi.py under a real mpirun: the serial weights whatever the ranks, and what happens
+when one dies.
+"""
 
 import json
 import os
@@ -39,11 +41,13 @@ ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--
 def test_any_number_of_ranks_gives_the_serial_weights(
     tmp_path, serial, cache, ranks, dtype, tolerance
 ):
-    """1,001 images in global batches of 64, two epochs: 32 steps, the order of the sums the only difference.
+    """1,001 images in global batches of 64, two epochs: 32 steps, the order of the sums the only
+    difference.
 
-    In float32 with --lr 0.0001: BLAS rounds otherwise for other numbers of rows, a pooling window may then send its
-    gradient to another pixel, and weights move by the learning rate times that. With other seeds and other kernels of
-    OpenBLAS that was up to 1.3e-4 of the largest weight at 0.001, and 6e-5 at 0.0003.
+    In float32 with --lr 0.0001: BLAS rounds otherwise for other numbers of rows, a pooling window
+    may then send its gradient to another pixel, and weights move by the learning rate times that.
+    With other seeds and other kernels of OpenBLAS that was up to 1.3e-4 of the largest weight at
+    0.001, and 6e-5 at 0.0003.
     """
     common = (
         "--dataset",
@@ -107,7 +111,9 @@ LADDER = [
 
 @pytest.mark.parametrize(("ranks", "reduce", "same"), LADDER)
 def test_all_rungs_give_the_serial_weights(tmp_path, serial, cache, ranks, reduce, same):
-    """20 steps with batches of 50, 50, 50, 50 and 3 images: on four ranks the last leaves one with none."""
+    """20 steps with batches of 50, 50, 50, 50 and 3 images: on four ranks the last leaves one with
+    none.
+    """
     tiny = (
         "--dataset",
         "synthetic",
@@ -130,7 +136,9 @@ def test_all_rungs_give_the_serial_weights(tmp_path, serial, cache, ranks, reduc
 
 @pytest.mark.slow
 def test_resnet18_has_the_statistics_of_the_global_batch(tmp_path, serial, cache):
-    """Batches of 4, 4 and 2 images on three ranks: weights and running statistics are the serial run's."""
+    """Batches of 4, 4 and 2 images on three ranks: weights and running statistics are the serial
+    run's.
+    """
     tiny = (
         "--model",
         "resnet18",
@@ -254,7 +262,9 @@ def whole(tmp_path_factory, cache):
 
 
 def assert_resumes(folder, whole, cache):
-    """With two ranks bit for bit the weights of the unbroken run; with three, a float32 rounding apart."""
+    """With two ranks bit for bit the weights of the unbroken run; with three, a float32 rounding
+    apart.
+    """
     checkpoint = (folder / "run.npz").read_bytes()
     mpirun(folder, 2, SCRIPT, *LONG, "--resume", env=cache)
     assert (
@@ -309,7 +319,9 @@ def test_sigterm_saves_and_ends_without_an_error(tmp_path, whole, cache):
 
 
 def test_a_signal_before_the_training_ends_all_ranks(tmp_path):
-    """Rank 0 waits inside MPI, where no Python handler runs, for rank 1, which the signal reaches."""
+    """Rank 0 waits inside MPI, where no Python handler runs, for rank 1, which the signal
+    reaches.
+    """
     (tmp_path / "wait.py").write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
@@ -435,7 +447,9 @@ def test_a_signal_ends_ranks_that_are_blocked(tmp_path, cache, number):
 
 
 def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
-    """What a rank sees when Open MPI's mpirun starts it and mpi4py is on MPICH: alone, told that there are four."""
+    """What a rank sees when Open MPI's mpirun starts it and mpi4py is on MPICH: alone, told that
+    there are four.
+    """
     command = [sys.executable, str(REPO / SCRIPT), *map(str, ODD)]
     env = script_environment(**cache, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=0)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -449,7 +463,9 @@ HOSTS = ("10.231.77.1", "10.231.77.2")
 
 
 class TwoHosts:
-    """Two network namespaces, joined by a veth pair: MPI calls them two machines, and only TCP joins them."""
+    """Two network namespaces, joined by a veth pair: MPI calls them two machines, and only TCP
+    joins them.
+    """
 
     def __init__(self, folder):
         self.names = [f"cnn-{os.getpid()}-{i}" for i in range(2)]
@@ -490,7 +506,8 @@ class TwoHosts:
         except (OSError, subprocess.CalledProcessError) as error:
             self.__exit__()
             pytest.skip(
-                f"needs two network namespaces (root and Debian's iproute2): {getattr(error, 'stderr', error)}"
+                "needs two network namespaces (root and Debian's iproute2): "
+                f"{getattr(error, 'stderr', error)}"
             )
         return self
 
@@ -506,7 +523,9 @@ class TwoHosts:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def options(self, ranks_per_host):
-        """For start_ranks: mpirun on the first host, ranks on both; UCX_TLS: no messages through shared memory."""
+        """For start_ranks: mpirun on the first host, ranks on both; UCX_TLS: no messages through
+        shared memory.
+        """
         launch = (
             f"-launcher ssh -launcher-exec {shlex.quote(str(self.shell))} -hosts {','.join(HOSTS)} "
         )

@@ -1,4 +1,4 @@
-"""run_experiments.py: real runs of the real scripts, and of scripts that fail, hang or lack an option."""
+"""run_experiments.py: real runs of the real scripts, and of scripts that fail or hang."""
 
 import json
 import os
@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
-import run_experiments
 from helpers import (
     REPO,
     assert_gone,
@@ -19,22 +19,22 @@ from helpers import (
     finish,
     read_log,
     read_npz,
-    script_environment,
+    refused,
     start,
     start_on_terminal,
     wait_until,
 )
 
+import run_experiments
 from common import available_cores
 
+SCRIPT = "experiments/run_experiments.py"
 TINY = ("--dataset", "synthetic", "--epochs", 1, "--subset", 64, "--batch-size", 16)
+
+# Stands in for a script: does `body` if it is given the option `when`, else what the script does.
 STUB = """
 import pathlib, runpy, sys, time
-from common import add_rank_options, make_parser
-if "--help" in sys.argv or "{when}" in sys.argv:
-    parser = make_parser("stub", "")
-    add_rank_options(parser)
-    args = parser.parse_args()
+if "{when}" in sys.argv:
     {body}
 runpy.run_path(str(pathlib.Path(__file__).with_name("real.py")), run_name="__main__")
 """
@@ -44,7 +44,7 @@ import os, pathlib, runpy, sys, time
 here, options = pathlib.Path(__file__).parent, " ".join(sys.argv[1:])
 fails = "--global-batch-size" in options
 hangs = "mpi-2-weak/1/run.csv" in options and not (here / "mended").exists()
-if (fails or hangs) and os.environ["PMI_RANK"] == "0":  # one rank alone: the lines of two may run into each other
+if (fails or hangs) and os.environ["PMI_RANK"] == "0":  # the lines of two ranks may be mixed
     print("first\\nthe reason" if fails else "hanging", flush=True)
 if fails:
     sys.exit(3)
@@ -56,28 +56,42 @@ runpy.run_path(str(here / "real.py"), run_name="__main__")
 
 @pytest.fixture
 def copy(tmp_path):
-    """A folder with run_experiments.py and the scripts that it starts, in which a test can put others."""
+    """A checkout with the scripts of suite parallel, in which a test can put others."""
     folder = tmp_path / "copy"
-    folder.mkdir()
+    (folder / "experiments").mkdir(parents=True)
     for name in (
-        "run_experiments.py",
+        SCRIPT,
         "common.py",
         "serial_cnn.py",
         "parallel_cnn_mpi.py",
         "parallel_cnn_hybrid.py",
     ):
-        shutil.copy2(REPO / name, folder)
+        shutil.copy2(REPO / name, folder / name)
     return folder
 
 
 def put_stub(folder, script, when, body):
-    """Replace a script by one that does `body` when the option `when` is given, and else what it did before."""
     (folder / script).rename(folder / "real.py")
     (folder / script).write_text(STUB.format(when=when, body=body))
 
 
-def run(folder, *args, cache, status=0, script=REPO / "run_experiments.py"):
+def run(folder, *args, cache, status=0, script=REPO / SCRIPT):
     return finish(start(folder, script, *args, env=cache), status=status, timeout=200)
+
+
+def main(*args):
+    run_experiments.main([str(word) for word in args])
+
+
+@pytest.fixture
+def in_folder(tmp_path, cache, monkeypatch):
+    """This process as script_environment() has it, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no download
+    for name, value in cache.items():
+        monkeypatch.setenv(name, str(value))
+    return tmp_path
 
 
 def read_index(folder):
@@ -88,52 +102,53 @@ def runs(folder):
     return [(e["configuration"], e["repeat"], e["status"]) for e in read_index(folder)["runs"]]
 
 
-def test_suite_end_to_end_and_resumed(tmp_path, cache):
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_suite_end_to_end_and_resumed(in_folder, capsys):
+    """Two configurations, twice, interleaved; then what is missing of three times."""
     command = ("--suite", "parallel", "--only", "mpi-2", "--oversubscribe", *TINY)
-    out, err = run(tmp_path, *command, "--repeats", 2, cache=cache)
+    main(*command, "--repeats", 2)
+    out, err = capsys.readouterr()
     assert err == ""
     names = ["mpi-2-strong", "mpi-2-weak"]
-    assert runs(tmp_path) == [
-        (name, repeat, "done") for repeat in (1, 2) for name in names
-    ]  # interleaved
-    entries = read_index(tmp_path)["runs"]
+    assert runs(in_folder) == [(name, repeat, "done") for repeat in (1, 2) for name in names]
+    entries = read_index(in_folder)["runs"]
     starts = [e["start"] for e in entries]
     assert starts == sorted(starts)
     for entry in entries:
-        folder = tmp_path / "results" / entry["folder"]
-        sidecar = json.loads((folder / "run.json").read_text())
+        folder = in_folder / "results" / entry["folder"]
+        metadata = json.loads((folder / "run.json").read_text())
+        totals = metadata["totals"]
         size = 16 if "strong" in entry["configuration"] else 32  # 16 a rank
-        assert sidecar["arguments"]["global_batch_size"] == size
-        assert sidecar["ranks"] == entry["cores"] == 2
-        assert sidecar["totals"]["train_images"] == 64
-        assert (
-            len([row for row in read_log(folder / "run.csv") if row["type"] == "2"]) == 64 // size
-        )
+        assert metadata["arguments"]["global_batch_size"] == size
+        assert metadata["ranks"] == entry["cores"] == 2
+        assert totals["train_images"] == 64
+        batches = [row for row in read_log(folder / "run.csv") if row["type"] == "2"]
+        assert len(batches) == 64 // size
         assert len(read_npz(folder / "run.npz")["train_loss"]) == 1
-        assert entry["seconds"] >= sidecar["totals"]["train_seconds"] > 0
+        assert entry["seconds"] >= totals["train_seconds"] > 0
         assert entry["oversubscribed"] == (len(available_cores()) < 2)
-        speed = f"{sidecar['totals']['images_per_s']:,.0f} images/s"
-        assert re.search(
-            rf"parallel/{entry['configuration']}/{entry['repeat']} +done .* {speed}", out
-        )
-    out, _ = run(tmp_path, *command, "--repeats", 3, cache=cache)
+        name = f"parallel/{entry['configuration']}/{entry['repeat']}"
+        assert re.search(rf"{name} +done .* {totals['images_per_s']:,.0f} images/s", out)
+
+    main(*command, "--repeats", 3)
+    out, _ = capsys.readouterr()
     assert "4 of 6 runs are there already" in out
-    assert runs(tmp_path) == [(name, repeat, "done") for repeat in (1, 2, 3) for name in names]
-    assert [e["start"] for e in read_index(tmp_path)["runs"]][:4] == starts
-    _, err = run(
-        tmp_path, *command, "--repeats", 1, "--subset", 80, cache=cache, status=2
-    )  # would mix what differs
-    assert_one_error_line(err)
-    assert "subset 64" in err
-    assert len(runs(tmp_path)) == 6
+    assert runs(in_folder) == [(name, repeat, "done") for repeat in (1, 2, 3) for name in names]
+    assert [e["start"] for e in read_index(in_folder)["runs"]][:4] == starts
+    line = refused(run_experiments.main, *command, "--repeats", 1, "--subset", 80)
+    assert "subset 64" in line  # different runs would be mixed
+    assert len(runs(in_folder)) == 6
 
 
+@pytest.mark.slow
 def test_failing_and_hanging_runs_are_recorded_and_the_rest_goes_on(tmp_path, copy, cache):
     """mpi-2-strong always fails, mpi-2-weak hangs in its first repeat, until it is mended."""
     (copy / "parallel_cnn_mpi.py").rename(copy / "real.py")
     (copy / "parallel_cnn_mpi.py").write_text(FAILS_OR_HANGS)
     command = ("--only", "mpi-2", "--oversubscribe", "--repeats", 2, "--time-limit", 20, *TINY)
-    out, err = run(tmp_path, *command, cache=cache, status=1, script=copy / "run_experiments.py")
+    out, err = run(tmp_path, *command, cache=cache, status=1, script=copy / SCRIPT)
     assert_one_error_line(err)
     assert "3 of 4 runs" in err
     assert runs(tmp_path) == [
@@ -148,17 +163,13 @@ def test_failing_and_hanging_runs_are_recorded_and_the_rest_goes_on(tmp_path, co
     assert "hanging" in late["output"]
     assert late["seconds"] >= 20
     assert done["output"] == []
-    assert not [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(copy) in " ".join(p.info["cmdline"] or [])
-    ]
-    out, _ = run(tmp_path, *command, cache=cache, status=1, script=copy / "run_experiments.py")
+    for process in psutil.process_iter(["cmdline"]):
+        assert str(copy) not in " ".join(process.info["cmdline"] or [])
+
+    out, _ = run(tmp_path, *command, cache=cache, status=1, script=copy / SCRIPT)
     assert "4 of 4 runs are there already" in out
     (copy / "mended").touch()
-    out, _ = run(
-        tmp_path, *command, "--retry", cache=cache, status=1, script=copy / "run_experiments.py"
-    )
+    out, _ = run(tmp_path, *command, "--retry", cache=cache, status=1, script=copy / SCRIPT)
     assert "1 of 4 runs are there already" in out
     assert sorted(runs(tmp_path)) == [
         ("mpi-2-strong", 1, "failed"),
@@ -168,42 +179,34 @@ def test_failing_and_hanging_runs_are_recorded_and_the_rest_goes_on(tmp_path, co
     ]
 
 
-def test_time_left_is_told_from_earlier_runs():
-    """A configuration's own mean, else that of its suite, else that of all."""
-    names = (("parallel", "serial"), ("parallel", "mpi-2-weak"), ("split", "all"))
-    todo = [(2, run_experiments.Configuration(*name, [], "", [], 1)) for name in names]
-    assert run_experiments.Overview(todo, 1).time_left(0) == "time left not known yet"
-    known = [{"suite": "parallel", "configuration": "serial", "seconds": 10 * n} for n in (1, 3)]
-    known.append({"suite": "parallel", "configuration": "mpi-2-strong", "seconds": 10})
-    overview = run_experiments.Overview(todo, 1, known)
-    assert overview.time_left(5) == "about 45 s left"  # 20 + (20 + 10) / 2 + (20 + 10) / 2 − 5
-    overview.end_run(
-        {**known[0], "status": "done", "repeat": 2, "oversubscribed": False, "output": []}, {}
-    )
-    assert (
-        overview.time_left(0) == "about 27 s left"
-    )  # serial now takes 16.7 s, and so all and mpi-2-weak 13.3 s
+def test_a_run_without_results_has_failed(tmp_path, copy, cache):
+    """With exit status 0, and with another one: its last lines are in the index."""
+    (copy / "serial_cnn.py").write_text("print('nothing to do')")
+    command = ("--only", "serial", "--repeats", 1, *TINY)
+    _, err = run(tmp_path, *command, cache=cache, status=1, script=copy / SCRIPT)
+    assert_one_error_line(err)
+    assert runs(tmp_path) == [("serial", 1, "failed")]
+    (copy / "serial_cnn.py").write_text("import no_such_module")
+    run(tmp_path, *command, "--retry", cache=cache, status=1, script=copy / SCRIPT)
+    (entry,) = read_index(tmp_path)["runs"]
+    assert entry["status"] == "failed"
+    assert "no_such_module" in entry["output"][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_interrupted_and_gone_on(tmp_path, copy, cache, how):
-    """On a terminal, with the overview; what runs is ended with all its ranks, and is not in the index."""
+def test_interrupted_and_continued(tmp_path, copy, cache, how):
+    """On a terminal, with the bar; the run is ended with all its ranks, and is not in the index."""
     put_stub(copy, "parallel_cnn_mpi.py", "--batch-size", "time.sleep(600)")
     command = ("--only", "mpi-2", "--oversubscribe", "--repeats", 1, *TINY)
-    process, terminal = start_on_terminal(
-        tmp_path, copy / "run_experiments.py", *command, env=cache
-    )
+    process, terminal = start_on_terminal(tmp_path, copy / SCRIPT, *command, env=cache)
     sent = ""
-    while (
-        "1/2 done, 0 failed; about" not in sent
-        or "mpi-2-weak/1" not in sent
-        or not sent.endswith(" s\033[K")
-    ):
-        sent += os.read(terminal, 65536).decode()
+    while not re.search(r"1/2 \|[^\r]*0 failed; about [^\r]*mpi-2-weak/1", sent):
+        sent += os.read(terminal, 65536).decode(errors="replace")
     deadline = time.monotonic() + 30
-    while (
-        len(family := psutil.Process(process.pid).children(recursive=True)) < 4
-    ):  # mpirun, its proxy, two ranks
+    family = []
+    while len(family) < 4:  # mpirun, its proxy, two ranks
+        family = psutil.Process(process.pid).children(recursive=True)
         assert time.monotonic() < deadline
     if how == "Ctrl-C":
         os.write(terminal, b"\x03")
@@ -211,7 +214,7 @@ def test_interrupted_and_gone_on(tmp_path, copy, cache, how):
         process.send_signal(signal.SIGTERM)
     try:
         while part := os.read(terminal, 65536):
-            sent += part.decode()
+            sent += part.decode(errors="replace")
     except OSError:  # how Linux says that the other side is closed
         pass
     os.close(terminal)
@@ -219,180 +222,150 @@ def test_interrupted_and_gone_on(tmp_path, copy, cache, how):
     assert_gone(family)
     assert "interrupted by SIG" in sent
     assert runs(tmp_path) == [("mpi-2-strong", 1, "done")]
+
     shutil.move(copy / "real.py", copy / "parallel_cnn_mpi.py")
-    run(tmp_path, *command, cache=cache, script=copy / "run_experiments.py")
+    run(tmp_path, *command, cache=cache, script=copy / SCRIPT)
     assert runs(tmp_path) == [("mpi-2-strong", 1, "done"), ("mpi-2-weak", 1, "done")]
 
 
-def test_two_at_once_do_not_share_a_folder(tmp_path, copy, cache):
-    put_stub(copy, "parallel_cnn_mpi.py", "--batch-size", "time.sleep(600)")
-    command = ("--only", "mpi-2-weak", "--oversubscribe", *TINY)
-    first = start(tmp_path, copy / "run_experiments.py", *command, env=cache)
-    wait_until(first, (tmp_path / "results/index.json").exists)
-    _, err = run(tmp_path, *command, cache=cache, status=2, script=copy / "run_experiments.py")
-    assert_one_error_line(err)
-    assert "another run_experiments.py" in err
-    first.send_signal(signal.SIGTERM)
-    finish(first, status=130)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_two_at_once_do_not_share_a_folder(in_folder, copy, cache, number):
+    """The second is refused; a signal, or the end of the terminal, ends the first and its run."""
+    put_stub(copy, "serial_cnn.py", "--batch-size", "time.sleep(600)")
+    command = ("--only", "serial", *TINY)
+    first = start(in_folder, copy / SCRIPT, *command, env=cache)
+    wait_until(first, (in_folder / "results/parallel/serial/1/output.txt").exists)
+    line = refused(run_experiments.main, *command)
+    assert "another run_experiments.py" in line
+    (child,) = psutil.Process(first.pid).children()
+    first.send_signal(number)
+    _, err = finish(first, status=130)
+    assert "interrupted by SIGTERM" in err
+    assert_gone([child])
+    assert runs(in_folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mpi-{}-strong", "hybrid-1x{}-strong"])
-def test_oversubscribed_runs_only_when_asked_for_and_marked(tmp_path, copy, cache, name):
-    cores = len(available_cores())
-    most = {}
-    for options in ((), ("--oversubscribe",)):
-        args = run_experiments.parse_args(list(options))
-        most[options] = max(c.cores for c in run_experiments.parallel_suite(args))
-    assert cores / 2 < most[()] <= cores < most["--oversubscribe",]
-    name = name.format(most["--oversubscribe",])
-    out, _ = run(
-        tmp_path,
-        "--only",
-        name,
-        "--oversubscribe",
-        "--repeats",
-        1,
-        *TINY,
-        cache=cache,
-        script=copy / "run_experiments.py",
-    )
+def test_oversubscribed_runs_are_marked(tmp_path, cache, name):
+    args = run_experiments.parse_args(["--oversubscribe"])
+    most = max(e.cores for e in run_experiments.parallel_suite(args))
+    name = name.format(most)
+    command = ("--only", name, "--oversubscribe", "--repeats", 1, *TINY)
+    out, _ = run(tmp_path, *command, cache=cache)
     (entry,) = read_index(tmp_path)["runs"]
     assert entry["oversubscribed"] is True
-    assert entry["cores"] == most["--oversubscribe",]
+    assert entry["cores"] == most
     assert re.search(rf"{name}/1 .*oversubscribed$", out, re.M)
 
 
-def test_what_is_not_there_is_left_out_by_name(tmp_path, copy, cache):
-    (copy / "train_cifar.py").write_text("import no_such_module")
-    serial = (copy / "serial_cnn.py").read_text()
-    (copy / "serial_cnn.py").write_text(
-        serial.replace("__doc__, MODELS)", "__doc__)")
-    )  # the CNN alone
-    out, _ = run(
-        tmp_path,
-        "--suite",
-        "all",
-        "--only",
-        "1-core",
-        "--repeats",
-        1,
-        *TINY,
-        cache=cache,
-        script=copy / "run_experiments.py",
-    )
-    assert (
-        "left out: hardware/resnet18-scratch-1-core: serial_cnn.py has no --model resnet18\n" in out
-    )
-    assert re.search(
-        r"left out: hardware/cnn-pytorch-1-core, .*: train_cifar.py --help fails: .*no_such_module",
-        out,
-    )
-    assert runs(tmp_path) == [("cnn-scratch-1-core", 1, "done")]
-    left_out = read_index(tmp_path)["left_out"]
-    assert left_out["hardware/resnet18-scratch-1-core"] == "serial_cnn.py has no --model resnet18"
-    out, err = run(
-        tmp_path,
-        "--suite",
-        "split",
-        *TINY,
-        cache=cache,
-        status=2,
-        script=copy / "run_experiments.py",
-    )
-    names = ", ".join(f"split/{mode}" for mode in ("all", "split", "pipelined", "replicas"))
-    assert out == f"left out: {names}: there is no train_resnet50_split_cores.py\n"
-    assert_one_error_line(err)
-
-
-def test_commands_of_suites_whose_scripts_have_the_options(copy):
-    """Scripts that only tell their options: each configuration becomes the command that it stands for."""
-    parser = "import argparse; p = argparse.ArgumentParser()\n"
-    parser += "for o in 'epochs subset batch-size dataset log save-metrics workers'.split(): p.add_argument('--' + o)\n"
-    parser += "p.add_argument('--model', choices=['cnn']); p.add_argument('--augment', choices=['on', 'off'])\n"
-    source = "for o in ('source', 's3-mode', 'data-dir'): p.add_argument('--' + o)\n"
-    source += "p.add_argument('--load-only', action='store_true')\n"
-    mode = "p.add_argument('--mode', choices=['all', 'split', 'pipelined'])\n"
-    (copy / "train_cifar.py").write_text(parser + source + "p.parse_args()")
-    (copy / "train_resnet50_split_cores.py").write_text(parser + mode + "p.parse_args()")
-    code = """
-import run_experiments as r
-for suite in ("loading", "split"):
-    ready, left_out = r.select(r.parse_args(["--suite", suite, "--s3", "s3://bucket/cifar"]))
-    for c in ready:
-        print(c.suite, c.name, *c.options)
-    print(left_out)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=copy,
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.splitlines()
-    common = "--model cnn --batch-size 64 --augment on --source"
-    pictures = copy / "results/s3/buckets/cifar10/5000"
-    assert f"loading memory-0-workers-train {common} builtin --workers 0" in lines
-    assert (
-        f"loading disk-1-workers-load {common} disk --data-dir {pictures} --workers 1 --load-only"
-        in lines
-    )
-    assert (
-        f"loading s3-shards-1-workers-train {common} s3://cifar10/5000 --s3-mode shards --workers 1"
-        in lines
-    )
-    assert f"loading s3-given-1-workers-train {common} s3://bucket/cifar --workers 1" in lines
-    assert "split pipelined --mode pipelined --batch-size 64" in lines
-    assert (
-        lines[-1] == "{'train_resnet50_split_cores.py has no --mode replicas': ['split/replicas']}"
-    )
-
-
-def test_hardware_compares_the_same_training():
-    """PyTorch in float32 without augmentation, as from scratch; every network on every device by both."""
-    suite = run_experiments.hardware_suite(run_experiments.parse_args(["--suite", "hardware"]))
-    by_name = {c.name: c for c in suite}
-    for c in suite:
-        assert c.name.replace("scratch", "pytorch") in by_name
-        if c.script == "train_cifar.py":
-            assert " --amp off --augment off " in " ".join(map(str, c.options))
-    assert {"cnn-scratch-1-core", "cnn-pytorch-gpu", "resnet18-scratch-gpu"} <= by_name.keys()
-
-
+@pytest.mark.slow
 def test_every_source_is_loaded_from(tmp_path, cache):
-    """Pictures are exported once; then memory, disk and a real S3 server, with the scripts as they are."""
-    run(
-        tmp_path,
-        "--suite",
-        "loading",
-        "--only",
-        "0-workers-load",
-        "--repeats",
-        1,
-        *TINY,
-        cache=cache,
-    )
+    """Images are exported once; then memory, disk and a real S3 server."""
+    command = ("--suite", "loading", "--only", "0-workers-load", "--repeats", 1, *TINY)
+    run(tmp_path, *command, cache=cache)
     names = ["memory", "disk", "s3-stream", "s3-shards"]
     assert runs(tmp_path) == [(f"{name}-0-workers-load", 1, "done") for name in names]
 
 
-def test_a_run_that_ends_well_without_results_has_failed(tmp_path, copy, cache):
-    (copy / "serial_cnn.py").write_text(
-        "from common import make_parser; make_parser('stub', '').parse_args()"
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_time_left_is_estimated_from_earlier_runs():
+    """A configuration's own mean, else that of its suite, else that of all."""
+    names = (("parallel", "serial"), ("parallel", "mpi-2-weak"), ("split", "all"))
+    todo = [(2, run_experiments.Experiment(suite, name, "", [])) for suite, name in names]
+    progress = run_experiments.SuiteProgress(todo, 1)
+    assert progress.time_left(0) == "time left not known yet"
+    known = [{"suite": "parallel", "configuration": "serial", "seconds": 10 * n} for n in (1, 3)]
+    known.append({"suite": "parallel", "configuration": "mpi-2-strong", "seconds": 10})
+    progress = run_experiments.SuiteProgress(todo, 1, known)
+    assert progress.time_left(5) == "about 45 s left"  # 20 + (20 + 10) / 2 + (20 + 10) / 2 − 5
+    progress.end_run(
+        {**known[0], "status": "done", "repeat": 2, "oversubscribed": False, "output": []}, {}
     )
-    run(
-        tmp_path,
-        "--only",
-        "serial",
-        "--repeats",
-        1,
-        *TINY,
-        cache=cache,
-        status=1,
-        script=copy / "run_experiments.py",
-    )
-    assert runs(tmp_path) == [("serial", 1, "failed")]
+    # serial now takes 16.7 s, and so mpi-2-weak and all 13.3 s
+    assert progress.time_left(0) == "about 27 s left"
+
+
+def test_epoch_is_that_of_the_last_complete_row(tmp_path):
+    log = tmp_path / "run.csv"
+    assert run_experiments.current_epoch(log) == 0
+    log.write_text("type,epoch,start\n")
+    assert run_experiments.current_epoch(log) == 0
+    log.write_text("type,epoch,start\n" + "2,1,5.0\n" * 1000 + "2,12,5.0\n2,1")
+    assert run_experiments.current_epoch(log) == 12
+
+
+# -- suites ----------------------------------------------------------------------------------------
+
+
+def test_no_more_than_the_cores_unless_asked_for():
+    cores = len(available_cores())
+    most = {}
+    for options in ((), ("--oversubscribe",)):
+        args = run_experiments.parse_args(list(options))
+        most[options] = max(e.cores for e in run_experiments.parallel_suite(args))
+    assert cores / 2 < most[()] <= cores < most[("--oversubscribe",)]
+
+
+def test_what_is_not_there_is_left_out_by_name(in_folder, monkeypatch, capsys):
+    checkout = in_folder / "checkout"
+    checkout.mkdir()
+    for name in ("serial_cnn.py", "common.py", "gpu_scratch.py"):
+        shutil.copy(REPO / name, checkout)
+    monkeypatch.setattr(run_experiments, "REPO", checkout)
+    monkeypatch.setattr(run_experiments, "has_gpu", lambda: False)
+    main("--suite", "hardware", "--only", "cnn-scratch", "--repeats", 1, *TINY)
+    assert runs(in_folder) == [("cnn-scratch-1-core", 1, "done")]
+    out, _ = capsys.readouterr()
+    assert "left out: hardware/cnn-scratch-gpu: there is no NVIDIA GPU\n" in out
+    if len(available_cores()) > 1:
+        assert re.search(r"left out: hardware/cnn-\S+: there is no parallel_cnn_hybrid\.py\n", out)
+    left_out = read_index(in_folder)["left_out"]
+    assert left_out["hardware/cnn-scratch-gpu"] == "there is no NVIDIA GPU"
+
+    line = refused(run_experiments.main, "--suite", "split", *TINY)
+    assert "nothing of it can run here" in line
+    names = ", ".join(f"split/{mode}" for mode in ("all", "split", "pipelined", "replicas"))
+    out, _ = capsys.readouterr()
+    assert out == f"left out: {names}: there is no train_resnet50_split_cores.py\n"
+
+
+def test_commands_of_suites(in_folder):
+    """Each configuration becomes the command that it means."""
+    lines = []
+    for suite in ("loading", "split"):
+        args = run_experiments.parse_args(["--suite", suite, "--s3", "s3://bucket/cifar"])
+        for e in run_experiments.SUITES[suite](args):
+            lines.append(" ".join(map(str, [e.suite, e.name, e.script, *e.options])))
+    common = "train_cifar.py --model cnn --batch-size 64 --augment on --source"
+    images = in_folder / "results/s3/buckets/cifar10/5000"
+    s3 = "s3://cifar10/5000 --s3-mode shards"
+    split = "train_resnet50_split_cores.py --mode pipelined --batch-size 64"
+    for line in (
+        f"loading memory-0-workers-train {common} builtin --workers 0",
+        f"loading disk-1-workers-load {common} disk --data-dir {images} --workers 1 --load-only",
+        f"loading s3-shards-1-workers-train {common} {s3} --workers 1",
+        f"loading s3-given-1-workers-train {common} s3://bucket/cifar --workers 1",
+        f"split pipelined {split}",
+    ):
+        assert line in lines
+
+
+def test_hardware_compares_the_same_training():
+    """PyTorch in float32, without augmentation; each network on each device by both."""
+    suite = run_experiments.hardware_suite(run_experiments.parse_args(["--suite", "hardware"]))
+    by_name = {e.name: e for e in suite}
+    for e in suite:
+        assert e.name.replace("scratch", "pytorch") in by_name
+        assert e.needs_gpu == ("gpu" in e.name)
+        if e.script == "train_cifar.py":
+            assert " --amp off --augment off " in " ".join(map(str, e.options))
+    assert {"cnn-scratch-1-core", "cnn-pytorch-gpu", "resnet18-scratch-gpu"} <= by_name.keys()
+
+
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,22 +375,43 @@ def test_a_run_that_ends_well_without_results_has_failed(tmp_path, copy, cache):
         (("--repeats", 0), "--repeats"),
         (("--time-limit", 0), "--time-limit"),
         (("--only", "nothing"), "--only nothing"),
-        (("--dataset", "cifar10"), "no CIFAR-10"),
+        (("--dataset", "cifar10", "--data-dir", "empty"), "no CIFAR-10"),
         (("--results-dir", "a-file"), "a-file"),
         (("--s3", "http://bucket"), "--s3"),
     ],
 )
-def test_bad_input_is_one_line(run_script, tmp_path, options, message):
-    (tmp_path / "a-file").touch()
-    done = run_script("run_experiments.py", *options, status=2)
-    assert_one_error_line(done.stderr)
-    assert message in done.stderr
-    assert not (tmp_path / "results").exists()
+def test_bad_input_is_refused(in_folder, options, message):
+    (in_folder / "a-file").touch()
+    assert message in refused(run_experiments.main, *options)
+    assert not (in_folder / "results").exists()
 
 
-def test_damaged_index_is_not_overwritten(run_script, tmp_path):
+def test_a_damaged_index_is_refused_and_not_overwritten(run_script, tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/index.json").write_text('{"runs": ')
-    done = run_script("run_experiments.py", "--only", "serial", *TINY, status=2)
+    done = run_script(SCRIPT, "--only", "serial", *TINY, status=2)
     assert_one_error_line(done.stderr)
     assert (tmp_path / "results/index.json").read_text() == '{"runs": '
+
+
+def test_starts_from_any_folder(tmp_path):
+    """--help from elsewhere: common.py is found, and the usage lines are shown."""
+    command = [sys.executable, str(REPO / SCRIPT), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "python experiments/run_experiments.py --epochs 5 --subset 5000" in done.stdout
+
+
+def test_repeats_have_seeds_of_their_own_where_the_data_do_not_come_from_the_seed(tmp_path):
+    args = run_experiments.parse_args(["--subset", "20"])
+    experiment = run_experiments.parallel_suite(args)[0]
+
+    def seeds(dataset):
+        data = SimpleNamespace(name=dataset)
+        commands = [
+            run_experiments.make_command(experiment, tmp_path, args, data, repeat)
+            for repeat in (1, 2, 3)
+        ]
+        return [c[c.index("--seed") + 1] for c in commands if "--seed" in c]
+
+    assert seeds("cifar10") == ["42", "43", "44"]
+    assert seeds("synthetic") == []

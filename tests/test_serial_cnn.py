@@ -1,4 +1,6 @@
-"""serial_cnn.py as its users run it: what it leaves behind, bad input, divergence, interruption and resuming."""
+"""serial_cnn.py as its users run it: what it leaves behind, bad input, divergence, interruption and
+resuming.
+"""
 
 import functools
 import json
@@ -56,9 +58,9 @@ LOG, SIDECAR, METRICS = (
 TINY = ("--dataset", "synthetic", "--subset", 40, "--epochs", 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The ladder: every rung is the same function
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -117,9 +119,9 @@ def test_the_plain_rungs_are_conv2d(conv, k, s, p, bias):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run leaves behind
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 NORMAL = (
     "--dataset",
@@ -145,7 +147,9 @@ def run(run_script, cache):
 
 @pytest.fixture(scope="module")
 def normal(tmp_path_factory, cache):
-    """A run with two threads asked for in the environment: its folder, stdout, stderr and seconds."""
+    """A run with two threads asked for in the environment: its folder, stdout, stderr and
+    seconds.
+    """
     folder, began = tmp_path_factory.mktemp("normal"), time.monotonic()
     process = start(
         folder, SCRIPT, *NORMAL, env={"OMP_NUM_THREADS": 2, "OPENBLAS_NUM_THREADS": 2, **cache}
@@ -385,9 +389,9 @@ def test_usage_lines_run_as_written(tmp_path, line):
     assert (tmp_path / LOG).exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -453,7 +457,9 @@ def test_no_data(refused, tmp_path):
 
 @pytest.fixture(scope="session")
 def binary_layout(tmp_path_factory):
-    """A folder with six files of the right size, all black images with label 0; sparse, so they take no space."""
+    """A folder with six files of the right size, all black images with label 0; sparse, so they
+    take no space.
+    """
     folder = tmp_path_factory.mktemp("binary") / "cifar-10-batches-bin"
     folder.mkdir()
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
@@ -464,7 +470,9 @@ def binary_layout(tmp_path_factory):
 
 @pytest.fixture
 def damaged(binary_layout, tmp_path):
-    """damaged(name): the path of a copy of that file in tmp_path; the other five are links to the good ones."""
+    """damaged(name): the path of a copy of that file in tmp_path; the other five are links to the
+    good ones.
+    """
 
     def damaged(name):
         folder = tmp_path / "data/cifar-10-batches-bin"
@@ -676,6 +684,7 @@ def test_resume_from_another_model(normal, refused, tmp_path):
         ("--lr", 0.5, "lr 0.01, this run has 0.5"),
         ("--optimizer", "adam", "optimizer sgd, this run has adam"),
         ("--subset", 50, "subset 100, this run has 50"),
+        ("--conv", "fused", "conv winograd, this run has fused"),
     ],
 )
 def test_resume_with_another_option(normal, refused, tmp_path, option, value, about):
@@ -683,9 +692,28 @@ def test_resume_with_another_option(normal, refused, tmp_path, option, value, ab
     refused(*NORMAL, "--resume", option, value, about=about)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_copy_has_files_and_options_of_its_own(tmp_path, cache):
+    """A copied script logs under its own name, and resumes only with the same value of its
+    option.
+    """
+    source = (REPO / SCRIPT).read_text()
+    line = '    add("--conv",'
+    assert source.count(line) == 1
+    own = '    add("--dropout", type=float, default=0.5)\n'
+    (tmp_path / "my_serial.py").write_text(source.replace(line, own + line))
+    shutil.copy(REPO / "common.py", tmp_path)
+    command = [sys.executable, "my_serial.py", *TINY, "--quiet", "--checkpoint", "run.npz"]
+    finish(start_command(tmp_path, command, cache))
+    assert (tmp_path / "results/my_serial.csv").exists()
+    assert not (tmp_path / LOG).exists()
+    changed = [*command, "--resume", "--dropout", "0.1"]
+    _, err = finish(start_command(tmp_path, changed, cache), status=2)
+    assert "made with dropout 0.5, this run has 0.1" in err
+
+
+# --------------------------------------------------------------------------------------------------
 # A loss that is not finite, and a disk that is full
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -693,7 +721,7 @@ def test_resume_with_another_option(normal, refused, tmp_path, option, value, ab
     [
         ("--lr", 1e10),
         ("--lr", 1e300),
-        ("--lr", 30),
+        ("--lr", 100),
         ("--optimizer", "adam", "--lr", 1e30),
         ("--dtype", "float64", "--lr", 1e300),
     ],
@@ -771,9 +799,9 @@ def test_full_disk(normal, tmp_path, cache):
     assert "run.npz" in err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Interruption and resuming
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LONG = (
     "--dataset",
@@ -832,8 +860,8 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
     send(process, getattr(signal, name))
     _, err = finish(process, status=130)
     assert (
-        err
-        == f"interrupted by {name} after batch 4 of epoch 2; continue with --checkpoint run.npz --resume\n"
+        err == f"interrupted by {name} after batch 4 of epoch 2; "
+        "continue with --checkpoint run.npz --resume\n"
     )
     rows = read_log(tmp_path / LOG)
     assert len([row for row in rows if row["type"] == "2"]) == BATCHES + 4
@@ -846,7 +874,9 @@ def test_resume_after_a_signal(run, tmp_path, cache, reference, name, optimizer)
 
 @pytest.mark.slow
 def test_resume_with_running_statistics(tmp_path, cache):
-    """ResNet-18, killed in its second epoch: parameters, velocity and BatchNorm's statistics, to the last bit."""
+    """ResNet-18, killed in its second epoch: parameters, velocity and BatchNorm's statistics, to
+    the last bit.
+    """
     options = (
         "--model",
         "resnet18",

@@ -1,4 +1,4 @@
-"""train_cifar.py under torchrun: the run of one process with the same global batch, one writer, nothing left behind."""
+"""train_cifar.py under torchrun: follows one process with the same global batch; one writer."""
 
 import json
 import os
@@ -10,37 +10,29 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from helpers import (
     REPO,
     assert_gone,
     count_rows,
     pausing,
     read_log,
-    read_npz,
     script_environment,
     wait_until,
 )
 
-from train_cifar import World, global_batches, parse_args
+from train_cifar import ProcessGroup, global_batches
 
 TINY = ("--model", "cnn", "--dataset", "synthetic", "--amp", "off", "--lr", 0.001, "--threads", 1)
 
 
 def start_processes(folder, n, *options, script=REPO / "train_cifar.py"):
-    command = [
-        Path(sys.executable).with_name("torchrun"),
-        "--standalone",
-        "--nproc-per-node",
-        n,
-        script,
-        *TINY,
-        *options,
-    ]
-    env = script_environment(CIFAR10_DIR=folder, XDG_CACHE_HOME=folder)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--standalone", "--nproc-per-node", n, script, *TINY, *options]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=folder,
-        env=env,
+        env=script_environment(CIFAR10_DIR=folder, XDG_CACHE_HOME=folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,32 +55,45 @@ def alone(folder, *options):
     subprocess.run(list(map(str, command)), cwd=folder, env=env, check=True, timeout=240)
 
 
-@pytest.mark.parametrize(("n", "size", "world"), [(100, 8, 3), (97, 16, 4), (10, 4, 8), (1, 1, 1)])
-def test_processes_share_every_batch_without_overlap(n, size, world):
-    """Together the shares are the epoch, each image once, but for a last batch that has fewer images than processes."""
-    args = parse_args(["--subset", "10", "--device", "cpu"])
-    args.global_batch_size = size * world
+def read_weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "processes"), [(100, 8, 3), (97, 16, 4), (10, 4, 8), (1, 1, 1)]
+)
+def test_processes_share_every_batch_without_overlap(n, size, processes):
+    """Together the shards are the epoch, each image once.
+
+    Only a last batch that has fewer images than processes is left out.
+    """
     order = np.random.default_rng(0).permutation(n)
     seen = []
-    for start, stop in global_batches(n, args, World(size=world)):
-        shares = [World(rank, world).share(order[start:stop]) for rank in range(world)]
-        assert all(len(share) for share in shares)
-        assert np.concatenate(shares).tolist() == order[start:stop].tolist()
-        seen += np.concatenate(shares).tolist()
+    for start, end in global_batches(n, size * processes, processes):
+        batch = order[start:end]
+        shards = [ProcessGroup(rank, processes).shard(batch) for rank in range(processes)]
+        assert all(len(shard) for shard in shards)
+        assert np.concatenate(shards).tolist() == batch.tolist()
+        seen += batch.tolist()
     assert len(set(seen)) == len(seen)
-    assert n - len(seen) < world
+    assert n - len(seen) < processes
 
 
 def test_two_processes_follow_one(tmp_path):
-    """Same weights to rounding as one process with the global batch, the odd last batch too; metrics are of all."""
+    """The weights of one process with the global batch, to rounding, the odd last batch included.
+
+    The metrics are those of all processes, and one of them writes and prints.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    common = ("--subset", 107, "--epochs", 2, "--checkpoint", "run.npz")
+    common = ("--subset", 107, "--epochs", 2, "--checkpoint", "run.pt")
     alone(one, *common, "--batch-size", 32)
     out, _ = torchrun(two, 2, *common, "--batch-size", 16)
-    ours, theirs = read_npz(two / "run.npz")["params"], read_npz(one / "run.npz")["params"]
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+    expected = read_weights(one / "run.pt")
+    for name, tensor in read_weights(two / "run.pt").items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=0)
     rows, reference = (read_log(f / "results/train_cifar.csv") for f in (two, one))
     assert [row["type"] for row in rows] == [row["type"] for row in reference] == [*"222201"] * 2
     for row, other in zip(rows, reference, strict=True):
@@ -99,48 +104,65 @@ def test_two_processes_follow_one(tmp_path):
     assert json.loads((two / "results/train_cifar.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_interrupted_processes_resume(tmp_path):
-    """SIGTERM to torchrun saves; --resume ends with the weights of an unbroken run of as many processes."""
+    """SIGTERM to torchrun saves; --resume ends with the weights of an uninterrupted run."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    common = ("--subset", 320, "--epochs", 2, "--batch-size", 16, "--checkpoint", "run.npz")
+    common = ("--subset", 48, "--epochs", 2, "--batch-size", 8, "--model", "resnet18")
+    common = (*common, "--checkpoint", "run.pt")
     torchrun(whole, 2, *common)
-    process = start_processes(
-        broken, 2, *common, script=pausing(broken, "train_cifar.py", epoch=1, batch=3)
-    )
+    script = pausing(broken, "train_cifar.py", epoch=1, batch=1)
+    process = start_processes(broken, 2, *common, script=script)
     log = broken / "results/train_cifar.csv"
-    wait_until(process, lambda: count_rows(log) >= 3)
+    wait_until(process, lambda: count_rows(log) >= 1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "interrupted by SIGTERM" in out + err
-    assert count_rows(log) < 10
+    assert count_rows(log) < 3
     torchrun(broken, 2, *common, "--resume")
-    assert (
-        read_npz(broken / "run.npz")["params"].tobytes()
-        == read_npz(whole / "run.npz")["params"].tobytes()
-    )
+
+    expected = read_weights(whole / "run.pt")
+    for name, tensor in read_weights(broken / "run.pt").items():
+        assert torch.equal(tensor, expected[name]), name
     assert len(read_log(log)) == len(read_log(whole / "results/train_cifar.csv"))
 
 
+@pytest.mark.slow
+def test_first_rung_of_the_ladder_on_two_processes(tmp_path):
+    """--loader torchvision: each process loads its own shard of every batch."""
+    options = ("--subset", 40, "--epochs", 1, "--batch-size", 8, "--loader", "torchvision")
+    torchrun(tmp_path, 2, *options)
+    rows = read_log(tmp_path / "results/train_cifar.csv")
+    assert "".join(row["type"] for row in rows) == "22201"
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all(tmp_path):
     process = start_processes(tmp_path, 2, "--subset", 2000, "--epochs", 50, "--batch-size", 16)
     wait_until(process, lambda: count_rows(tmp_path / "results/train_cifar.csv") >= 3)
     family = psutil.Process(process.pid).children(recursive=True)
-    ranks = {
-        p.environ().get("RANK"): p for p in family if "train_cifar.py" in " ".join(p.cmdline())
-    }
+    training = [p for p in family if "train_cifar.py" in " ".join(p.cmdline())]
+    ranks = {p.environ().get("RANK"): p for p in training}
     os.kill(ranks["1"].pid, signal.SIGKILL)
     process.communicate(timeout=180)
     assert process.returncode != 0
     assert_gone(family)
 
 
-def test_bad_input_is_said_once(tmp_path):
-    _, err = torchrun(
-        tmp_path, 2, "--source", "disk", "--data-dir", "none", "--epochs", 1, status=1
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--source", "disk", "--data-dir", "none", "--epochs", 1), "no pictures there"),
+        (("--source", "nowhere"), "--source nowhere"),
+        (("--model", "none"), "invalid choice"),
+    ],
+)
+def test_bad_input_is_said_once(tmp_path, options, words):
+    _, err = torchrun(tmp_path, 2, *options, status=1)
     assert err.count("error: ") >= 1
-    assert err.count("no pictures there") == 1
+    assert err.count(words) == 1
     assert not (tmp_path / "results").exists()

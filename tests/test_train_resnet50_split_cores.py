@@ -1,4 +1,4 @@
-"""train_resnet50_split_cores.py: core groups, threads that stay where they are put, modes, log, resume, bad input."""
+"""train_resnet50_split_cores.py: groups of cores, pinning, modes, benchmark, log, resume, input."""
 
 import contextlib
 import copy
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    REPO,
     assert_one_error_line,
-    assert_same_run,
     before_batch,
     finish,
     read_log,
-    script_environment,
+    read_npz,
+    refused,
     send,
     start,
     start_stopping,
@@ -31,8 +29,8 @@ from helpers import (
 from torch.nn import functional as F
 
 import train_resnet50_split_cores as split_cores
-from common import InputError, TrainingError, available_cores, make_synthetic
-from train_resnet50_split_cores import Split, Turn
+from common import InputError, Interrupted, RunLog, TrainingError, available_cores, make_synthetic
+from train_resnet50_split_cores import CoreSplit, Sample
 
 SCRIPT = "train_resnet50_split_cores.py"
 TINY = ("--dataset", "synthetic", "--subset", 16, "--batch-size", 8, "--micro-batches", 2)
@@ -66,12 +64,26 @@ def batch(n=16):
 
 
 @pytest.fixture
+def tiny_script(monkeypatch, tmp_path):
+    """tiny_script([option, …]): the script in this process and a new folder; a small network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    monkeypatch.setattr(split_cores, "make_model", lambda image_size=32: tiny_model())
+    monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
+
+    def main(argv):
+        split_cores.main([*map(str, TINY), *map(str, argv)])
+
+    return main
+
+
+@pytest.fixture
 def placement():
     with split_cores.Placement(split_cores.split_cores(available_cores())) as placement:
         yield placement
 
 
-# -- core groups ------------------------------------------------------------------------------------------------------
+# -- core groups -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -147,7 +159,7 @@ def test_core_lists(text, cores):
     assert split_cores.parse_cores(split_cores.format_cores(cores)) == cores
 
 
-# -- threads that stay on their cores ---------------------------------------------------------------------------------
+# -- threads that stay on their cores --------------------------------------------------------------
 
 
 def multiply(seconds):
@@ -160,21 +172,26 @@ def multiply(seconds):
 
 @needs_two_cores
 def test_every_thread_is_placed_and_put_back():
-    """Threads that existed before, the groups and their pools; each group computes with as many as it has cores."""
+    """Threads that existed before, the groups and their pools.
+
+    Each group computes with as many threads as it has cores.
+    """
     stop = threading.Event()
     bystander = threading.Thread(target=stop.wait, daemon=True)
     bystander.start()
-    before, threads = split_cores.affinities(), torch.get_num_threads()
+    before = split_cores.affinities()
+    threads = torch.get_num_threads()
     cores = available_cores()
     with split_cores.Placement(split_cores.split_cores(cores)) as placement:
-        inside, split = split_cores.affinities(), placement.split
+        inside = split_cores.affinities()
+        split = placement.split
         both = split.forward + split.backward
         for name, own in (("forward", split.forward), ("backward", split.backward), ("all", both)):
             group = placement.groups[name]
             assert len(group.threads) == len(own)
             assert all(inside[thread] == set(own) for thread in group.threads)
             assert group.submit(torch.get_num_threads).result() == len(own)
-        others = inside.keys() - placement.threads().keys()
+        others = inside.keys() - placement.group_of_threads().keys()
         assert bystander.native_id in others
         assert all(inside[thread] == set(split.reserved or cores) for thread in others)
     after = split_cores.affinities()
@@ -191,7 +208,10 @@ def test_every_thread_is_placed_and_put_back():
 
 @needs_two_cores
 def test_groups_that_started_at_once_keep_their_own_thread_count(placement):
-    """A thread's first call into OpenMP takes over the count that any thread has set: that must not happen late."""
+    """A thread's first call into OpenMP takes over the count that any thread has set last.
+
+    That must not happen after the group has set its own.
+    """
     counts = {
         name: group.submit(lambda: (multiply(0.1), torch.get_num_threads())[1])
         for name, group in placement.groups.items()
@@ -219,9 +239,10 @@ def test_affinity_is_read_back(placement):
 
 @needs_two_cores
 def test_openmp_that_binds_its_threads_itself_is_named(run_script):
-    """GOMP_CPU_AFFINITY binds the main thread to one core when torch is imported: said in one line."""
+    """GOMP_CPU_AFFINITY binds the main thread to one core when torch is imported: one line."""
     cores = " ".join(map(str, available_cores()))
     done = run_script(SCRIPT, *TINY, "--epochs", 1, env={"GOMP_CPU_AFFINITY": cores}, status=2)
+    assert_one_error_line(done.stderr)
     assert "unset GOMP_CPU_AFFINITY" in done.stderr
 
 
@@ -231,32 +252,39 @@ def test_monitor_sees_the_groups_on_their_cores(placement):
         for name in ("forward", "backward", "all"):
             placement.groups[name].submit(multiply, 0.3).result()
             usage = monitor.take()
-            assert usage.inside(name) >= 0.99
+            assert usage.share_inside(name) >= 0.99
             own = set(placement.groups[name].cores)
             assert sum(usage.by_core[name, core] for core in own) > 0
-            assert usage.idle(own) < 1
+            assert usage.idle_share(own) < 1
             if rest := set(available_cores()) - own:
-                assert usage.idle(rest) > 0.9
+                assert usage.idle_share(rest) > 0.9
 
 
 def test_shares_of_cpu_time():
-    """Two seconds: forward computes 1 s on its core and 0.5 s elsewhere, a thread that nobody placed 0.5 s."""
+    """Within two seconds forward computes 1 s on its core and 0.5 s elsewhere.
+
+    A thread that nobody has placed computes 0.5 s.
+    """
     seconds = Counter(
         {("forward", 0): 1.0, ("forward", 1): 0.5, ("unknown", 1): 0.5, ("python", 0): 9.0}
     )
-    usage = split_cores.Usage(Split((0,), (1,)), 2.0, seconds)
-    assert usage.shares() == {"forward": 0.5}
-    assert (usage.idle([0]), usage.idle([1]), usage.idle([0, 1])) == (0.5, 0.5, 0.5)
+    usage = split_cores.CoreUsage(CoreSplit((0,), (1,)), 2.0, seconds)
+    assert usage.shares_inside() == {"forward": 0.5}
+    assert (usage.idle_share([0]), usage.idle_share([1]), usage.idle_share([0, 1])) == (
+        0.5,
+        0.5,
+        0.5,
+    )
     twice = usage + usage
-    assert (twice.seconds, twice.inside("forward"), twice.idle([0])) == (4.0, 0.5, 0.5)
+    assert (twice.seconds, twice.share_inside("forward"), twice.idle_share([0])) == (4.0, 0.5, 0.5)
 
 
 @needs_two_cores
 @pytest.mark.parametrize("workers", ["moved", "left out", "elsewhere"])
 def test_the_check_fails_when_worker_threads_are_left_out(workers):
-    """One thread is moved, as os.sched_setaffinity(0, …) does; the pool that exists goes on computing on every core."""
+    """os.sched_setaffinity(0, …) moves one thread; the pool that exists computes on every core."""
     first, second, *_ = available_cores()
-    split = Split((first,), (second,))
+    split = CoreSplit((first,), (second,))
     placement = split_cores.Placement(split)
     group = split_cores.CoreGroup("forward", (first, second))  # a pool of two threads on two cores
     try:
@@ -272,7 +300,9 @@ def test_the_check_fails_when_worker_threads_are_left_out(workers):
         with split_cores.CoreMonitor(placement, interval=0.01) as monitor:
             group.submit(multiply, 0.5).result()
             usage = monitor.take()
-        assert (usage.inside("forward") < split_cores.INSIDE) == (workers != "moved")
+        assert (usage.share_inside("forward") < split_cores.MIN_SHARE_INSIDE) == (
+            workers != "moved"
+        )
     finally:
         group.close()
 
@@ -283,14 +313,15 @@ def test_a_group_without_its_threads_is_an_error(placement):
         placement.check()
 
 
-# -- modes ------------------------------------------------------------------------------------------------------------
+# -- modes -----------------------------------------------------------------------------------------
 
 
 def accumulate(model, optimizer, x, labels, count):
-    """Plain gradient accumulation, as one would write it; the loss in float32, as autocast takes it."""
+    """Plain gradient accumulation, written plainly; the loss in float32, as autocast has it."""
     optimizer.zero_grad()
     for part, its_labels in zip(x.tensor_split(count), labels.tensor_split(count), strict=True):
-        (F.cross_entropy(model(part).float(), its_labels, reduction="sum") / len(labels)).backward()
+        loss = F.cross_entropy(model(part).float(), its_labels, reduction="sum") / len(labels)
+        loss.backward()
     optimizer.step()
 
 
@@ -298,10 +329,11 @@ def accumulate(model, optimizer, x, labels, count):
 @pytest.mark.parametrize("mode", split_cores.MODES)
 @pytest.mark.parametrize(("images", "count"), [(16, 1), (16, 4), (13, 4), (3, 8)])
 def test_modes_equal_plain_accumulation(placement, mode, images, count):
-    """Three steps: gradients, weights and running statistics within 1e-10, whatever divides or does not.
+    """Three steps: gradients, weights and running statistics agree within 1e-10.
 
-    In float64: groups of other sizes may add in another order, and in float32 that puts a ReLU on its other side now
-    and then, which changes gradients by more than rounding does.
+    Also where the batch cannot be divided evenly. In float64: groups of other sizes may add in
+    another order, and in float32 that puts a ReLU on its other side now and then, which changes
+    gradients by more than rounding does.
     """
     ours = tiny_model().double()
     plain = copy.deepcopy(ours)
@@ -339,21 +371,26 @@ def test_resnet50_pipelined_gradient_equals_plain_accumulation(placement):
     )
     trainer.step("pipelined", x.double(), labels)
     accumulate(plain, torch.optim.SGD(plain.parameters(), 0.0), x.double(), labels, 2)
-    ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, plain))
+    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
+    theirs = torch.cat([p.grad.flatten() for p in plain.parameters()])
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     for a, b in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 class Meeting:
-    """Where phases wait for each other: from the one numbered `since` (from 0) on until two are at work at once.
+    """Where phases wait until two of them are at work at once.
 
-    since None: each phase lasts for a moment, in which another one could begin.
+    since: the number (from 0) of the first phase that waits. None: no phase waits, but each lasts
+    for a moment, in which another one could begin.
     """
 
     def __init__(self, since=None):
-        self.since, self.begun, self.at_work = since, itertools.count(), 0
-        self.lock, self.happened = threading.Lock(), threading.Event()
+        self.since = since
+        self.begun = itertools.count()
+        self.at_work = 0
+        self.lock = threading.Lock()
+        self.happened = threading.Event()
 
     def __deepcopy__(self, _):
         return self  # one for all replicas
@@ -377,7 +414,9 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, meeting):
         super().__init__()
-        self.weight, self.meeting, self.seen = torch.nn.Parameter(torch.ones(())), meeting, []
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.meeting = meeting
+        self.seen = []
 
     def forward(self, x):
         recorder = self
@@ -405,14 +444,14 @@ class Recorder(torch.nn.Module):
     ("mode", "since"), {"all": None, "split": None, "pipelined": 1, "replicas": 0}.items()
 )
 def test_phases_run_on_their_groups_and_overlap_where_they_should(placement, mode, since):
-    """Two phases of `pipelined` can meet when the first forward pass is over, of `replicas` at once."""
+    """Phases of `pipelined` can meet when the first forward pass is over, of `replicas` at once."""
     model = Recorder(Meeting(since))
     trainer = split_cores.Trainer(
         placement, model, torch.optim.SGD(model.parameters(), 0.1), torch.float32, 4
     )
     trainer.step(mode, *batch(8))
     if mode == "replicas":
-        model.seen += trainer._replica.seen
+        model.seen += trainer.replica.seen
     groups = {
         group.submit(threading.get_native_id).result(): name
         for name, group in placement.groups.items()
@@ -488,7 +527,7 @@ def test_image_sizes_and_stems():
 def test_split_auto_measures_until_the_phases_are_balanced(
     monkeypatch, capsys, forward, backward, sizes
 ):
-    """On 14 cores that this machine may not have: the measured steps are those of phases that scale perfectly."""
+    """On 14 cores that this machine may not have, with phases that scale perfectly."""
     measured = []
 
     class Trainer:
@@ -519,33 +558,36 @@ def test_split_auto_measures_until_the_phases_are_balanced(
     )
 
 
-# -- benchmark --------------------------------------------------------------------------------------------------------
+# -- benchmark -------------------------------------------------------------------------------------
 
 
 def test_pipeline_bound():
-    """Against a simulation of the schedule: the forward lane one ahead, the backward lane in order."""
+    """Against a simulation: the forward worker is one ahead, the backward worker goes in order."""
     for forward, backward, count in ((1.0, 2.0, 4), (2.0, 1.0, 4), (1.0, 1.0, 1), (3.0, 5.0, 8)):
-        f, b, free, done = forward / count, backward / count, 0.0, [0.0]
+        forward_done = 0.0
+        backward_done = [0.0]  # of micro-batch k - 1 at index k
         for k in range(count):
-            free = (
-                max(free, done[max(k - 1, 0)]) + f
-            )  # a ticket comes back when the one before the last is done
-            done.append(max(done[-1], free) + b)
-        assert split_cores.bound_seconds(forward, backward, 0.5, count) == pytest.approx(
-            done[-1] + 0.5
+            # Two may be in flight: forward k begins when backward k - 2 is done.
+            forward_done = max(forward_done, backward_done[max(k - 1, 0)]) + forward / count
+            backward_done.append(max(backward_done[-1], forward_done) + backward / count)
+        assert split_cores.pipeline_bound(forward, backward, 0.5, count) == pytest.approx(
+            backward_done[-1] + 0.5
         )
 
 
-def turns(**seconds):
-    """Three rounds in which every contestant takes `seconds` (default 1 s: 0.3 forward, 0.6 backward, 0.1 update)."""
+def samples(**seconds):
+    """Three rounds in which each variant takes `seconds` (default 1 s).
+
+    Of them 0.3 are forward, 0.6 backward and 0.1 the update.
+    """
     names = {mode: mode for mode in split_cores.MODES} | {
-        "one_piece": split_cores.ONE_PIECE,
-        "usual": split_cores.USUAL,
+        "no_micro_batches": split_cores.NO_MICRO_BATCHES,
+        "stock": split_cores.STOCK_PYTORCH,
         "forward_alone": split_cores.FORWARD_ALONE,
         "backward_alone": split_cores.BACKWARD_ALONE,
     }
     times = {name: seconds.get(key, 1.0) for key, name in names.items()}
-    return {name: 3 * [Turn(s, 0.3 * s, 0.6 * s, 0.1 * s, 0.7, 0.3)] for name, s in times.items()}
+    return {name: 3 * [Sample(s, 0.3 * s, 0.6 * s, 0.1 * s, 0.7, 0.3)] for name, s in times.items()}
 
 
 @pytest.mark.parametrize(
@@ -575,7 +617,7 @@ def turns(**seconds):
     ],
 )
 def test_findings_follow_from_the_figures(seconds, said, not_said):
-    text = "\n".join(split_cores.findings(turns(**seconds), 4))
+    text = "\n".join(split_cores.findings(samples(**seconds), 4))
     assert all(words in text for words in said), text
     assert not any(words in text for words in not_said), text
 
@@ -583,47 +625,40 @@ def test_findings_follow_from_the_figures(seconds, said, not_said):
 def test_modes_that_differ_are_not_compared():
     split_cores.check_same_loss({"all": 2.30, "split": 2.31})
     for loss in (2.5, float("nan")):
-        with pytest.raises(TrainingError, match="the modes' losses differ"):
+        with pytest.raises(TrainingError, match="the losses of the modes differ"):
             split_cores.check_same_loss({"all": 2.30, "split": loss})
 
 
+BENCHMARK = ("--batch-size", 4, "--benchmark", "--rounds", 3)
+
+
 @needs_two_cores
-def test_benchmark_compares_all_modes(run_script, tmp_path):
-    done = run_script(SCRIPT, *TINY, "--batch-size", 4, "--benchmark", "--rounds", 3, timeout=600)
-    rows = {line.strip().split("  ")[0] for line in done.stdout.splitlines()}
-    assert {*split_cores.MODES, split_cores.USUAL, split_cores.ONE_PIECE} <= rows
+def test_benchmark_compares_all_modes(tiny_script, tmp_path, capsys):
+    """With a small network; tests/test_repository.py runs the documented one with ResNet-50."""
+    tiny_script(BENCHMARK)
+    stdout = capsys.readouterr().out
+    rows = {line.strip().split("  ")[0] for line in stdout.splitlines()}
+    assert {*split_cores.MODES, split_cores.STOCK_PYTORCH, split_cores.NO_MICRO_BATCHES} <= rows
     for words in (
         "ResNet-50, synthetic",
         "medians (min–max) of 3 rounds",
         "× the time of its phases",
         "of the bound",
     ):
-        assert words in done.stdout
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [
-        "split_cores_benchmark.json"
-    ]
+        assert words in stdout
+    files = [path.name for path in (tmp_path / "results").iterdir()]
+    assert files == ["split_cores_benchmark.json"]
     content = json.loads((tmp_path / "results/split_cores_benchmark.json").read_text())
-    assert {len(turns) for turns in content["turns"].values()} == {3}
-    assert all(turn["seconds"] >= turn["forward"] for turn in content["turns"]["all"])
-    assert all(sentence in done.stdout for sentence in content["findings"])
+    assert {len(samples) for samples in content["turns"].values()} == {3}
+    assert all(sample["seconds"] >= sample["forward"] for sample in content["turns"]["all"])
+    assert all(sentence in stdout for sentence in content["findings"])
     assert content["arguments"]["batch_size"] == 4
 
 
-def test_benchmark_that_cannot_write_starts_nothing(run_script, tmp_path):
-    done = run_script(
-        SCRIPT,
-        *TINY,
-        "--batch-size",
-        4,
-        "--benchmark",
-        "--rounds",
-        3,
-        "--output",
-        tmp_path,
-        status=2,
-    )
-    assert_one_error_line(done.stderr)
-    assert done.stdout == ""
+def test_benchmark_that_cannot_write_starts_nothing(tiny_script, tmp_path, capsys):
+    line = refused(tiny_script, *BENCHMARK, "--output", tmp_path)
+    assert str(tmp_path) in line
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -638,7 +673,7 @@ def test_benchmark_that_cannot_write_starts_nothing(run_script, tmp_path):
 def test_no_options_mean_a_small_run_and_the_comparison(monkeypatch, options, done, sizes):
     calls = []
     monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(split_cores, "choose_split", lambda args: Split((0,), (1,)))
+    monkeypatch.setattr(split_cores, "choose_split", lambda args: CoreSplit((0,), (1,)))
     monkeypatch.setattr(split_cores, "available_cores", lambda: [0, 1])
     monkeypatch.setattr(split_cores, "load_cifar10", lambda data_dir, dataset, subset, seed: subset)
     monkeypatch.setattr(
@@ -654,11 +689,15 @@ def test_no_options_mean_a_small_run_and_the_comparison(monkeypatch, options, do
 
 @needs_two_cores
 def test_ctrl_c_while_a_group_ends():
-    """close() returns when the job is done, even if interrupted: Python aborts beside a thread in PyTorch."""
-    main, interruptions = threading.main_thread().ident, []
+    """close() returns when the job is done, also if it is interrupted."""
+    main = threading.main_thread().ident
+    interruptions = []
 
     def waiting():
-        """The main thread's frame if it stays where it waits. It is the job that looks, so close() cannot be over."""
+        """The main thread's frame if it stays where it waits.
+
+        It is the job that looks, so close() cannot be over.
+        """
         seen = []
         for _ in range(20):
             frame = sys._current_frames()[main]
@@ -684,104 +723,199 @@ def test_ctrl_c_while_a_group_ends():
     assert len(interruptions) == 2
 
 
-# -- runs -------------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @needs_two_cores
-def test_run_writes_log_and_sidecar(run_script, tmp_path):
+def test_run_writes_log_and_metadata(run_script, tmp_path):
+    """The real script with the real network."""
     done = run_script(SCRIPT, *TINY, "--epochs", 2, "--mode", "split")
     rows = read_log(tmp_path / "results/train_resnet50_split_cores.csv")
     assert [row["type"] for row in rows] == ["2", "2", "0", "1"] * 2
     for row in rows:
         if row["type"] != "1":
             assert 0 < float(row["forward"]) + float(row["backward"]) <= float(row["duration"])
-    sidecar = json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())
+    metadata = json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())
     split = split_cores.split_cores(available_cores())
-    assert sidecar["cores_of_phases"] == {
+    assert metadata["cores_of_phases"] == {
         "forward": list(split.forward),
         "backward": list(split.backward),
     }
-    assert sidecar["status"] == "done"
-    assert min(sidecar["totals"]["cpu_time_inside"].values()) >= 0.99
-    idle = sidecar["totals"]["idle"]  # each group waits for the other
+    assert metadata["status"] == "done"
+    assert min(metadata["totals"]["cpu_time_inside"].values()) >= 0.99
+    idle = metadata["totals"]["idle"]  # each group waits for the other
     assert all(0 < idle[group] < 1 for group in ("forward", "backward"))
     assert idle["forward"] + idle["backward"] > 0.5
     assert "CPU time inside the assigned cores: forward 100.0%, backward 100.0%" in done.stdout
     assert "epoch 2/2  train loss" in done.stdout
 
 
+def flatten(value, name="checkpoint"):
+    """{path: value} of all that nested dicts and lists hold."""
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list | tuple):
+        entries = enumerate(value)
+    else:
+        return {name: value}
+    flat = {}
+    for key, entry in entries:
+        flat.update(flatten(entry, f"{name}.{key}"))
+    return flat
+
+
+def load_checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_training(folder, reference):
+    """Bit for bit the same weights and optimizer; the same losses and accuracies in all files."""
+    ours = load_checkpoint(folder / "run.pt")
+    theirs = load_checkpoint(reference / "run.pt")
+    for part in ("model", "optimizer"):
+        our_values = flatten(ours[part])
+        their_values = flatten(theirs[part])
+        assert our_values.keys() == their_values.keys()
+        for name, value in their_values.items():
+            if isinstance(value, torch.Tensor):
+                assert our_values[name].dtype == value.dtype, name
+                assert torch.equal(our_values[name], value), name
+            else:
+                assert our_values[name] == value, name
+
+    metrics = "results/train_resnet50_split_cores_metrics.npz"
+    for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+        assert np.array_equal(read_npz(folder / metrics)[name], read_npz(reference / metrics)[name])
+    log = "results/train_resnet50_split_cores.csv"
+    same = ("type", "epoch", "value1", "value2", "loss")
+    assert [[row[name] for name in same] for row in read_log(folder / log)] == [
+        [row[name] for name in same] for row in read_log(reference / log)
+    ]
+
+
+def interrupt_at(monkeypatch, method, condition):
+    """Send SIGINT to this process when RunLog's method is called and condition(log) holds."""
+    original = getattr(RunLog, method)
+
+    def interrupting(log, *args, **options):
+        if condition(log):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(log, *args, **options)
+
+    monkeypatch.setattr(RunLog, method, interrupting)
+
+
 @needs_two_cores
-def test_interrupted_run_resumes_bit_for_bit(tmp_path):
-    options = (*TINY, "--subset", 40, "--epochs", 1, "--quiet", "--checkpoint", "run.npz")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_interrupted_training_resumes_bit_for_bit(tiny_script, monkeypatch, tmp_path, optimizer):
+    """With --resume from the start: the first time there is no checkpoint, which is said."""
+    options = ("--epochs", 2, "--optimizer", optimizer, "--checkpoint", "run.pt", "--quiet")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    tiny_script(options)
+    monkeypatch.chdir(tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "end_batch", lambda log: (log.epoch, log.batch) == (2, 0))
+        with pytest.raises(Interrupted) as stopped:
+            tiny_script(options)
+    assert str(stopped.value).startswith("interrupted by SIGINT after batch 1 of epoch 2; ")
+    assert "--resume" in str(stopped.value)
+    assert load_checkpoint("run.pt")["meta"]["batch"] == 1
+    tiny_script([*options, "--resume"])
+    assert_same_training(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@needs_two_cores
+def test_interrupted_resnet50_resumes_bit_for_bit(tmp_path):
+    """The real script, interrupted or killed while batch 2 is not counted yet."""
+    options = (*TINY, "--subset", 24, "--epochs", 1, "--quiet", "--checkpoint", "run.pt")
+    options = (*options, "--checkpoint-every", 0)
+    whole = tmp_path / "whole"
     whole.mkdir()
-    broken.mkdir()
     finish(start(whole, SCRIPT, *options))
-    process = start_stopping(broken, SCRIPT, *options, when=before_batch(1, 2))
-    send(process, signal.SIGINT)
-    _, err = finish(process, 130)
-    assert err.startswith("interrupted by SIGINT after batch 2 of epoch 1; ")
-    assert "--resume" in err
-    finish(start(broken, SCRIPT, *options, "--resume"))
-    assert_same_run(broken, whole, "train_resnet50_split_cores")
+    for number in (signal.SIGINT, signal.SIGKILL):
+        broken = tmp_path / number.name
+        broken.mkdir()
+        process = start_stopping(broken, SCRIPT, *options, when=before_batch(1, 2))
+        send(process, number)
+        if number == signal.SIGINT:
+            _, err = finish(process, 130)
+            assert err.startswith("interrupted by SIGINT after batch 2 of epoch 1; ")
+            assert "--resume" in err
+        else:
+            finish(process, -signal.SIGKILL)
+        finish(start(broken, SCRIPT, *options, "--resume"))
+        assert_same_training(broken, whole)
 
 
-FROM_PYTHON = """
-import os, signal, sys, torch
-import common
-import train_resnet50_split_cores as s
-def state():
-    return torch.get_num_threads(), s.affinities()
-before = state()
-def check():
-    threads, masks = state()
-    assert threads == before[0], (threads, before)
-    assert all(mask == next(iter(before[1].values())) for mask in masks.values()), masks
-options = dict(dataset="synthetic", subset=16, micro_batches=2, quiet=True)
-end = sys.argv[1]
-if end == "interrupted":
-    start_epoch = common.Run.start_epoch
-    def interrupt(run, *args):
-        start_epoch(run, *args)
-        os.kill(os.getpid(), signal.SIGINT)
-    common.Run.start_epoch = interrupt
-try:
-    history = s.train(num_epochs=1, batch_size=8, learning_rate=1e30 if end == "failed" else 0.01, **options)
-except BaseException as error:
-    print(type(error).__name__)
-else:
-    print(sorted(history), len(history["test_acc"]))
-check()
-"""
+@needs_two_cores
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tiny_script, tmp_path, capsys):
+    tiny_script(["--epochs", 1, "--checkpoint", "run.pt", "--resume"])
+    assert "no checkpoint run.pt yet: training starts from the beginning" in capsys.readouterr().out
+    assert (tmp_path / "run.pt").exists()
+
+
+@needs_two_cores
+def test_checkpoint_is_pytorchs_own_format(tiny_script):
+    """Another program opens it with PyTorch alone."""
+    tiny_script(["--epochs", 1, "--checkpoint", "run.pt", "--quiet"])
+    checkpoint = load_checkpoint("run.pt")
+    assert checkpoint.keys() == {"meta", "model", "optimizer"}
+    model = tiny_model()
+    model.load_state_dict(checkpoint["model"])
+    torch.optim.SGD(model.parameters(), 0.1).load_state_dict(checkpoint["optimizer"])
+
+
+@needs_two_cores
+def test_checkpoints_that_are_no_use_are_refused(tiny_script, tmp_path):
+    """One of an earlier version of this script (.npz), one that is cut off, one of another run."""
+    np.savez("old.npz", meta=np.array("{}"), params=np.zeros(1000, np.float32))
+    line = refused(tiny_script, "--epochs", 1, "--checkpoint", "old.npz", "--resume")
+    assert line.startswith("error: --resume: old.npz is not a valid checkpoint")
+    assert not (tmp_path / "results").exists()
+
+    tiny_script(["--epochs", 1, "--checkpoint", "run.pt", "--quiet"])
+    line = refused(tiny_script, "--epochs", 1, "--checkpoint", "run.pt", "--resume", "--seed", 7)
+    assert "run.pt was made with seed 42, this run has 7" in line
+    (tmp_path / "run.pt").write_bytes((tmp_path / "run.pt").read_bytes()[:5000])
+    line = refused(tiny_script, "--epochs", 1, "--checkpoint", "run.pt", "--resume")
+    assert line.startswith("error: --resume: run.pt is not a valid checkpoint")
 
 
 @needs_two_cores
 @pytest.mark.parametrize("end", ["done", "failed", "interrupted"])
-def test_train_from_python_restores_affinity_and_thread_count(tmp_path, end):
-    done = run_python(tmp_path, FROM_PYTHON, end)
-    assert done.returncode == 0, done.stderr
-    wanted = {
-        "done": "['epoch_time', 'images_per_s', 'test_acc', 'test_loss', 'train_acc', 'train_loss'] 1",
-        "failed": "TrainingError",
-        "interrupted": "Interrupted",
-    }[end]
-    assert done.stdout.splitlines()[-1] == wanted
+def test_train_from_python_restores_affinity_and_thread_count(tiny_script, monkeypatch, end):
+    options = {"dataset": "synthetic", "subset": 16, "micro_batches": 2, "quiet": True}
+    before = split_cores.affinities()
+    num_threads = torch.get_num_threads()
+    if end == "done":
+        history = split_cores.train(num_epochs=1, batch_size=8, learning_rate=0.01, **options)
+        assert {"train_loss", "train_acc", "test_loss", "test_acc"} <= history.keys()
+        assert {len(values) for values in history.values()} == {1}
+    elif end == "failed":
+        with pytest.raises(TrainingError):
+            split_cores.train(num_epochs=3, batch_size=8, learning_rate=1e30, **options)
+    else:
+        interrupt_at(monkeypatch, "start_epoch", lambda log: True)
+        with pytest.raises(Interrupted):
+            split_cores.train(num_epochs=1, batch_size=8, learning_rate=0.01, **options)
+    after = split_cores.affinities()
+    assert torch.get_num_threads() == num_threads
+    allowed = before[threading.main_thread().native_id]
+    assert all(cores == before.get(thread, allowed) for thread, cores in after.items())
 
 
-def run_python(folder, code, *arguments):
-    """Run `code` in a process of its own, which can import the script."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    env = script_environment(PYTHONPATH=REPO)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+# -- bad input -------------------------------------------------------------------------------------
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
+@needs_two_cores
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--forward-cores", "0-1", "--backward-cores", "1"), "both have 1"),
+        (("--forward-cores", "0", "--backward-cores", "0"), "both have 0"),
         (("--forward-cores", "0", "--backward-cores", "4000"), "core 4000 is not available"),
         (("--forward-cores", "", "--backward-cores", "1"), "not a list of cores"),
         (("--forward-cores", "2-0", "--backward-cores", "1"), "not a list of cores"),
@@ -791,6 +925,7 @@ def run_python(folder, code, *arguments):
         (("--forward-cores", "0", "--backward-cores", "1", "--split", "1:2"), "one or the other"),
         (("--split", "1"), "not a proportion"),
         (("--split", "0:2"), "not a proportion"),
+        (("--split", "x"), "not a proportion"),
         (("--micro-batches", 3), "does not divide --batch-size 8"),
         (("--micro-batches", 16), "does not divide"),
         (("--micro-batches", 0), "--micro-batches"),
@@ -800,59 +935,69 @@ def run_python(folder, code, *arguments):
         (("--dtype", "float16"), "invalid choice"),
         (("--learning-rate", 0), "--learning-rate"),
         (("--resume",), "--checkpoint"),
-        (("--resume", "--benchmark", "--checkpoint", "x.npz"), "--benchmark"),
+        (("--resume", "--benchmark", "--checkpoint", "x.pt"), "--benchmark"),
     ],
 )
-def test_bad_input_is_said(capsys, options, message):
-    with pytest.raises((InputError, SystemExit)) as error:
-        split_cores.main([*map(str, TINY), "--quiet", *map(str, options)])
-    said = f"error: {error.value}\n"
-    if error.type is SystemExit:  # from argparse, which prints it
-        assert error.value.code == 2
-        said = capsys.readouterr().err
-    assert_one_error_line(said)
-    assert message in said
+def test_bad_input_is_refused(tiny_script, tmp_path, options, message):
+    line = refused(tiny_script, "--quiet", *options)
+    assert_one_error_line(f"{line}\n")
+    assert message in line
+    assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(
-    "options", [("--forward-cores", "0", "--backward-cores", 0), ("--split", "x"), ("--resume",)]
-)
-def test_bad_input_ends_the_script_with_one_line(run_script, tmp_path, options):
-    done = run_script(SCRIPT, *TINY, *options, "--quiet", status=2)
+def test_bad_input_ends_the_script_with_one_line(run_script, tmp_path):
+    done = run_script(SCRIPT, *TINY, "--split", "x", "--quiet", status=2)
     assert_one_error_line(done.stderr)
+    assert done.stdout == ""
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity calls")
 @pytest.mark.parametrize("mode", ["all", "replicas"])
-def test_one_core(tmp_path, mode):
-    """A process that may use one core: --mode all runs, the others say what is wrong."""
-    core = available_cores()[0]
-    code = f"import os; os.sched_setaffinity(0, [{core}]); import {SCRIPT[:-3]} as s; s.run_main(s.main)"
-    done = run_python(tmp_path, code, *TINY, "--epochs", 1, "--mode", mode)
-    assert done.returncode == (0 if mode == "all" else 2), done.stderr
-    if mode != "all":
-        assert "need two cores" in done.stderr
+def test_one_core(tiny_script, mode):
+    """A process that may use one core: --mode all runs, the others are refused."""
+    cores = available_cores()
+    os.sched_setaffinity(0, cores[:1])
+    try:
+        if mode == "all":
+            tiny_script(["--epochs", 1, "--mode", mode])
+        else:
+            assert "need two cores" in refused(tiny_script, "--epochs", 1, "--mode", mode)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
-@pytest.mark.parametrize("mode", ["all", "split"])
-def test_a_system_without_affinity(tmp_path, mode):
+@pytest.mark.parametrize("options", [("--mode", "all"), ("--mode", "split"), ("--benchmark",)])
+def test_a_system_without_affinity(tiny_script, monkeypatch, options):
     """As on macOS, where os has no sched_setaffinity."""
-    code = f"""import os, sys
-del os.sched_setaffinity, os.sched_getaffinity
-import {SCRIPT[:-3]} as s
-s.run_main(s.main)"""
-    done = run_python(tmp_path, code, *TINY, "--epochs", 1, "--mode", mode)
-    assert done.returncode == (0 if mode == "all" else 2), done.stderr
-    if mode != "all":
-        assert "does not let a process do: train with --mode all" in done.stderr
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    if "all" in options:
+        tiny_script(["--epochs", 1, *options])
+    else:
+        line = refused(tiny_script, "--epochs", 1, *options)
+        assert "does not let a process do: train with --mode all" in line
+
+
+def check_failed_run(message, folder):
+    assert message.startswith("error: the loss is ")
+    metadata = json.loads((folder / "results/train_resnet50_split_cores.json").read_text())
+    assert metadata["status"].startswith("failed")
+
+
+DIVERGING = ("--epochs", 3, "--learning-rate", 1e30, "--quiet")
 
 
 @needs_two_cores
-def test_loss_that_explodes_stops_the_run(run_script, tmp_path):
-    done = run_script(SCRIPT, *TINY, "--epochs", 3, "--learning-rate", 1e30, "--quiet", status=1)
-    assert done.stderr.startswith("error: the loss is ")
-    assert done.stderr.count("\n") == 1
-    assert json.loads((tmp_path / "results/train_resnet50_split_cores.json").read_text())[
-        "status"
-    ].startswith("failed")
+def test_loss_that_explodes_stops_the_run(tiny_script, tmp_path):
+    with pytest.raises(TrainingError) as failed:
+        tiny_script(DIVERGING)
+    check_failed_run(f"error: {failed.value}", tmp_path)
+
+
+@pytest.mark.slow
+@needs_two_cores
+def test_loss_of_resnet50_that_explodes_stops_the_script(run_script, tmp_path):
+    done = run_script(SCRIPT, *TINY, *DIVERGING, status=1)
+    assert_one_error_line(done.stderr)
+    check_failed_run(done.stderr, tmp_path)

@@ -5,19 +5,25 @@ from numba import get_num_threads, get_thread_id, njit, prange
 
 
 @njit(parallel=True)
-def bias_gradient(dout, db):
-    """db (C,) = the sum of dout (N, C) over the images."""
-    db[:] = 0
-    for i in prange(dout.shape[0]):  # TODO: a race
-        for c in range(dout.shape[1]):
-            db[c] += dout[i, c]
+def count_labels(labels, counts):
+    """counts[c] = how many of the labels (N,) are c."""
+    counts[:] = 0
+    for i in prange(len(labels)):  # TODO: a race
+        counts[labels[i]] += 1
+
+
+def main():
+    labels = np.random.default_rng(0).integers(0, 10, 5_000_000)
+    right = np.bincount(labels)
+    counts = np.empty(10, np.int64)
+    wrong = 0
+    lost = 0
+    for _ in range(20):
+        count_labels(labels, counts)
+        wrong += int((counts != right).any())
+        lost = max(lost, len(labels) - counts.sum())
+    print(f"{get_num_threads()} threads: {wrong} of 20 runs are wrong, up to {lost:,} labels lost")
 
 
 if __name__ == "__main__":
-    dout = np.random.default_rng(0).integers(0, 9, (200_000, 16)).astype(np.float64)
-    db = np.empty(16)
-    wrong = 0
-    for _ in range(20):
-        bias_gradient(dout, db)
-        wrong += int((db != dout.sum(axis=0)).any())
-    print(f"{get_num_threads()} threads: {wrong} of 20 runs are wrong")
+    main()

@@ -5,12 +5,9 @@ from numba import get_num_threads, get_thread_id, njit, prange
 
 
 @njit(parallel=True)
-def bias_gradient(dout, db):
-    n, channels = dout.shape
-    sums = np.zeros((get_num_threads(), channels))  # a row for each thread
-    for i in prange(n):
-        row = sums[get_thread_id()]
-        for c in range(channels):
-            row[c] += dout[i, c]
-    for c in range(channels):
-        db[c] = sums[:, c].sum()
+def count_labels(labels, counts):
+    partial_counts = np.zeros((get_num_threads(), len(counts)), np.int64)  # a row for each thread
+    for i in prange(len(labels)):
+        partial_counts[get_thread_id(), labels[i]] += 1
+    for c in range(len(counts)):
+        counts[c] = partial_counts[:, c].sum()

@@ -62,6 +62,8 @@ bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick m
 	$(PYTHON) experiments/bench.py $(ARGS)
 
 MEASURED = results/measured
+LADDER = experiments/run_experiments.py --results-dir $(MEASURED)/ladder --suite ladder --batch-size 32 \
+  --epochs 2 --subset 3200 --repeats 5
 EXPERIMENTS = experiments/run_experiments.py --results-dir $(MEASURED)/experiments
 TRAINING = experiments/run_experiments.py --results-dir $(MEASURED)/training --repeats 1 --epochs 10 --subset 50000 --batch-size 32
 measure: $(READY)  ## measure all that README and docs/ show, into measurements/: an hour on an idle machine
@@ -71,6 +73,7 @@ measure: $(READY)  ## measure all that README and docs/ show, into measurements/
 	$(PYTHON) $(EXPERIMENTS) --suite parallel --repeats 5
 	$(PYTHON) $(EXPERIMENTS) --suite hardware --only cnn --repeats 5
 	$(PYTHON) $(EXPERIMENTS) --suite loading
+	$(PYTHON) $(LADDER)
 	$(PYTHON) $(TRAINING) --only serial
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
 	$(PYTHON) experiments/update_readme.py --collect $(MEASURED)

@@ -3,6 +3,7 @@
 - Tables: in README.md and docs/*.md, all between the two lines `<!-- table: NAME -->` and
   `<!-- end -->`.
 - Results: in the docstrings of training scripts, the paragraph that starts with `Result: `.
+- docs/figures/ladder.png: what each rung of the ladders bought, of measurements/ladder.
 - docs/report: the report that make_report.py writes of measurements/experiments.json and .csv.
 
 `make measure` makes the measurements. --collect packs them into a few files in measurements/: the
@@ -44,9 +45,10 @@ from common import (
 
 MEASUREMENTS = REPO / "measurements"
 REPORT = REPO / "docs/report"
+LADDER = REPO / "docs" / "figures" / "ladder.png"
 
 BENCHMARKS = ("bench.json", "loading.json", "split_cores.json")
-RESULTS_FOLDERS = ("experiments", "training")  # written by run_experiments.py
+RESULTS_FOLDERS = ("experiments", "training", "ladder")  # written by run_experiments.py
 RUN_COLUMNS = ("suite", "configuration", "repeat")  # name a run, in the index and in a packed .csv
 
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -541,6 +543,15 @@ def make_example(measurements, folder):
     run_script("make_report.py", "--analysis", analysis, "--output-dir", folder)
 
 
+def make_ladder(measurements, folder):
+    """Draw what the ladders bought, docs/figures/ladder.png, from measurements/ladder."""
+    results = folder / "ladder"
+    unpack_results(measurements / "ladder", results)
+    analysis = folder / "ladder_analysis"
+    run_script("analyze_results.py", "--results-dir", results, "--output-dir", analysis)
+    return analysis / "figures" / "ladder_rungs.png"
+
+
 def run_script(name, *options):
     """Run a script of experiments/. Raises TrainingError with its stderr if it fails."""
     script = Path(__file__).with_name(name)
@@ -641,6 +652,8 @@ def main(argv=None):
             check(texts)
             print("pages, results and docs/report are up to date")
             return
+        LADDER.parent.mkdir(exist_ok=True)
+        shutil.copyfile(make_ladder(MEASUREMENTS, folder), LADDER)
         shutil.rmtree(REPORT / "figures", ignore_errors=True)
         shutil.copytree(folder / "figures", REPORT / "figures")
     write_changed(texts)

@@ -212,13 +212,16 @@ def test_a_script_without_a_result_stays_as_it_is():
 # -- collecting ------------------------------------------------------------------------------------
 
 
+FIRST_RUN = {"ladder": "ladder/serial-1-loops/1"}
+
+
 @pytest.fixture
 def measured(tmp_path):
     """A folder as make measure leaves it, with all batches, absolute paths and further files."""
     source = tmp_path / "measured"
     for name in update_readme.RESULTS_FOLDERS:
         update_readme.unpack_results(MEASUREMENTS / name, source / name)
-        place = source / name / "parallel/serial/1"
+        place = source / name / FIRST_RUN.get(name, "parallel/serial/1")
         log = place / "run.csv"
         last = next(row for row in log.read_text().splitlines() if row.startswith("2,1,"))
         cells = last.split(",")
@@ -238,7 +241,9 @@ def measured(tmp_path):
 def test_collected_files_are_few_and_name_no_folder_of_the_machine(measured, tmp_path):
     packed = tmp_path / "packed"
     update_readme.collect(measured, packed)
-    results = ("experiments.json", "experiments.csv", "training.json", "training.csv")
+    results = [
+        f"{name}{end}" for name in update_readme.RESULTS_FOLDERS for end in (".json", ".csv")
+    ]
     assert {path.name for path in packed.iterdir()} == {*update_readme.BENCHMARKS, *results}
     runs = json.loads((packed / "training.json").read_text())["runs"]
     log = "training/parallel/serial/1/run.csv"

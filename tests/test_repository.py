@@ -346,7 +346,7 @@ def test_examples_of_layers_run():
     for block in re.findall(r"```python\n(.*?)```", read_page("docs/layers.md"), re.S):
         exec(block, names)
     own = names["Model"](
-        [names["Scale"](3), names["Flatten"](), names["Dense"](32 * 32 * 3, 10)],
+        [names["Scale"](3), names["Flatten"](), names["Dense"](32 * 32 * 3, 10, rng=0)],
     )
     before = own.params.copy()
     _, dlogits = names["softmax_cross_entropy"](own.forward(names["x"]), names["labels"])

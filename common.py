@@ -929,8 +929,9 @@ class WinogradConv2D(Conv2D):
         y = Aᵀ M A     (4, 4) the output tile
 
     With channels, ⊙ becomes 36 matrix products, one for each place in the tile, over all tiles.
-    backward() is all of this transposed. In float32 the error is 6e-7 of the output's deviation,
-    root mean square, where im2col has 2e-7.
+    backward() is all of this transposed: dM = A dy Aᵀ; for each of the 36 places dU += Vᵀ dM and
+    dV = dM Uᵀ; dd = B dV Bᵀ, added up where tiles overlap; at the end dw = Gᵀ dU G. In float32 the
+    error is 6e-7 of the output's deviation, root mean square, where im2col has 2e-7.
     """
 
     COLUMNS = 512  # in one product of a transform: OpenBLAS is faster below 10⁶ multiplications
@@ -950,6 +951,7 @@ class WinogradConv2D(Conv2D):
         return out
 
     def backward(self, dout):
+        """dout (N, H, W, C_out) → dx (N, H, W, C_in); sets dW and db."""
         self._start_backward()
         dx = self.workspace("dx", self.x_shape, dout.dtype) if self.requires_input_grad else None
         for chunk in self._chunks():
@@ -3286,7 +3288,7 @@ def make_parser(
     add("--log", metavar="FILE", default=log, help="default: %(default)s; with a .json beside it")
     metrics = f"results/{script}_metrics.npz"
     add("--save-metrics", metavar="FILE", default=metrics, help="default: %(default)s")
-    checkpoint = "save here at the end of each epoch and when interrupted"
+    checkpoint = "save here after each epoch, every --checkpoint-every and when interrupted"
     add("--checkpoint", metavar="FILE", help=checkpoint)
     every = "save during an epoch too, this often (default: %(default)s)"
     seconds = number(float, 0, 10**9)

@@ -138,7 +138,9 @@ def make_reducer(comm, model, optimizer, args):
         return RingReducer(comm, model)
     if name == "overlap":
         return OverlapReducer(comm, model, args.overlap)
-    return SharedMemoryReducer(comm, model, optimizer, args.overlap)
+    if name == "shared":
+        return SharedMemoryReducer(comm, model, optimizer, args.overlap)
+    raise ValueError(f"--reduce {name}: make_reducer has no branch for it")
 
 
 # --------------------------------------------------------------------------------------------------

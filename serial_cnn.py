@@ -10,8 +10,8 @@ function; each is one idea faster than the one before.
     fused       convolution, bias, ReLU and pooling in one pass: ConvReLUPool in common.py
     winograd    a quarter of the multiplications: WinogradReLUPool in common.py; the default
 
-BLAS is held to one thread, whatever the environment says. parallel_cnn_mpi.py has the same training
-loop: `diff serial_cnn.py parallel_cnn_mpi.py` shows what makes it parallel.
+BLAS is held to one thread, whatever the environment says. parallel_cnn_mpi.py has the same function
+`train`: what differs there is what makes it parallel.
 
     python serial_cnn.py
     python serial_cnn.py --conv loops --epochs 1 --subset 2000
@@ -198,8 +198,8 @@ def make_layers(model, conv, rng, dtype):
 
     # ResNet-18 has no pooling after its convolutions, so "fused" is "blocked" here. Winograd's
     # filtering needs stride 1: the few other convolutions are blocked.
-    Conv = plain.get(conv, WinogradConv2D)
-    OtherConv = plain.get(conv, Conv2D)
+    Conv = WinogradConv2D if conv == "winograd" else plain[conv]
+    OtherConv = Conv2D if conv == "winograd" else plain[conv]
     layers = [OtherConv(3, 64, bias=False, **options), BatchNorm2D(64, dtype=dtype), ReLU()]
     channels = 64
     for width in (64, 128, 256, 512):
@@ -211,7 +211,7 @@ def make_layers(model, conv, rng, dtype):
 
 
 def make_model(args):
-    """The network that --model and --conv name. Put your own layers here."""
+    """The network that --model and --conv name; your own layers go into make_layers."""
     rng = np.random.default_rng(args.seed)
     return Model(make_layers(args.model, args.conv, rng, np.dtype(args.dtype)))
 

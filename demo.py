@@ -2,9 +2,12 @@
 
 serial_cnn.py, parallel_cnn_mpi.py and parallel_cnn_hybrid.py train as child processes, on the same
 data with the same global batch, one after another so that none slows another down. Everything that
-is shown is read from their run logs. The three panels share one time axis: the loss follows the
-same curve in less time. At the end the largest difference between the curves is printed: all three
-do the same computation.
+is shown is read from their run logs. The panels share one time axis: the loss follows the same
+curve in less time. At the end the largest difference between the curves is printed: all do the same
+computation.
+
+A speed-up compares a script with the same code on one core. The hybrid's kernels are faster than
+those of serial_cnn.py, so it trains twice: first on one rank of one thread, its own baseline.
 
     make demo
     python demo.py
@@ -31,6 +34,7 @@ import numpy as np
 
 from common import (
     BATCH,
+    SHORT_OF_CPU,
     TRAIN,
     InputError,
     Interrupted,
@@ -46,13 +50,21 @@ from common import (
 )
 
 HERE = Path(__file__).resolve().parent
-NAMES = {
-    "serial_cnn.py": "serial",
-    "parallel_cnn_mpi.py": "MPI",
-    "parallel_cnn_hybrid.py": "hybrid",
+SCRIPTS = {  # of each training
+    "serial": "serial_cnn.py",
+    "MPI": "parallel_cnn_mpi.py",
+    "hybrid, 1 thread": "parallel_cnn_hybrid.py",
+    "hybrid": "parallel_cnn_hybrid.py",
 }
-COLOURS = {"serial": 36, "MPI": 33, "hybrid": 35}  # ANSI codes of cyan, yellow, magenta
-MIN_COLUMNS = 60  # the smallest terminal that has room for the panels
+BASELINES = {  # what a training's speed-up is measured against: the same code on one core
+    "serial": "serial",
+    "MPI": "serial",
+    "hybrid, 1 thread": "hybrid, 1 thread",
+    "hybrid": "hybrid, 1 thread",
+}
+# ANSI codes of cyan, yellow, blue, magenta
+COLOURS = {"serial": 36, "MPI": 33, "hybrid, 1 thread": 34, "hybrid": 35}
+MIN_COLUMNS = 76  # the smallest terminal that has room for the panels
 MIN_LINES = 18
 FRAME_SECONDS = 0.2  # between two frames on a terminal
 LINE_SECONDS = 2.0  # between two lines elsewhere
@@ -70,9 +82,9 @@ BRAILLE_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]]
 class Training:
     """One script that trains as a child process, and what its run log says so far."""
 
-    def __init__(self, script, command, folder, epochs):
-        self.script = script
-        self.name = NAMES[script]
+    def __init__(self, name, command, folder, epochs):
+        self.name = name
+        self.script = SCRIPTS[name]
         self.epochs = epochs
         self.log = folder / f"{self.name}.csv"
         self.output = folder / f"{self.name}.txt"
@@ -176,7 +188,7 @@ def plural(n, word):
 
 
 def make_trainings(args, data, folder):
-    """The three trainings of the same data with the same seed and global batch, not yet started."""
+    """The trainings of the same data with the same seed and global batch, not yet started."""
     options = [
         f"--epochs={args.epochs}",
         f"--subset={args.subset}",
@@ -189,32 +201,36 @@ def make_trainings(args, data, folder):
         options.append(f"--data-dir={args.data_dir}")
 
     trainings = []
-    for script in NAMES:
+    for name, script in SCRIPTS.items():
         command = [sys.executable, str(HERE / script), *options]
-        if script == "serial_cnn.py":
+        if name == "serial":
             command.append(f"--batch-size={args.batch_size}")
         else:
+            ranks = 1 if name == "hybrid, 1 thread" else args.ranks
             command.append(f"--global-batch-size={args.batch_size}")
-            command = [find_mpirun(), "-np", str(args.ranks), *command]
-        trainings.append(Training(script, command, folder, args.epochs))
+            command = [find_mpirun(), "-np", str(ranks), *command]
+        if name == "hybrid, 1 thread":
+            command.append("--num-threads=1")
+        trainings.append(Training(name, command, folder, args.epochs))
     return trainings
 
 
 def divide_cores(trainings, ranks):
-    """Give each training cores of its own: serial one, MPI one for each rank, hybrid the rest."""
+    """Give each training cores of its own: one, or one for each rank; hybrid gets the rest."""
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("--at-once: this system cannot bind processes to cores: leave it out")
     cores = available_cores()
-    needed = 1 + 2 * ranks
+    needed = 2 + 2 * ranks
     if len(cores) < needed:
         raise InputError(
             f"--at-once with {ranks} ranks needs {needed} cores, there are {len(cores)}: "
             "leave it out, and they train one after another"
         )
-    serial, mpi, hybrid = trainings
+    serial, mpi, one_thread, hybrid = trainings
     serial.cores = cores[:1]
-    mpi.cores = cores[1 : 1 + ranks]
-    hybrid.cores = cores[1 + ranks :]
+    one_thread.cores = cores[1:2]
+    mpi.cores = cores[2 : 2 + ranks]
+    hybrid.cores = cores[2 + ranks :]
 
 
 def run_trainings(trainings, at_once, show, received):
@@ -307,7 +323,7 @@ def describe_state(training, style, width):
     if training.process is None:
         return ["waiting", "", "", ""]
     if not training.losses:
-        hint = "its kernels compile once" if training.name == "hybrid" else ""
+        hint = "its kernels compile once" if training.script == "parallel_cnn_hybrid.py" else ""
         return [f"starting, {time.monotonic() - training.started:.0f} s", hint, "", ""]
     state = training.state
     if training.finished:
@@ -322,8 +338,8 @@ def describe_state(training, style, width):
 
 
 def draw_panels(trainings, style, columns, height):
-    """The three loss curves side by side on the same axes, and below each its state: lines."""
-    width = (columns - 4) // 3 - 2
+    """The loss curves side by side on the same axes, and below each its state: lines."""
+    width = (columns - 4) // len(trainings) - 2
     points = width * 2 if style.unicode else width
     expected = [training.expected_seconds() for training in trainings]
     seconds = math.ceil(max(1.0, *expected))  # the time axis has room for the slowest
@@ -366,7 +382,7 @@ def show_frame(title, trainings, style):
         frame = [needed[:columns], f"here are {columns} x {lines}"[:columns]]
     else:
         panels = draw_panels(trainings, style, columns, lines - 13)
-        frame = [title[:columns], "", *panels, "", "Ctrl-C stops all three."]
+        frame = [title[:columns], "", *panels, "", "Ctrl-C stops all of them."]
 
     # From the upper left corner; clear the rest of each line, and all below the last.
     print("\033[H" + "\033[K\r\n".join(frame[:lines]) + "\033[K\033[J", end="", flush=True)
@@ -391,7 +407,7 @@ class LinePrinter:
                 self.ended.add(training.name)
             if ended or (due and training.running()):
                 state = [part for part in describe_state(training, self.style, 16) if part]
-                print(f"{training.script:22}  {'  '.join(state)}", flush=True)
+                print(f"{training.name:16}  {'  '.join(state)}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -402,24 +418,27 @@ class LinePrinter:
 def summarize(trainings, style):
     """Times and speed-ups, and how far the loss curves differ: text of at most 80 columns."""
     serial = trainings[0]
-    totals = [training.metadata["totals"] for training in trainings]
-    speedups = [totals[0]["train_seconds"] / total["train_seconds"] for total in totals]
+    totals = {training.name: training.metadata["totals"] for training in trainings}
     rows = []
-    for training, total, speedup in zip(trainings, totals, speedups, strict=True):
+    for training in trainings:
+        total = totals[training.name]
+        baseline = totals[BASELINES[training.name]]
+        speedup = baseline["train_seconds"] / total["train_seconds"]
         row = [training.name, training.label(style.times)]
         row += [f"{total['train_seconds']:.1f} s", f"{total['images_per_s']:,.0f}"]
         row += [f"{speedup:.2f}", f"{speedup / training.core_count():.0%}"]
-        row.append(style.bar(speedup / max(speedups), 10))
         rows.append(row)
-    header = ("", "on", "training", "images/s", "speed-up", "efficiency", "")
+    header = ("", "on", "training", "images/s", "speed-up", "efficiency")
 
     differences = {}
     for training in trainings[1:]:
         pairs = zip(serial.losses, training.losses, strict=True)
         differences[training.name] = max(abs(a - b) for a, b in pairs)
     words = (
-        f"One run each. Largest difference from serial's loss in {len(serial.losses):,} steps: "
-        + ", ".join(f"{name} {difference:.2g}" for name, difference in differences.items())
+        f"One run each, on ranks {style.times} threads cores. Speed-up: of MPI over serial, of "
+        "hybrid over itself on one thread. "
+        f"Largest difference from serial's loss in {len(serial.losses):,} steps: "
+        + "; ".join(f"{name} {difference:.2g}" for name, difference in differences.items())
         + "."
     )
     if serial.metadata["arguments"]["dtype"] == "float32" and max(differences.values()) > 0:
@@ -428,6 +447,9 @@ def summarize(trainings, style):
     oversubscribed = [training.name for training in trainings if training.core_count() > cores]
     if oversubscribed:
         words += f" Oversubscribed (more threads than cores): {', '.join(oversubscribed)}."
+    short = [name for name, total in totals.items() if total.get("cpu_share", 1) < SHORT_OF_CPU]
+    if short and not oversubscribed:
+        words += f" Short of CPU (something else used the cores): {'; '.join(short)}."
     return f"{format_table(header, rows)}\n\n{textwrap.fill(words, 80)}"
 
 
@@ -455,7 +477,7 @@ def parse_args(argv=None):
 
     folder = "folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)"
     parser.add_argument("--data-dir", help=folder)
-    at_once = "train all three at the same time, each on cores of its own"
+    at_once = "train all at the same time, each on cores of its own"
     parser.add_argument("--at-once", action="store_true", help=at_once)
     parser.add_argument("--ascii", action="store_true", help="draw without Unicode characters")
     return parser.parse_args(argv)
@@ -488,11 +510,14 @@ def main(argv=None):
             print(title, flush=True)
             run_trainings(trainings, args.at_once, LinePrinter(trainings, style).show, received)
 
+    summary = summarize(trainings, style)
     columns, lines = shutil.get_terminal_size()
     if style.live and columns >= MIN_COLUMNS:  # the curves once more, on the terminal's own screen
-        panels = draw_panels(trainings, style, columns, max(lines - 17, 4))
+        # Beside them and the summary: a title, two headings, two lines of the axis, two empty lines
+        height = lines - len(summary.splitlines()) - 7
+        panels = draw_panels(trainings, style, columns, max(height, 4))
         print("\n".join([title, *panels[:-4], ""]))
-    print(summarize(trainings, style), flush=True)
+    print(summary, flush=True)
 
 
 if __name__ == "__main__":

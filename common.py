@@ -1749,6 +1749,9 @@ METRICS = tuple(METRIC_FORMATS)
 TRACED_BATCHES = range(2, 7)  # of the first epoch: the first ones still fill caches
 MIB = 2**20
 
+# A run whose threads got less of the CPU time that they asked for shared its cores with others.
+SHORT_OF_CPU = 0.9
+
 # A run resumes only with the options that its checkpoint was made with, except these, which do not
 # change what a step computes. An option that a copied script adds is compared too.
 FREE_OPTIONS = (
@@ -1959,6 +1962,9 @@ class RunLog:
         totals = dict(self.totals)
         seconds = totals["train_seconds"]
         totals["images_per_s"] = totals["train_images"] / seconds if seconds else 0.0
+        asked_for = totals.get("cpu_seconds", 0.0) + totals.get("cpu_wait_seconds", 0.0)
+        if asked_for > 1:  # a shorter time says nothing
+            totals["cpu_share"] = totals["cpu_seconds"] / asked_for
         resources = self.monitor.summary()
         totals["peak_ram_mb"] = max(resources.pop("ram_mb", 0.0), peak_rss() / MIB)
         if "gpu_mem_mb" in resources:
@@ -1993,6 +1999,7 @@ class RunLog:
         if self._progress:
             self._progress.start(epoch, len(self.data.y_train), self.sums["images"])
         self._first_sample = len(self.monitor.samples)
+        self._thread_times = thread_times()
         self._epoch_clock = time.perf_counter() - self.sums["duration"]
         self.last_batch = time.monotonic()
 
@@ -2053,6 +2060,16 @@ class RunLog:
         if self._progress:
             self._progress.update(self.epoch, self.batch, self.batches, sums)
 
+    def cpu_time(self) -> tuple[float, float]:
+        """Seconds that this process's threads ran in this epoch, and waited for a free core."""
+        ran = 0
+        waited = 0
+        for thread, (ran_now, waited_now) in thread_times().items():
+            ran_before, waited_before = self._thread_times.get(thread, (0, 0))
+            ran += ran_now - ran_before
+            waited += waited_now - waited_before
+        return ran / 1e9, waited / 1e9
+
     def end_training(self):
         """Write the row of the epoch's training; what follows until end_epoch() is validation."""
         sums = self.sums
@@ -2061,6 +2078,9 @@ class RunLog:
         columns = self.monitor.summary(self._first_sample)
         self.totals["train_seconds"] += sums["duration"]
         self.totals["train_images"] += sums["images"]
+        ran, waited = sums.get("cpu_time") or self.cpu_time()
+        self.totals["cpu_seconds"] = self.totals.get("cpu_seconds", 0.0) + ran
+        self.totals["cpu_wait_seconds"] = self.totals.get("cpu_wait_seconds", 0.0) + waited
         if "loss" in sums:
             accuracy = sums["top1"] / sums["images"]
             columns.update(value1=accuracy, value2=sums["top5"] / sums["images"])
@@ -2121,8 +2141,13 @@ class RunLog:
         else:
             result = f"{totals['train_images']:,} images loaded"
             seconds = f"{totals['train_seconds']:.1f} s"
+        rate = f"{totals['images_per_s']:,.0f} images/s"
+        cpu_share = totals.get("cpu_share", 1.0)
+        if cpu_share < SHORT_OF_CPU:
+            # Such a speed says more about what else ran on the machine than about the training.
+            rate += f" (SHORT OF CPU: its threads got {cpu_share:.0%} of the time they asked for)"
         print(
-            f"{self.script}: {result}, {seconds}, {totals['images_per_s']:,.0f} images/s, "
+            f"{self.script}: {result}, {seconds}, {rate}, "
             f"peak RAM {totals['peak_ram_mb']:,.0f} MiB, {name}; log: {self.args.log}",
             flush=True,
         )
@@ -2321,6 +2346,20 @@ class ResourceMonitor(threading.Thread):
                 is_memory = field.endswith("_mb")
                 result[field] = max(values) if is_memory else sum(values) / len(values)
         return result
+
+
+def thread_times() -> dict[int, tuple[int, int]]:
+    """{thread: nanoseconds that it ran, nanoseconds that it was ready but no core was free}.
+
+    Of the threads of this process, as Linux counts them in /proc/PID/task/TID/schedstat
+    (https://docs.kernel.org/scheduler/sched-stats.html); empty where it does not.
+    """
+    times = {}
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):  # the thread has just ended
+            ran, waited, _ = file.read_text().split()
+            times[int(file.parent.name)] = (int(ran), int(waited))
+    return times
 
 
 class Progress:
@@ -2913,7 +2952,11 @@ def assert_replicas_identical(model: Model, comm, epoch: int):
 
 
 def log_communication(log: RunLog, comm):
-    """Replace the epoch's seconds of communication by the mean over the ranks."""
+    """Replace the epoch's seconds of communication by the mean over the ranks.
+
+    Its CPU time becomes that of the rank that waited longest for a core: all wait for this one.
+    """
+    log.sums["cpu_time"] = max(comm.allgather(log.cpu_time()), key=lambda time: time[1])
     seconds = comm.allgather(log.sums.get("communication", 0.0))
     mean = sum(seconds) / comm.size
     log.sums["communication"] = mean

@@ -8,6 +8,7 @@ and *.svg, and analysis.json, which has all of these numbers.
     python experiments/analyze_results.py --results-dir ./results
     python experiments/analyze_results.py results/serial_cnn.csv results/parallel_cnn_mpi.csv
     python experiments/analyze_results.py results/serial.ckpt.npz results/mpi.ckpt.npz
+    python experiments/analyze_results.py --style slides --output-dir results/slides
 
 Logs are compared with the first, loss by loss, and so are two checkpoints (compare_runs.py).
 
@@ -42,6 +43,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import TRAIN, VALIDATE, InputError, Parser, atomic_write, format_table, run_main
 from compare_runs import batch_losses, compare_checkpoints, compare_logs, is_checkpoint
+from figures import STYLES, Plot, figure_style, save_plot
 from metrics import (
     METRICS,
     PHASES,
@@ -55,8 +57,9 @@ from metrics import (
     on_main_machine,
 )
 from plot_ladder import plot_ladder
-from plots import figure_style, plot_suite, save_plot
-from read_runs import Machine, Run, read_logs, read_results
+from plot_trace import plot_trace
+from plots import plot_suite
+from read_runs import Machine, Run, Warn, read_logs, read_results
 
 WIDTH = 100  # columns of what is printed
 
@@ -93,10 +96,10 @@ TABLES = {
     "results": TableForm(
         "time, throughput and resources",
         "Training time without warm-up and validation. RAM, CPU and GPU use are those of rank 0 "
-        "and its children.",
+        "and its children. CPU time got: short of 100 % where threads had to wait for a core.",
         (
-            "n seconds images_per_s train_accuracy test_accuracy ram_mb cpu_percent gpu_percent "
-            "gpu_mem_mb"
+            "n seconds images_per_s train_accuracy test_accuracy ram_mb cpu_percent cpu_share "
+            "gpu_percent gpu_mem_mb"
         ).split(),
     ),
     "learning": TableForm(
@@ -189,7 +192,7 @@ def make_table(suite: str, kind: str, groups: list[RunGroup]) -> dict:
 
     rows = []
     for group in groups:
-        row = [f"{group.name} (oversubscribed)" if group.oversubscribed else group.name]
+        row = [" ".join([group.name, *(f"({mark})" for mark in group.marks)])]
         for metric in shown:
             row.append(cell(group, metric))
             if metric in with_interval:
@@ -268,18 +271,39 @@ def write_table(content: dict, path: Path):
 # --------------------------------------------------------------------------------------------------
 
 
-def draw_figures(groups: list[RunGroup], machines: list[Machine], folder: Path) -> list[dict]:
+def draw_figures(
+    groups: list[RunGroup], machines: list[Machine], folder: Path, style: str, warn: Warn
+) -> list[dict]:
     """Draw all figures, write them as PNG and SVG, return their entries in analysis.json."""
     entries = []
-    with figure_style():
+    with figure_style(style):
         for suite, members in by_suite(groups).items():
             plots = plot_suite(suite, members)
             if suite == "ladder":
                 plots.insert(0, plot_ladder(members))
+            plots += plot_traces(suite, members, warn)
             for plot in plots:
                 notes = figure_notes(members, machines, plot.has_whiskers)
                 entries.append(save_plot(plot, suite, notes, folder))
     return entries
+
+
+def plot_traces(suite: str, groups: list[RunGroup], warn: Warn) -> list[Plot]:
+    """Draw the traces of single logs; of a suite, that of the run on the most cores."""
+    traced = [group for group in groups if any(run.trace is not None for run in group.runs)]
+    if suite != "files":
+        traced = sorted(traced, key=lambda group: group.cores)[-1:]
+
+    plots = []
+    for group in traced:
+        try:
+            plots.append(plot_trace(group))
+        except InputError as error:  # the other figures are drawn all the same
+            warn(f"{error}: it is not drawn")
+    if len(plots) > 1:
+        for number, plot in enumerate(plots, 1):
+            plot.name += f"_{number}"
+    return plots
 
 
 def figure_notes(groups: list[RunGroup], machines: list[Machine], has_whiskers: bool) -> str:
@@ -299,10 +323,15 @@ def figure_notes(groups: list[RunGroup], machines: list[Machine], has_whiskers: 
     if has_whiskers and most > 1:
         lines[-1] += "; whiskers: 95 % intervals"
 
-    oversubscribed = [group.name for group in groups if group.oversubscribed]
+    oversubscribed = [group.label for group in groups if group.oversubscribed]
     if oversubscribed:
-        names = ", ".join(oversubscribed)
+        names = "; ".join(oversubscribed)
         lines.append(f"OVERSUBSCRIBED (more ranks × threads than cores): {names}")
+
+    short = [group for group in groups if group.short_of_cpu]
+    if short:
+        names = "; ".join(f"{group.label}: {lowest_cpu_share(group):.0%}" for group in short)
+        lines.append(f"SHORT OF CPU (something else used the cores; share that they got): {names}")
 
     commits = {run.metadata.get("git_commit") for run in runs} - {None}
     if len(commits) > 1:
@@ -313,6 +342,10 @@ def figure_notes(groups: list[RunGroup], machines: list[Machine], has_whiskers: 
     for line in ";\n".join(lines).split("\n"):
         wrapped += textwrap.wrap(line, 125)
     return "\n".join(wrapped)
+
+
+def lowest_cpu_share(group: RunGroup) -> float:
+    return min(run.cpu_share for run in group.runs if run.short_of_cpu)
 
 
 def describe_machine(machine: Machine, runs: list[Run]) -> str:
@@ -345,7 +378,7 @@ def collect_metrics(groups: list[RunGroup]) -> dict[str, dict]:
 
     for suite, members in by_suite(groups).items():
         trained = [group for group in members if group.trains]
-        on_own_cores = [group for group in trained if not group.oversubscribed]
+        on_own_cores = [group for group in trained if not group.marks]
         for word, metric, candidates in (
             ("largest", "loss_difference", trained),
             ("largest", "accuracy_difference", trained),
@@ -449,6 +482,13 @@ def find_caveats(groups: list[RunGroup], environments: list[dict]) -> list[str]:
     oversubscribed = [group.name for group in groups if group.oversubscribed]
     if oversubscribed:
         caveats.append(f"oversubscribed: {', '.join(oversubscribed)}")
+
+    short = [group.name for group in groups if group.short_of_cpu]
+    if short:
+        caveats.append(
+            "short of CPU, since something else used the cores, so that their speeds and all that "
+            f"is computed from them are too low: {', '.join(short)}"
+        )
 
     if len(environments) > 1:
         caveats.append(
@@ -582,6 +622,12 @@ def parse_args(argv=None):
         metavar="FOLDER",
         help="default: analysis/ in --results-dir, for single logs analysis_of_logs/ there",
     )
+    parser.add_argument(
+        "--style",
+        choices=STYLES,
+        default="report",
+        help="figures for a page, or 16:9 with large type and a message (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.output_dir is None:
         name = "analysis_of_logs" if args.logs else "analysis"
@@ -637,6 +683,8 @@ def main(argv=None):
     groups = make_groups(runs, machines)
     environments = describe_environments(runs, machines)
 
+    figures = draw_figures(groups, machines, output_dir / "figures", args.style, warn)
+
     # make_report.py reads this file: the keys are an interface.
     analysis = {
         "created": end_of_last_run(runs),
@@ -647,7 +695,7 @@ def main(argv=None):
         "marks": find_caveats(groups, environments),
         "environments": environments,
         "tables": make_tables(groups),
-        "figures": draw_figures(groups, machines, output_dir / "figures"),
+        "figures": figures,
         "facts": collect_metrics(groups),
     }
 

@@ -182,8 +182,12 @@ class MeasuredConfiguration:
         self.base, _, self.machine = name.partition(" ")
 
         # Such a caveat reads "oversubscribed: mpi-8-weak, mpi-4-strong".
-        lists = [caveat for caveat in caveats if caveat.startswith("oversubscribed")]
-        self.oversubscribed = any(name in re.split(": |, ", each) for each in lists)
+        self.marks = []
+        for mark in ("oversubscribed", "short of CPU"):
+            lists = [caveat for caveat in caveats if caveat.startswith(mark)]
+            if any(name in re.split(": |, ", each) for each in lists):
+                self.marks.append(mark)
+        self.oversubscribed = "oversubscribed" in self.marks
 
         self.family = name
         self.scaling = ""
@@ -202,7 +206,7 @@ class MeasuredConfiguration:
         self.workers = loading[2] if loading else ""
 
     def __str__(self):
-        return code(self.name) + (" (oversubscribed)" if self.oversubscribed else "")
+        return code(self.name) + "".join(f" ({mark})" for mark in self.marks)
 
 
 class Exhibit(NamedTuple):

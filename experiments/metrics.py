@@ -69,6 +69,7 @@ METRICS = {
     # Resources
     "ram_mb": Metric("peak RAM", "MiB", 0),
     "cpu_percent": Metric("CPU use", "% of a core", 0),
+    "cpu_share": Metric("CPU time got", "% of asked for", 0),
     "gpu_percent": Metric("GPU use", "%", 0),
     "gpu_mem_mb": Metric("peak GPU memory", "MiB", 0),
     # A training step
@@ -222,6 +223,9 @@ def run_metrics(run: Run) -> dict[str, float | None]:
         "first_loading_share": 100 * (first["loading"] / first["duration"]),
     }
 
+    if run.cpu_share is not None:
+        metrics["cpu_share"] = 100 * run.cpu_share
+
     if len(fetches):
         metrics["fetch_seconds"] = fetches["duration"].sum()
 
@@ -320,6 +324,7 @@ class RunGroup:
         self.n = len(runs)
         self.cores = runs[0].cores
         self.oversubscribed = any(run.oversubscribed for run in runs)
+        self.short_of_cpu = any(run.short_of_cpu for run in runs)
 
         # All repeats have the same command line, so that the first one's settings are everyone's.
         metadata = runs[0].metadata
@@ -346,9 +351,21 @@ class RunGroup:
             self.add(metric, estimate(table[metric]))
 
     @property
-    def short_name(self) -> str:
-        """The name without "-train" or "-load", which all groups of a figure have in common."""
-        return re.sub(r"-(train|load)( |$)", r"\2", self.name)
+    def marks(self) -> list[str]:
+        """What a reader must know before comparing this group's speed with another's."""
+        marks = []
+        if self.oversubscribed:
+            marks.append("oversubscribed")
+        if self.short_of_cpu:
+            marks.append("short of CPU")
+        return marks
+
+    @property
+    def label(self) -> str:
+        """The name in words, for a figure: "hybrid-1x2-strong" becomes "1 rank × 2 threads"."""
+        if self.suite == "files":  # named by their files
+            return self.name
+        return readable_name(self.base_name) + self.name.removeprefix(self.base_name)
 
     def add(self, metric: str, value: Estimate | None):
         if value is not None:
@@ -381,6 +398,39 @@ class RunGroup:
 
         arguments = [self.arguments.get(name) for name in COMPUTATION_ARGUMENTS]
         return (self.suite, self.machine_number, algorithm, self.batch, in_shards, *arguments)
+
+
+def readable_name(name: str) -> str:
+    """The name of a configuration of run_experiments.py in words."""
+    networks = {"cnn": "CNN", "resnet18": "ResNet-18"}
+    ways = {"scratch": "from scratch", "pytorch": "in PyTorch"}
+
+    if found := re.fullmatch(r"mpi-(\d+)-(strong|weak)", name):
+        ranks, scaling = found.groups()
+        return f"MPI, {plural(ranks, 'rank')}, {scaling}"
+
+    if found := re.fullmatch(r"hybrid-(\d+)x(\d+)-(strong|weak)", name):
+        ranks, threads, scaling = found.groups()
+        return f"hybrid, {plural(ranks, 'rank')} × {plural(threads, 'thread')}, {scaling}"
+
+    if found := re.fullmatch(r"(cnn|resnet18)-(scratch|pytorch)-(?:(\d+)-cores?|gpu)", name):
+        network, way, cores = found.groups()
+        return f"{networks[network]} {ways[way]}, {plural(cores, 'core') if cores else 'GPU'}"
+
+    # Training and loading alone are never in one figure: its axis says which of them it shows.
+    if found := re.fullmatch(r"(.+)-(\d+)-workers-(?:train|load)", name):
+        source, workers = found.groups()
+        return f"{source.replace('s3', 'S3').replace('-', ' ')}, {plural(workers, 'worker')}"
+
+    if found := re.fullmatch(r"(\w+)-\d+-(.+)", name):  # a rung: its ladder, number and name
+        ladder, rung = found.groups()
+        return f"{ladder.replace('mpi', 'MPI').replace('pytorch', 'PyTorch')}: {rung}"
+
+    return name
+
+
+def plural(number: int | str, noun: str) -> str:
+    return f"{number} {noun}" if str(number) == "1" else f"{number} {noun}s"
 
 
 def make_groups(runs: list[Run], machines: list[Machine]) -> list[RunGroup]:

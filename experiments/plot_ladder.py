@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is 
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from figures import Plot, make_figure, scaled
 from metrics import RunGroup
-from plots import SHADES, Plot, make_figure
+from plots import SHADES
 
 TITLES = {
     "serial": "serial_cnn.py --conv, the CNN on one core",
@@ -59,8 +60,18 @@ def plot_ladder(groups: list[RunGroup]) -> Plot | None:
         title="What each idea bought",
         caption="Training images/s of each rung; × the factor over the rung below, and over the "
         "first rung of the ladder. All rungs of a ladder from scratch compute the same.",
+        message=describe_climb(ladders),
         has_whiskers=True,
     )
+
+
+def describe_climb(ladders: dict[str, list[tuple[str, RunGroup]]]) -> str:
+    """What the first of the ladders gained in all, in one sentence."""
+    rungs = next(iter(ladders.values()))
+    bottom, slowest = rungs[0]
+    top, fastest = rungs[-1]
+    factor = fastest.mean("images_per_s") / slowest.mean("images_per_s")
+    return f"From {bottom} to {top}: {factor:.1f} times as fast, one idea a rung"
 
 
 def draw_rungs(ax: Axes, rungs: list[tuple[str, RunGroup]]):
@@ -75,7 +86,7 @@ def draw_rungs(ax: Axes, rungs: list[tuple[str, RunGroup]]):
             text += f"   ×{speed / speeds[place - 1]:.2f}"
         if place > 1:
             text += f"   (×{speed / speeds[0]:.3g} in all)"
-        ax.text(speed + half_widths[place], place, text, va="center", fontsize=7)
+        ax.text(speed + half_widths[place], place, text, va="center", fontsize=scaled(7))
     ax.set(xscale="log", ylim=(len(rungs) - 0.4, -0.6))
     # Room for the numbers at the right of the longest bar
     ax.set_xlim(min(speeds) / 2, max(speeds) * (max(speeds) / min(speeds)) ** 0.45 * 3)
@@ -93,4 +104,4 @@ def draw_baseline(ax: Axes, groups: list[RunGroup]):
             speed = group.mean("images_per_s")
             ax.axvline(speed, color="0.2", linestyle="--", linewidth=1)
             label = f"  PyTorch, one thread: {speed:,.0f}"
-            ax.text(speed, 0, label, fontsize=7, va="center")  # beside the shortest bar
+            ax.text(speed, 0, label, fontsize=scaled(7), va="center")  # beside the shortest bar

@@ -1,26 +1,22 @@
-"""The figures of analyze_results.py.
+"""The figures of analyze_results.py: what they show. How they look and are written: figures.py.
 
-plot_suite() draws all figures of a suite, save_plot() writes one, both within figure_style().
-Each of the functions that plot_suite() calls draws one figure from run groups (see metrics.py) and
-returns it as a Plot, or None if the runs have nothing of what it shows.
-All figures can be read in grey: lines differ by style and marker, bars by hatch.
+plot_suite() draws all figures of a suite. Each of the functions that it calls draws one figure from
+run groups (see metrics.py) and returns it as a Plot, or None if the runs have nothing of what it
+shows. All figures can be read in grey: lines differ by style and marker, bars by hatch.
 """
 
-import contextlib
 import math
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
-from common import BATCH, TRAIN, VALIDATE, atomic_write
+from common import BATCH, TRAIN, VALIDATE
+from figures import Plot, is_slide, make_figure, scaled
 from metrics import (
     METRICS,
     PHASES,
@@ -31,10 +27,9 @@ from metrics import (
     loading_groups,
     means,
     on_main_machine,
+    plural,
     same_computation,
 )
-
-WIDTH = 7.0  # inches, of every figure
 
 # After Okabe and Ito: colours that most colour-blind readers can tell apart
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f7f7f")
@@ -48,52 +43,6 @@ BAR = {"edgecolor": "0.2", "linewidth": 0.6, "error_kw": {"elinewidth": 0.8}}
 
 # Labels that are shorter than in METRICS, where the axis already says the rest
 BAR_LABELS = {"idle_forward": "forward", "idle_backward": "backward"}
-
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "errorbar.capsize": 2,
-    "hatch.linewidth": 0.5,
-    "figure.dpi": 150,
-    "svg.fonttype": "none",  # text stays text, which can be searched and selected
-    "svg.hashsalt": "analyze_results",  # names of elements that are the same in each run
-}
-
-
-@dataclass
-class Plot:
-    """A figure that is drawn, and what is written about it."""
-
-    figure: Figure
-    name: str
-    title: str
-    caption: str
-    legend_columns: int = 3
-    has_whiskers: bool = False
-    remark: str = ""  # a line in the picture itself, above the notes on machine and data
-
-
-# --------------------------------------------------------------------------------------------------
-# Making and writing figures
-# --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def figure_style():
-    """Draw and save figures in STYLE, whatever style the user has configured."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
 
 
 def plot_suite(suite: str, groups: list[RunGroup]) -> list[Plot]:
@@ -115,52 +64,6 @@ def plot_suite(suite: str, groups: list[RunGroup]) -> list[Plot]:
     plots.append(plot_step(groups, suite))
     plots.append(plot_curves(groups, suite))
     return [plot for plot in plots if plot is not None]
-
-
-def make_figure(height: float, rows: int = 1, columns: int = 1, **options):
-    """Make a figure of the common width; returns it and its axes, an array (rows, columns)."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, axes
-
-
-def save_plot(plot: Plot, suite: str, notes: str, folder: Path) -> dict:
-    """Add legend and notes, write the figure as PNG and SVG, return its entry in analysis.json."""
-    figure = plot.figure
-
-    # The notes are in the picture, so that they go with it wherever it is copied to.
-    add_legend(figure, plot.legend_columns)
-    lines = [plot.remark, notes] if plot.remark else [notes]
-    figure.supxlabel("\n".join(lines), fontsize=6.5, color="0.25")
-
-    # Compute the layout once: savefig() would do it for each file, and it takes most of the time.
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
-
-    name = f"{suite}_{plot.name}"
-    with atomic_write(folder / f"{name}.png") as file:
-        figure.savefig(file, format="png")
-    with atomic_write(folder / f"{name}.svg") as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
-
-    caption = f"{plot.caption} {' '.join(notes.split())}."
-    alternative_text = f"{plot.title}: {caption}"
-    return {"name": name, "title": plot.title, "caption": caption, "alt": alternative_text}
-
-
-def add_legend(figure: Figure, columns: int):
-    """One legend above all panels; what several panels show is named once."""
-    handles = {}
-    for ax in figure.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
-    if handles:
-        columns = min(columns, len(handles))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,11 +105,28 @@ def plot_scaling(groups: list[RunGroup], metric: str) -> Plot | None:
         figure,
         metric,
         title=f"{word}, strong and weak scaling",
+        message=describe_scaling(lines["strong"], metric),
         caption=f"{word} against the same work on one core: serial_cnn.py for MPI, one rank of one "
         "thread for hybrid. Hollow: oversubscribed. Whiskers that leave the picture are cut.",
         legend_columns=4,
         has_whiskers=True,
     )
+
+
+def describe_scaling(lines: dict[str, list[RunGroup]], metric: str) -> str:
+    """The best strong speed-up, or the efficiency there, in one sentence; "" if there is none."""
+    measured = [
+        (group.mean("speedup"), label, group)
+        for label, line in lines.items()
+        for group in line
+        if group.cores > 1 and not group.marks
+    ]
+    if not measured:
+        return ""
+    speedup, label, group = max(measured, key=lambda found: found[0])
+    if metric == "speedup":
+        return f"{label} is {speedup:.2f} times as fast on {group.cores} cores as on one"
+    return f"{label} makes use of {group.mean('efficiency'):.0f} % of {group.cores} cores"
 
 
 def scaling_lines(groups: list[RunGroup], scaling: str) -> dict[str, list[RunGroup]]:
@@ -301,10 +221,21 @@ class Panel(NamedTuple):
 
 def plot_throughput(groups: list[RunGroup], suite: str) -> Plot | None:
     caption = "Images per second."
-    if any(group.oversubscribed for group in groups):
-        caption += " *: oversubscribed."
+    marks = sorted({mark for group in groups for mark in group.marks})
+    if marks:
+        caption += f" *: {' or '.join(marks)}."
     panels = [Panel("throughput (images/s)", ["images_per_s"])]
-    return plot_bars(groups, panels, "throughput", f"Throughput, {suite}", caption)
+    title = f"Throughput, {suite}"
+    return plot_bars(groups, panels, "throughput", title, caption, describe_fastest(groups))
+
+
+def describe_fastest(groups: list[RunGroup]) -> str:
+    """The group with the most images/s, in one sentence; "" if all speeds are marked."""
+    fair = [group for group in groups if not group.marks]
+    if not fair:
+        return ""
+    fastest = max(fair, key=lambda group: group.mean("images_per_s"))
+    return f"Fastest: {fastest.label}, {fastest.mean('images_per_s'):,.0f} images/s"
 
 
 def plot_resources(groups: list[RunGroup]) -> Plot | None:
@@ -319,7 +250,8 @@ def plot_resources(groups: list[RunGroup]) -> Plot | None:
     caption = (
         "Memory: peaks, use: means over the run, of rank 0 and its children; 100 % CPU is one core."
     )
-    return plot_bars(groups, panels, "use", "Throughput and use of resources", caption)
+    title = "Throughput and use of resources"
+    return plot_bars(groups, panels, "use", title, caption, describe_fastest(groups))
 
 
 def plot_split_modes(groups: list[RunGroup]) -> Plot | None:
@@ -332,8 +264,15 @@ def plot_split_modes(groups: list[RunGroup]) -> Plot | None:
         "Speed against mode all; milliseconds of a step; "
         "share of the time in which a group's cores computed nothing."
     )
+    others = [group for group in groups if "speedup_over_all" in group.estimates]
+    others = [group for group in others if group.base_name not in ("all", "replicas")]
+    message = ""
+    if others:
+        best = max(others, key=lambda group: group.mean("speedup_over_all"))
+        ratio = best.mean("speedup_over_all")
+        message = f"Separate cores ({best.label}): {ratio:.2f} × the speed of all cores together"
     title = "Forward and backward pass on separate cores"
-    return plot_bars(groups, panels, "modes", title, caption, columns=3)
+    return plot_bars(groups, panels, "modes", title, caption, message, columns=3)
 
 
 def plot_loading(groups: list[RunGroup]) -> Plot | None:
@@ -345,7 +284,15 @@ def plot_loading(groups: list[RunGroup]) -> Plot | None:
         "Seconds of an epoch (record type 0) and of them waiting for data; "
         "the same loading without training."
     )
-    return plot_bars(loading_groups(groups), panels, "epoch", "Loading against total", caption)
+    training = [group for group in groups if group.trains and group.mean("epoch_seconds")]
+    message = ""
+    if training:
+        shares = [g.mean("epoch_loading") / g.mean("epoch_seconds") for g in training]
+        message = (
+            f"Training waits for data between {min(shares):.1%} and {max(shares):.1%} of its time"
+        )
+    title = "Loading against total"
+    return plot_bars(loading_groups(groups), panels, "epoch", title, caption, message)
 
 
 def plot_bars(
@@ -354,9 +301,13 @@ def plot_bars(
     name: str,
     title: str,
     caption: str,
+    message: str = "",
     columns: int = 2,
 ) -> Plot | None:
-    """Panels of horizontal bars, a row for each run group; without metrics that no group has."""
+    """Panels of horizontal bars, a row for each run group; without metrics that no group has.
+
+    A slide has one row of panels, the first ones.
+    """
     shown = []
     for panel in panels:
         metrics = [m for m in panel.metrics if any(m in group.estimates for group in groups)]
@@ -366,6 +317,8 @@ def plot_bars(
         return None
 
     columns = min(columns, len(shown))
+    if is_slide():
+        shown = shown[:columns]
     rows = math.ceil(len(shown) / columns)
 
     # The height in inches: each row of bars needs some, and each row of panels its axis.
@@ -378,7 +331,7 @@ def plot_bars(
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     label_rows(axes[0][0], groups)
-    return Plot(figure, name, title, caption, has_whiskers=True)
+    return Plot(figure, name, title, caption, message, has_whiskers=True)
 
 
 def plot_panel(ax: Axes, groups: list[RunGroup], panel: Panel, tick_bins: int):
@@ -462,46 +415,61 @@ def write_numbers(
 
 def write_right_of(ax: Axes, x: float, y: float, text: str, **style):
     """Write text four points to the right of (x, y)."""
-    ax.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=6, **style)
+    offset = {"xytext": (4, 0), "textcoords": "offset points"}
+    ax.annotate(text, (x, y), va="center", fontsize=scaled(6), **offset, **style)
 
 
 def label_rows(ax: Axes, groups: list[RunGroup]):
-    names = [group.short_name + (" *" if group.oversubscribed else "") for group in groups]
+    names = [group.label + (" *" if group.marks else "") for group in groups]
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)  # the first row on top
 
 
 def plot_step(groups: list[RunGroup], suite: str) -> Plot | None:
-    """Where a step's time goes, in shares; groups whose phases overlap have no such shares."""
+    """Where a step's time goes, in ms and in shares; overlapping phases cannot be shown so."""
     groups = [group for group in groups if "update_share" in group.estimates]
     if not groups:
         return None
 
-    figure, axes = make_figure(1.2 + 0.24 * len(groups))
-    ax = axes[0][0]
-    rows = range(len(groups))
-    left = np.zeros(len(groups))  # where the next phase's bars begin
-    for phase, shade, hatch in zip(PHASES, SHADES, HATCHES, strict=True):
-        metric = f"{phase}_share"
-        shares = np.array([group.mean(metric) or 0 for group in groups])
-        if shares.any():
-            label = METRICS[metric].label.removesuffix(" share")
-            ax.barh(rows, shares, 0.7, left, color=shade, hatch=hatch, label=label, **BAR)
-        left += shares
+    figure, axes = make_figure(1.2 + 0.24 * len(groups), 1, 2, sharey=True)
+    for ax, unit in zip(axes[0], ("ms", "share"), strict=True):
+        plot_phases(ax, groups, unit)
+    longest = max(group.mean("step_ms") for group in groups)
     for row, group in enumerate(groups):
-        write_right_of(ax, 100, row, f"{format_number(group.mean('step_ms'), 2)} ms")
+        step_ms = group.mean("step_ms")
+        write_right_of(axes[0][0], step_ms, row, format_number(step_ms, 2))
 
-    ax.set(xlabel="share of a step (%)", xlim=(0, 112), xticks=range(0, 101, 20))
-    ax.grid(visible=False, axis="y")
-    label_rows(ax, groups)
+    axes[0][0].set(xlabel="a step (ms)", xlim=(0, 1.2 * longest))
+    axes[0][1].set(xlabel="share of a step (%)", xlim=(0, 100), xticks=range(0, 101, 20))
+    label_rows(axes[0][0], groups)
+
+    quickest = min(groups, key=lambda group: group.mean("step_ms"))
+    phase = max(PHASES, key=lambda phase: quickest.mean(f"{phase}_share") or 0)
+    name = METRICS[f"{phase}_share"].label.removesuffix(" share")
+    share = quickest.mean(f"{phase}_share")
+    part = f"the {name} pass" if phase in ("forward", "backward") else name
     return Plot(
         figure,
         "step",
         title=f"Where a step's time goes, {suite}",
-        caption="Shares of a training step of rank 0, to their right the whole step. "
+        caption="A training step of rank 0 in milliseconds, and the shares of its phases. "
         "Communication includes waiting for other ranks.",
+        message=f"{quickest.label}: {share:.0f} % of a step is {part}",
         legend_columns=5,
     )
+
+
+def plot_phases(ax: Axes, groups: list[RunGroup], unit: str):
+    """A bar for each group, made of its phases one after another. unit: "ms" or "share"."""
+    left = np.zeros(len(groups))  # where the next phase's bars begin
+    for phase, shade, hatch in zip(PHASES, SHADES, HATCHES, strict=True):
+        values = np.array([group.mean(f"{phase}_{unit}") or 0 for group in groups])
+        if values.any():
+            label = METRICS[f"{phase}_share"].label.removesuffix(" share")
+            rows = range(len(groups))
+            ax.barh(rows, values, 0.7, left, color=shade, hatch=hatch, label=label, **BAR)
+        left += values
+    ax.grid(visible=False, axis="y")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,20 +494,21 @@ def plot_curves(groups: list[RunGroup], suite: str) -> Plot | None:
         for number, members in enumerate(computations):
             for place, group in enumerate(members):
                 curve = factor * group.curves(kind, column).mean(axis=0)
-                plot_curve(ax, curve, group.short_name, number, place)
+                plot_curve(ax, curve, group.label, number, place)
         ax.set(xlabel="epoch", ylabel=label)
         ax.set_xticks(range(1, epochs + 1, max(math.ceil(epochs / 8), 1)))
 
     remark = describe_differences(groups)
     title = f"Loss and accuracy, {suite}"
-    return Plot(figure, "curves", title, caption=remark, remark=remark)
+    message = describe_agreement(groups)
+    return Plot(figure, "curves", title, caption=remark, message=message, remark=remark)
 
 
 def plot_curve(ax: Axes, curve: np.ndarray, label: str, number: int, place: int):
     """Plot the epochs of run group number `place` of computation number `number`."""
-    style = {"lw": 1.1, "ls": LINES[place % len(LINES)]}
+    style = {"lw": scaled(1.1), "ls": LINES[place % len(LINES)]}
     if place == 0:
-        style = {"lw": 4, "alpha": 0.35, "ls": "-"}
+        style = {"lw": scaled(4), "alpha": 0.35, "ls": "-"}
 
     # About eight markers a line; lines of one colour have them at different epochs, as they may
     # lie exactly upon each other.
@@ -551,10 +520,21 @@ def plot_curve(ax: Axes, curve: np.ndarray, label: str, number: int, place: int)
         marker=MARKERS[place % len(MARKERS)],
         mfc="none",
         markevery=(place % every, every),
-        ms=4 + place % 4,
+        ms=scaled(4 + place % 4),
         label=label,
         **style,
     )
+
+
+def describe_agreement(groups: list[RunGroup]) -> str:
+    """That trainings are the same computation, in one sentence; "" if no two are."""
+    differences = [group.mean("loss_difference") for group in groups]
+    differences = [difference for difference in differences if difference is not None]
+    if not differences:
+        return ""
+    largest = max(differences)
+    how_far = f"differ by {largest:.1g} at most" if largest else "are equal, digit by digit"
+    return f"The same computation: losses {how_far}"
 
 
 def describe_differences(groups: list[RunGroup]) -> str:
@@ -565,7 +545,7 @@ def describe_differences(groups: list[RunGroup]) -> str:
     worst = max(compared, key=lambda group: group.mean("loss_difference"))
     loss = worst.mean("loss_difference")
     points = max(group.mean("accuracy_difference") or 0 for group in compared)
-    where = f" ({worst.name})" if loss else ""
+    where = f" ({worst.label})" if loss else ""
     return (
         "Lines of one colour compute the same. Largest difference: training or test loss "
         f"{loss:.2g}{where}, accuracy {points:.2g} points."
@@ -577,8 +557,8 @@ def plot_batches(groups: list[RunGroup]) -> Plot | None:
     sources = {}
     for group in groups:
         if group.trains and "batch_loading_ms" in group.estimates:
-            # "s3-shards-2-workers-train" is named after its source, workers and kind.
-            source = re.sub(r"-\d+-workers.*", "", group.name)
+            # Its label is, for instance, "S3 shards, 2 workers".
+            source = re.sub(r", \d+ workers?.*", "", group.label)
             sources.setdefault(source, []).append(group)
     if not sources:
         return None

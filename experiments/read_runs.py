@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
-from common import BATCH, LOG_COLUMNS, TRAIN, InputError
+from common import BATCH, LOG_COLUMNS, SHORT_OF_CPU, TRAIN, InputError
 
 Warn = Callable[[str], None]  # called with a line about something that could not be read
 
@@ -44,6 +44,18 @@ class Run:
     machine: Machine
     cores: int  # ranks × threads
     oversubscribed: bool  # ranks × threads are more than the machine's cores
+    trace: Path | None = None  # the file that --trace has written, if it is still there
+
+    @property
+    def cpu_share(self) -> float | None:
+        """The CPU time that its threads got, as a share of what they asked for."""
+        return (self.metadata.get("totals") or {}).get("cpu_share")
+
+    @property
+    def short_of_cpu(self) -> bool:
+        """Whether something else used the cores: the run's speed is not that of its script."""
+        is_short = self.cpu_share is not None and self.cpu_share < SHORT_OF_CPU
+        return is_short and not self.oversubscribed
 
     def rows(self, kind: int) -> pd.DataFrame:
         """The log's rows of one record type: TRAIN, VALIDATE, BATCH or FETCH_TRAIN."""
@@ -151,7 +163,18 @@ def read_run(
     cores = entry.get("cores") or ranks * threads
     more_than_machine = machine.cores > 0 and cores > machine.cores
     oversubscribed = entry.get("oversubscribed", more_than_machine)
-    return Run(suite, name, repeat, log, metadata, machine, cores, oversubscribed)
+    trace = find_trace(path, arguments.get("trace"))
+    return Run(suite, name, repeat, log, metadata, machine, cores, oversubscribed, trace)
+
+
+def find_trace(log: Path, argument: str | None) -> Path | None:
+    """The file of a run's --trace: where it was written, or beside the log if both were moved."""
+    if not argument:
+        return None
+    for path in (log.with_name(Path(argument).name), Path(argument)):
+        if path.is_file():
+            return path
+    return None
 
 
 def read_results(folder: Path, warn: Warn) -> tuple[list[Run], list[dict], dict[str, str]]:

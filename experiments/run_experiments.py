@@ -65,6 +65,7 @@ class Experiment(NamedTuple):
     cores: int = 1  # ranks × threads
     launcher: tuple = ()  # what comes before the script: mpirun, or env with variables
     needs_gpu: bool = False
+    is_traced: bool = False  # with --trace, of which the analysis makes a picture
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +96,9 @@ def parallel_suite(args) -> list[Experiment]:
 def mpi_experiment(scaling, ranks, options):
     name = f"mpi-{ranks}-{scaling}"
     launcher = (find_mpirun(), "-np", ranks)
-    return Experiment("parallel", name, "parallel_cnn_mpi.py", options, ranks, launcher)
+    is_traced = scaling == "strong"
+    script = "parallel_cnn_mpi.py"
+    return Experiment("parallel", name, script, options, ranks, launcher, is_traced=is_traced)
 
 
 def hybrid_experiment(scaling, ranks, threads, global_batch_size):
@@ -235,6 +238,7 @@ def ladder_suite(args) -> list[Experiment]:
         "channels_last": [*tutorial, "--loader", "torchvision", "--amp", "off"],
         "bfloat16": [*tutorial, "--loader", "torchvision"],
         "batched-loading": tutorial,
+        "compile": [*tutorial, "--compile"],
     }
     climb("pytorch", "train_cifar.py", rungs, len(available_cores()))
 
@@ -284,6 +288,8 @@ def missing_requirement(experiment):
         return f"there is no {experiment.script}"
     if experiment.needs_gpu and not has_gpu():
         return "there is no NVIDIA GPU"
+    if "--compile" in experiment.options and not shutil.which(os.environ.get("CXX", "g++")):
+        return "there is no C++ compiler"
     return None
 
 
@@ -381,6 +387,8 @@ def make_command(experiment, folder, args, data, repeat=1) -> list[str]:
     if data.name != "synthetic":
         command += ["--seed", FIRST_SEED + repeat - 1]
     command += ["--log", folder / "run.csv", "--save-metrics", folder / "run.npz", "--quiet"]
+    if experiment.is_traced:
+        command += ["--trace", folder / "trace.json"]
     return [str(word) for word in command]
 
 

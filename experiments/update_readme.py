@@ -96,7 +96,8 @@ def collect(source, measurements):
 def pack_results(folder, packed, source):
     """Pack a results folder of run_experiments.py into two files, `packed`.json and `packed`.csv.
 
-    The .json is the folder's index.json, with the run.json of each run added as its "metadata".
+    The .json is the folder's index.json, with the run.json of each run added as its "metadata", and
+    the trace.json of a first repeat as its "trace".
     The .csv has the rows of all run.csv, with RUN_COLUMNS before LOG_COLUMNS.
     """
     index = read_json(folder / "index.json")
@@ -104,6 +105,9 @@ def pack_results(folder, packed, source):
     for run in index["runs"]:
         metadata = folder / run["folder"] / "run.json"
         run["metadata"] = read_json(metadata) if metadata.exists() else None  # None: it failed
+        trace = folder / run["folder"] / "trace.json"
+        if run["repeat"] == 1 and trace.exists():
+            run["trace"] = read_json(trace)
         log = folder / run["folder"] / "run.csv"
         if log.exists():
             # Cells stay text, so that what is unpacked is what was packed, digit by digit.
@@ -137,6 +141,8 @@ def unpack_results(packed, folder):
         metadata = run.pop("metadata")
         if metadata is not None:
             (place / "run.json").write_text(to_json(metadata))
+        if "trace" in run:
+            (place / "trace.json").write_text(to_json(run.pop("trace")))
         log = logs[run_key(run)]
         if log:
             write_csv(place / "run.csv", LOG_COLUMNS, log)

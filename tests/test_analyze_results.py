@@ -14,7 +14,8 @@ from helpers import COLUMNS, assert_one_error_line, finish, refused, start
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import analyze_results
-from metrics import PHASES, amdahl_fit, estimate, karp_flatt, ratio
+from metrics import PHASES, amdahl_fit, estimate, karp_flatt, ratio, readable_name
+from plot_trace import read_trace
 
 MACHINE = {
     "host": "here",
@@ -183,10 +184,10 @@ def add_split(results):
         )
 
 
-def run_analysis(results):
+def run_analysis(results, *options):
     """Run the script on made results; returns analysis.json and the folder of the outputs."""
     results.write()
-    analyze_results.main(["--results-dir", str(results.folder)])
+    analyze_results.main(["--results-dir", str(results.folder), *options])
     out = results.folder / "analysis"
     return json.loads((out / "analysis.json").read_text()), out
 
@@ -602,7 +603,8 @@ def texts_of(figure):
     return [*texts, figure._supxlabel, *figure.legends]
 
 
-def test_no_labels_overlap_and_notes_are_in_the_pictures(results, monkeypatch):
+@pytest.mark.parametrize("style", ["report", pytest.param("slides", marks=pytest.mark.slow)])
+def test_no_labels_overlap_and_notes_are_in_the_pictures(results, monkeypatch, style):
     """All texts of all figures stay apart and inside the picture; both files have the notes."""
     add_parallel(results)
     add_oversubscribed(results, git_commit="2" * 40)
@@ -637,9 +639,107 @@ def test_no_labels_overlap_and_notes_are_in_the_pictures(results, monkeypatch):
         return entry
 
     monkeypatch.setattr(analyze_results, "save_plot", check)
-    content, _ = run_analysis(results)
+    content, _ = run_analysis(results, "--style", style)
     assert checked == [figure["name"] for figure in content["figures"]]
     assert len(checked) >= 12
+
+
+# --------------------------------------------------------------------------------------------------
+# Marks, names, slides and traces
+# --------------------------------------------------------------------------------------------------
+
+
+def test_run_that_was_short_of_cpu_is_marked(results, analyze):
+    """Its threads waited for cores that something else used: no speed of it stands unmarked."""
+    add_parallel(results)
+    slowed = {"script": "parallel_cnn_mpi", "totals": {"cpu_share": 0.62}}
+    results.add("parallel/mpi-8-weak", 4.0, cores=4, ranks=4, **slowed)
+    results.add("parallel/mpi-8-strong", 4.0, cores=8, oversubscribed=True, **slowed)
+    content, out = analyze()
+
+    marked = [mark for mark in content["marks"] if mark.startswith("short of CPU")]
+    assert len(marked) == 1
+    assert marked[0].endswith(": mpi-8-weak")  # the other one took its own cores
+    assert "mpi-8-weak (short of CPU)" in read_table(out, "parallel_scaling")
+    row = read_table(out, "parallel_results")["mpi-8-weak (short of CPU)"]
+    assert float(row["cpu_share (% of asked for)"]) == 62
+    for figure in content["figures"]:
+        assert "SHORT OF CPU" in figure["notes"]
+        assert "MPI, 8 ranks, weak: 62%" in figure["notes"].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("serial", "serial"),
+        ("mpi-2-strong", "MPI, 2 ranks, strong"),
+        ("hybrid-1x2-weak", "hybrid, 1 rank × 2 threads, weak"),
+        ("cnn-scratch-1-core", "CNN from scratch, 1 core"),
+        ("resnet18-pytorch-gpu", "ResNet-18 in PyTorch, GPU"),
+        ("s3-shards-2-workers-train", "S3 shards, 2 workers"),
+        ("serial-2-im2col", "serial: im2col"),
+        ("pipelined", "pipelined"),
+    ],
+)
+def test_readable_names(name, label):
+    assert readable_name(name) == label
+
+
+def write_trace(path, steps=5):
+    """A trace of two ranks, whose steps take 10 ms each."""
+    events = []
+    for rank in (0, 1):
+        track = {"pid": rank, "tid": rank}
+        events.append({**track, "ph": "M", "name": "thread_name", "args": {"name": "MainThread"}})
+        for step in range(steps):
+            start = 10_000 * step
+            spans = (
+                ("loading", 0, 1000),
+                ("forward", 1000, 3000),
+                ("0 Dense forward", 1000, 2500),
+                ("backward", 4000, 4000),
+                ("gradients 0:10", 7000, 100),
+                ("communication", 8000, 1000),
+                ("update", 9000, 900),
+            )
+            for name, begin, duration in spans:
+                span = {"name": name, "ts": start + begin, "dur": duration}
+                events.append({**track, **span, "ph": "X"})
+    path.write_text(json.dumps({"traceEvents": events}))
+
+
+def test_trace_is_drawn_two_steps_long(tmp_path):
+    path = tmp_path / "trace.json"
+    write_trace(path)
+    spans = read_trace(path)
+    assert {span.track for span in spans} == {
+        f"rank {r}{t}" for r in "01" for t in ("", ", layers")
+    }
+    assert len(spans) == 2 * 2 * 7  # ranks × steps × spans
+    assert min(span.start for span in spans) == 0
+    assert max(span.end for span in spans) == pytest.approx(19.9)
+    kinds = {span.name: span.kind for span in spans}
+    assert kinds["0 Dense forward"] == "forward"
+    assert kinds["gradients 0:10"] == "communication"
+
+
+def test_traces_of_a_suite_and_damaged_ones(results, analyze, capsys):
+    """The run on the most cores is drawn; a trace that cannot be read costs its picture only."""
+    add_parallel(results, arguments={"trace": "elsewhere/trace.json"})
+    write_trace(results.log("parallel/mpi-2-strong").with_name("trace.json"))
+    write_trace(results.log("parallel/mpi-4-strong").with_name("trace.json"))
+    content, _ = analyze()
+    assert "parallel_trace" in figure_names(content)
+
+    for text in ("{}", "not JSON", '{"traceEvents": [{}]}'):
+        results.log("parallel/mpi-4-strong").with_name("trace.json").write_text(text)
+        content, _ = analyze()
+        assert "parallel_trace" not in figure_names(content)
+        assert "parallel_speedup" in figure_names(content)
+        assert any("trace.json is no trace" in line for line in content["missing"])
+    write_trace(results.log("parallel/mpi-4-strong").with_name("trace.json"), steps=2)
+    content, _ = analyze()
+    assert any("no complete step" in line for line in content["missing"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -681,7 +781,7 @@ def test_log_of_a_real_run(tmp_path, serial, analyze):
     assert accuracy == pytest.approx(100 * totals["final_accuracy"], abs=1e-3)
     phases = ("loading", "forward", "backward", "update")
     assert sum(value(content, f"{name}.{phase}_share") for phase in phases) == pytest.approx(100)
-    assert content["marks"] == ["synthetic data"]
+    assert content["marks"][0] == "synthetic data"
     assert content["missing"] == [
         "GPU: no run used one",
         "95 % intervals of files/serial_cnn: one run each",

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from helpers import REPO, finish, start_command
 
 import common
 from common import (
@@ -2195,6 +2196,19 @@ def test_monitor_sees_a_busy_child(busy_child):
     assert monitor.latest()["gpu_percent"] is None
     assert set(monitor.summary()) == {"cpu_percent", "ram_mb"}
     assert not monitor.is_alive()
+
+
+@pytest.mark.skipif(not common.thread_times(), reason="the system does not count waiting threads")
+def test_run_whose_core_is_busy_says_so(tmp_path, busy_child):
+    """A training and a process that spins share one core: both get about half of it."""
+    core = common.available_cores()[0]
+    busy_child().cpu_affinity([core])
+    options = ("--dataset", "synthetic", "--subset", 1000, "--epochs", 2, "--conv", "loops")
+    command = ("taskset", "-c", core, sys.executable, REPO / "serial_cnn.py", *options)
+    out, _ = finish(start_command(tmp_path, command))
+    totals = json.loads((tmp_path / "results/serial_cnn.json").read_text())["totals"]
+    assert totals["cpu_share"] < common.SHORT_OF_CPU
+    assert "(SHORT OF CPU: its threads got " in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

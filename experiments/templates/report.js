@@ -26,7 +26,8 @@ function sortTable(table, column) {
 
 for (const table of document.querySelectorAll("table")) {
   for (const row of table.tBodies[0].rows) {
-    if (row.cells[0].textContent.endsWith("(oversubscribed)")) row.classList.add("marked");
+    const isMarked = /\((oversubscribed|short of CPU)\)$/.test(row.cells[0].textContent);
+    if (isMarked) row.classList.add("marked");
   }
 
   const heads = [...table.tHead.rows[0].cells];

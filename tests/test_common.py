@@ -68,8 +68,6 @@ from common import (
     softmax_cross_entropy,
 )
 
-REPO = Path(common.__file__).resolve().parent
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_blas_thread():

@@ -76,6 +76,7 @@ measure: $(READY)  ## measure all that README and docs/ show, into measurements/
 	$(PYTHON) $(LADDER)
 	$(PYTHON) $(TRAINING) --only serial
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
+	$(PYTHON) $(TRAINING) --suite recipes
 	$(PYTHON) experiments/update_readme.py --collect $(MEASURED)
 
 readme: $(READY)  ## build the tables of README and docs/, and docs/report, from measurements/

@@ -63,7 +63,7 @@ from read_runs import Machine, Run, Warn, read_logs, read_results
 
 WIDTH = 100  # columns of what is printed
 
-SUITES = ("parallel", "hardware", "loading", "split", "ladder")
+SUITES = ("parallel", "hardware", "loading", "split", "ladder", "recipes")
 
 # Columns of the tables that are no metrics but attributes of a RunGroup
 GROUP_SETTINGS = ("n", "cores", "ranks", "threads", "batch", "workers")

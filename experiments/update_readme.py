@@ -18,6 +18,7 @@ run_experiments.py as two files. The .json file is its index, with the metadata 
 
 import csv
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -305,7 +306,7 @@ def split_ratios(content, name):
 def training_table(measurements):
     """Whole trainings: accuracy, time and memory."""
     cells = []
-    for run in read_trainings(measurements).values():
+    for run in read_trainings(measurements, "parallel").values():
         cells.append(
             [
                 f"`{run['configuration']}`",
@@ -319,20 +320,45 @@ def training_table(measurements):
     return markdown_table(header, cells)
 
 
-def read_trainings(measurements):
+def recipes_table(measurements):
+    """The CNN with its defaults, and with what keeps it from overfitting."""
+    cells = []
+    for run in read_trainings(measurements, "recipes").values():
+        options = run["options"]
+        if "augment" not in run["configuration"]:
+            options = [word for word in options if word not in ("--augment", "off")]
+        cells.append(
+            [
+                f"`{' '.join(options)}`" if options else "defaults",
+                f"{run['accuracy']:.2%} (epoch {run['best_epoch']} of {run['epochs']})",
+                f"{run['last_accuracy']:.2%}",
+                f"{run['train_accuracy']:.2%}",
+            ]
+        )
+    header = " | best test accuracy | after the last epoch | on the training images then"
+    return markdown_table(header, cells)
+
+
+def read_trainings(measurements, suite):
     """{configuration: what the tables and results show of it} of training.json and training.csv."""
     packed = measurements / "training"
     logs = read_logs(packed)
     trainings = {}
     for run in read_json(packed.with_suffix(".json"))["runs"]:
+        if run["suite"] != suite:
+            continue
         log = logs[run_key(run)]
+        trained = [row for row in log if row["type"] == str(TRAIN)]
         tested = [row for row in log if row["type"] == str(VALIDATE)]
         best = max(tested, key=lambda row: float(row["value1"]))
-        seconds = sum(float(row["duration"]) for row in log if row["type"] == str(TRAIN))
+        seconds = sum(float(row["duration"]) for row in trained)
         totals = run["metadata"]["totals"]
         trainings[run["configuration"]] = {
             "configuration": run["configuration"],
+            "options": recipe_options(run["command"]),
             "accuracy": float(best["value1"]),
+            "last_accuracy": float(tested[-1]["value1"]),
+            "train_accuracy": float(trained[-1]["value1"]),
             "best_epoch": int(best["epoch"]),
             "epochs": max(int(row["epoch"]) for row in tested),
             "seconds": seconds,
@@ -340,6 +366,14 @@ def read_trainings(measurements):
             "peak_ram_mb": totals["peak_ram_mb"],
         }
     return trainings
+
+
+def recipe_options(command):
+    """The options of a command line that make it another recipe than the defaults."""
+    names = ("--augment", "--schedule", "--weight-decay", "--epochs")
+    words = command[command.index("--dataset") :]  # what comes before is the suite's, for all runs
+    pairs = itertools.pairwise(words)
+    return [word for pair in pairs if pair[0] in names for word in pair]
 
 
 def machine_line(measurements):
@@ -412,6 +446,7 @@ TABLES = {  # NAME-PART has some of the rows of table NAME
     "loading": loading_table,
     "split": split_table,
     "training": training_table,
+    "recipes": recipes_table,
     "machine": machine_line,
 }
 
@@ -453,7 +488,7 @@ def conditions(measurements, row):
 
 
 def training_result(measurements, configuration):
-    run = read_trainings(measurements)[configuration]
+    run = read_trainings(measurements, "parallel")[configuration]
     return (
         f"{run['epochs']} epochs on all of CIFAR-10 take {run['seconds']:.0f} s; the best test "
         f"accuracy, in epoch {run['best_epoch']}, is {run['accuracy']:.2%}."

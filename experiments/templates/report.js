@@ -26,7 +26,8 @@ function sortTable(table, column) {
 
 for (const table of document.querySelectorAll("table")) {
   for (const row of table.tBodies[0].rows) {
-    const isMarked = /\((oversubscribed|short of CPU)\)$/.test(row.cells[0].textContent);
+    const name = row.cells[0].textContent;
+    const isMarked = name.endsWith("(oversubscribed)") || name.endsWith("(short of CPU)");
     if (isMarked) row.classList.add("marked");
   }
 

@@ -12,7 +12,7 @@ Contents, in this order (search for the name):
     Run log          RunLog, ResourceMonitor, Progress
     Checkpoints      Checkpoint, TorchCheckpoint, StopSignal
     Machine          available_cores, limit_blas_threads, environment
-    MPI              collective, OverlapReducer, SharedMemoryReducer
+    MPI              start_mpi, collective, OverlapReducer, SharedMemoryReducer
     PyTorch          make_torch_resnet, make_torch_optimizer
     Command line     make_parser, run_main
 
@@ -31,8 +31,10 @@ if sys.version_info < (3, 10):  # noqa: UP036 (what follows would fail without s
     sys.exit(2)
 
 import argparse
+import atexit
 import contextlib
 import csv
+import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -2734,6 +2736,39 @@ def check_launcher(comm):
             )
 
 
+START_TIMEOUT = 120  # seconds that a rank waits for all others to start
+
+
+def start_mpi():
+    """Start MPI, unless it has started; returns the communicator of all ranks.
+
+    MPI starts here, not at its import: an exception or a signal while a script is imported would
+    find it running and nothing that ends the other ranks. From here on each ends the whole job.
+    """
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    if not MPI.Is_initialized():
+        # All ranks meet in MPI.Init_thread. Meanwhile no Python code runs: no signal handler, so
+        # that the system's must end this process (then mpirun ends the others), and no thread, so
+        # that faulthandler, which is written in C, must end a rank whose peers do not come.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+        errors = sys.__stderr__ or open(os.devnull, "w")
+        faulthandler.dump_traceback_later(START_TIMEOUT, exit=True, file=errors)
+        MPI.Init_thread()
+        faulthandler.cancel_dump_traceback_later()
+        atexit.register(MPI.Finalize)
+        if comm.size == 1:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+        else:
+            abort_on_exception(comm)
+            StallWatch(None, comm).__enter__()  # until the process ends
+    abort_on_exception(comm)
+    return comm
+
+
 def abort_on_exception(comm):
     """Make an uncaught exception, or an early signal, on one rank end the whole job.
 
@@ -2829,14 +2864,16 @@ class StallWatch:
 
     - --stall-timeout: so long no batch was finished, or the rank has been in one and the same call;
     - a signal has come and the rank has stayed in one call for 5 s, so that it cannot stop itself.
+
+    Before the training, when there is no log yet, only the second does.
     """
 
     AFTER_SIGNAL = 5.0  # seconds
 
-    def __init__(self, log: RunLog, comm):
+    def __init__(self, log: RunLog | None, comm):
         self.log = log
         self.rank = comm.rank
-        self.timeout = log.args.stall_timeout or math.inf
+        self.timeout = (log and log.args.stall_timeout) or math.inf
         self._done = threading.Event()
         self._main = threading.main_thread().ident
 
@@ -2871,7 +2908,7 @@ class StallWatch:
             with contextlib.suppress(BlockingIOError):
                 has_signal = bool(os.read(self._signals, 100)) or has_signal
 
-            last_batch = self.log.last_batch
+            last_batch = self.log and self.log.last_batch
             stalled = now - since
             if last_batch is not None:
                 stalled = max(stalled, now - last_batch)
@@ -2886,7 +2923,7 @@ class StallWatch:
             lines += line.rstrip().splitlines()
         text = "".join(f"[rank {self.rank}] {line}\n" for line in lines)
         print(text, end="", file=sys.stderr, flush=True)
-        if self.rank == 0:
+        if self.log and self.rank == 0:
             self.log.metadata.update(end=time.time(), status=f"failed: {message}")
             self.log._write_metadata()
         time.sleep(2)  # the other ranks print too: the first that exits ends the job
@@ -3108,9 +3145,7 @@ def choose_reduce(args: argparse.Namespace, comm) -> str:
 
 def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
     """The options that the MPI scripts share. reduce: the values of --reduce, except auto."""
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.rank:
+    if start_mpi().rank:
         parser.print_help = lambda file=None: None  # one help text, not one from each rank
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
@@ -3325,8 +3360,10 @@ def run_main(main: Callable, rank: int = 0):
             # A file name that the terminal cannot show must not end a run.
             getattr(sys, name).reconfigure(errors="backslashreplace")
     sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell's background jobs ignore SIGINT. The handlers of start_mpi() stay.
+        if not callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
     except (InputError, TrainingError, OSError) as error:

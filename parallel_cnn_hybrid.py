@@ -19,12 +19,30 @@ import argparse
 import functools
 import math
 import os
+import signal
 import sys
 import time
 
+import mpi4py
+
+# A rank that ends by itself would leave the others waiting for it. So MPI does not start at its
+# import but in start_mpi(), when all imports are done. If one fails, MPI starts to end all ranks.
+mpi4py.rc(initialize=False)
+from mpi4py import MPI
+
+
+def end_all_ranks(*error):
+    sys.__excepthook__(*error)
+    signal.alarm(60)  # the time that the other ranks have to start MPI too
+    MPI.Init()
+    MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_all_ranks
+
 import numba
 import numpy as np
-from mpi4py import MPI
 from numba import get_thread_id, njit, prange
 
 from common import (
@@ -47,7 +65,6 @@ from common import (
     SharedMemoryReducer,
     StopSignal,
     WinogradConv2D,
-    abort_on_exception,
     add_mpi_options,
     assert_replicas_identical,
     available_cores,
@@ -75,6 +92,7 @@ from common import (
     save_and_stop,
     shard,
     softmax_cross_entropy,
+    start_mpi,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -1361,15 +1379,14 @@ def parse_args(argv=None):
     add("--force-threads", action="store_true", help=force)
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
-        args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size
+        args.global_batch_size = args.batch_size * start_mpi().size
     return args
 
 
 def main(argv=None):
-    comm = MPI.COMM_WORLD
-    abort_on_exception(comm)
+    comm = start_mpi()
     check_launcher(comm)
-    args = parse_args(argv)
+    args = collective(comm, lambda: parse_args(argv))
     dtype = np.dtype(args.dtype)
     threads = collective(comm, lambda: choose_threads(args, comm))
     compile_seconds = compile_kernels(args.model, dtype, comm)
@@ -1411,4 +1428,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, MPI.COMM_WORLD.rank)
+    run_main(main, start_mpi().rank)

@@ -22,10 +22,28 @@ epochs on all of CIFAR-10 take 126 s; the best test accuracy, in epoch 3, is 67.
 """
 
 import math
+import signal
 import sys
 
-import numpy as np
+import mpi4py
+
+# A rank that ends by itself would leave the others waiting for it. So MPI does not start at its
+# import but in start_mpi(), when all imports are done. If one fails, MPI starts to end all ranks.
+mpi4py.rc(initialize=False)
 from mpi4py import MPI
+
+
+def end_all_ranks(*error):
+    sys.__excepthook__(*error)
+    signal.alarm(60)  # the time that the other ranks have to start MPI too
+    MPI.Init()
+    MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_all_ranks
+
+import numpy as np
 
 from common import (
     MODELS,
@@ -34,7 +52,6 @@ from common import (
     RunLog,
     SharedMemoryReducer,
     StopSignal,
-    abort_on_exception,
     add_mpi_options,
     assert_replicas_identical,
     blas_warning,
@@ -59,6 +76,7 @@ from common import (
     save_and_stop,
     shard,
     softmax_cross_entropy,
+    start_mpi,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -230,15 +248,14 @@ def parse_args(argv=None):
     add_mpi_options(parser, REDUCERS)
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
-        args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size
+        args.global_batch_size = args.batch_size * start_mpi().size
     return args
 
 
 def main(argv=None):
-    comm = MPI.COMM_WORLD
-    abort_on_exception(comm)
+    comm = start_mpi()
     check_launcher(comm)
-    args = parse_args(argv)
+    args = collective(comm, lambda: parse_args(argv))
     limit_blas_threads(1)
     warning = blas_warning()
     if warning and comm.rank == 0:
@@ -265,4 +282,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, MPI.COMM_WORLD.rank)
+    run_main(main, start_mpi().rank)

@@ -403,7 +403,7 @@ def restored(monkeypatch):
 
 
 def choose_threads(*argv):
-    return hybrid.choose_threads(hybrid.parse_args(argv), hybrid.MPI.COMM_WORLD)
+    return hybrid.choose_threads(hybrid.parse_args(argv), hybrid.start_mpi())
 
 
 def test_threads_are_limited_to_the_cores(restored, capsys):

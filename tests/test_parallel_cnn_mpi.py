@@ -2,8 +2,10 @@
 when one dies.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from helpers import (
     REPO,
@@ -338,6 +341,107 @@ run_main(main)
     assert "interrupted" in err
 
 
+EARLY = """
+import os, runpy, signal, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import {module}
+real = {module}.{function}
+
+def act(*args, **options):
+    if {when}:
+        {what}
+    return real(*args, **options)
+
+if os.environ["PMI_RANK"] == "1":
+    {module}.{function} = act
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+MOMENTS = {
+    "import": ("builtins", "__import__", "args[0] == 'common'"),
+    "before MPI starts": ("faulthandler", "dump_traceback_later", "True"),
+    "MPI has started": ("faulthandler", "cancel_dump_traceback_later", "True"),
+    "options": ("argparse", "ArgumentParser.parse_args", "True"),
+    "data": ("common", "load_cifar10", "True"),
+}
+
+
+def start_early(folder, script, moment, what, **options):
+    """Start two ranks of a script; rank 1 does something in its first second."""
+    module, function, when = MOMENTS[moment]
+    code = EARLY.format(module=module, function=function, when=when, what=what)
+    (folder / "early.py").write_text(code)
+    return start_ranks(
+        folder, 2, folder / "early.py", REPO / script, *ODD, "--epochs", 1, **options
+    )
+
+
+def assert_ends(process, timeout=60):
+    """The job ends with an error, however long the other rank would wait. Returns its stderr."""
+    try:
+        _, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    return err
+
+
+@pytest.mark.parametrize("script", [SCRIPT, pytest.param("parallel_cnn_hybrid.py", marks=SLOW)])
+def test_an_import_that_fails_on_one_rank_ends_the_job(tmp_path, cache, script):
+    """A package that one machine does not have: the other rank waits for this one in MPI_Init."""
+    what = "raise ImportError('on this machine')"
+    process = start_early(tmp_path, script, "import", what, env=cache)
+    err = assert_ends(process)
+    assert process.returncode == 1
+    assert "\nImportError: on this machine\n" in err
+
+
+def test_a_rank_that_does_not_start_ends_the_job(tmp_path, cache):
+    """mpirun takes a process that ends before MPI_Init for one that needs no MPI."""
+    text = (REPO / "common.py").read_text()
+    assert "\nSTART_TIMEOUT = 120 " in text
+    short = text.replace("\nSTART_TIMEOUT = 120 ", "\nSTART_TIMEOUT = 2 ")
+    (tmp_path / "common.py").write_text(short)
+    shutil.copy(REPO / SCRIPT, tmp_path)
+    process = start_early(tmp_path, tmp_path / SCRIPT, "import", "os._exit(1)", env=cache)
+    err = assert_ends(process)
+    assert "Timeout (0:00:02)!" in err
+    assert "in start_mpi" in err
+
+
+@pytest.mark.parametrize("script", [SCRIPT, pytest.param("parallel_cnn_hybrid.py", marks=SLOW)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
+@pytest.mark.parametrize(
+    "moment",
+    ["MPI has started", *(pytest.param(name, marks=SLOW) for name in MOMENTS if "has" not in name)],
+)
+def test_a_signal_at_any_moment_of_the_start_ends_the_job(tmp_path, cache, script, number, moment):
+    what = f"os.kill(os.getpid(), {int(number)})"
+    process = start_early(tmp_path, script, moment, what, env=cache)
+    assert_ends(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [SCRIPT, "parallel_cnn_hybrid.py"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_signal_at_a_random_moment_ends_the_job(tmp_path, cache, script, name):
+    rng = random.Random(name + script)
+    for _ in range(4):
+        process = start_ranks(tmp_path, 2, REPO / script, *ODD, "--epochs", 20, env=cache)
+        time.sleep(rng.uniform(0, 2))
+        victims = ranks_of(process)
+        if victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rng.choice(victims).send_signal(getattr(signal, name))
+        # Without one, or when all is done already, there is nothing to end early.
+        try:
+            process.communicate(timeout=90)
+        finally:
+            process.kill()
+        assert_gone(victims)
+
+
 def test_ctrl_c_ends_with_130(tmp_path, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     ranks = ranks_of(process)
@@ -362,7 +466,7 @@ def forward(*args):
     return real(*args)
 
 common.Model.forward = forward
-script.run_main(script.main, script.MPI.COMM_WORLD.rank)
+script.run_main(script.main, script.start_mpi().rank)
 """
 
 
@@ -408,7 +512,7 @@ class RingReducer(script.RingReducer):
         comm.Recv(self.total, (comm.rank - 1) % comm.size)
 
 script.RingReducer = RingReducer
-script.run_main(script.main, script.MPI.COMM_WORLD.rank)
+script.run_main(script.main, script.start_mpi().rank)
 """
 
 

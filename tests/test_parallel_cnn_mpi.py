@@ -377,7 +377,7 @@ def start_early(folder, script, moment, what, **options):
     )
 
 
-def assert_ends(process, timeout=60):
+def assert_ends(process, timeout=240):  # Numba may have to compile first
     """The job ends with an error, however long the other rank would wait. Returns its stderr."""
     try:
         _, err = process.communicate(timeout=timeout)

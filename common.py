@@ -2737,6 +2737,17 @@ def check_launcher(comm):
 
 
 START_TIMEOUT = 120  # seconds that a rank waits for all others to start
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
+MPICH_SHARED_MEMORY = 5_400_000  # bytes of it that a rank takes when MPI starts
+
+
+def free_shared_memory() -> float:
+    """Bytes that are free in shared memory; infinity where the system has another kind."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # macOS
+        return math.inf
+    return status.f_bavail * status.f_frsize
 
 
 def start_mpi():
@@ -2749,6 +2760,16 @@ def start_mpi():
 
     comm = MPI.COMM_WORLD
     if not MPI.Is_initialized():
+        # MPICH does not ask how much memory there is: with too little, it crashes.
+        needed = int(os.environ.get("MPI_LOCALNRANKS") or 1) * MPICH_SHARED_MEMORY
+        if needed > free_shared_memory() and os.environ.get("MPI_LOCALRANKID") == "0":
+            print(
+                f"warning: {SHARED_MEMORY} has {free_shared_memory() // MIB:.0f} MiB free, MPI "
+                f"takes {needed / MIB:.0f} MiB for its ranks (in Docker: run --shm-size=1g)",
+                file=sys.stderr,
+                flush=True,
+            )
+
         # All ranks meet in MPI.Init_thread. Meanwhile no Python code runs: no signal handler, so
         # that the system's must end this process (then mpirun ends the others), and no thread, so
         # that faulthandler, which is written in C, must end a rank whose peers do not come.
@@ -3120,27 +3141,36 @@ class SharedMemoryReducer:
         return slice(layer_slice.start + own.start, layer_slice.start + own.stop)
 
 
-def can_share_memory(comm) -> bool:
-    """True if every machine has the same number of ranks, which SharedMemoryReducer needs."""
-    from mpi4py import MPI
-
-    sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return min(sizes) == max(sizes)
-
-
-def choose_reduce(args: argparse.Namespace, comm) -> str:
+def choose_reduce(args: argparse.Namespace, comm, model: Model, optimizer: Optimizer) -> str:
     """--reduce, with auto replaced: shared where the ranks of a machine can share memory."""
     from mpi4py import MPI
 
-    can_share = can_share_memory(comm)
-    if args.reduce == "shared" and not can_share:
-        raise InputError(
-            "--reduce shared: the machines have different numbers of ranks: use --reduce overlap"
+    # SharedMemoryReducer needs the same number of ranks on every machine, and memory for the
+    # gradients of each rank, the weights and the optimizer's state.
+    ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+    needed = model.grads.nbytes * (ranks_here + 1 + len(optimizer.state)) + MIB
+    ranks, is_too_small, free = zip(
+        *comm.allgather((ranks_here, needed > free_shared_memory(), free_shared_memory())),
+        strict=True,
+    )
+    problem = None
+    if min(ranks) < max(ranks):
+        problem = "the machines have different numbers of ranks"
+    elif any(is_too_small):
+        problem = (
+            f"{SHARED_MEMORY} has {min(free) // MIB} MiB free, {needed // MIB} MiB are needed "
+            "(in Docker: run --shm-size=1g)"
         )
-    if args.reduce == "auto":
-        ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-        return "shared" if can_share and ranks_here > 1 else "overlap"
-    return args.reduce
+
+    if args.reduce != "auto":
+        if args.reduce == "shared" and problem:
+            raise InputError(f"--reduce shared: {problem}: use --reduce overlap")
+        return args.reduce
+    if max(ranks) == 1 or problem:
+        if comm.rank == 0 and any(is_too_small) and max(ranks) > 1:
+            print(f"--reduce overlap: {problem}", file=sys.stderr)
+        return "overlap"
+    return "shared"
 
 
 def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):

@@ -1282,7 +1282,7 @@ def compile_kernels(name: str, dtype, comm) -> float:
 
 def make_reducer(comm, model, optimizer, args):
     """The reducer that --reduce names: rungs of the ladder in parallel_cnn_mpi.py."""
-    if choose_reduce(args, comm) == "shared":
+    if choose_reduce(args, comm, model, optimizer) == "shared":
         return SharedMemoryReducer(comm, model, optimizer, args.overlap)
     return OverlapReducer(comm, model, args.overlap)
 

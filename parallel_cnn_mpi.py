@@ -149,7 +149,7 @@ REDUCERS = ("allreduce", "ring", "overlap", "shared")
 
 def make_reducer(comm, model, optimizer, args):
     """The reducer that --reduce names. All leave the same weights on every rank."""
-    name = choose_reduce(args, comm)
+    name = choose_reduce(args, comm, model, optimizer)
     if name == "allreduce":
         return AllreduceReducer(comm, model)
     if name == "ring":

@@ -442,6 +442,50 @@ def test_a_signal_at_a_random_moment_ends_the_job(tmp_path, cache, script, name)
         assert_gone(victims)
 
 
+SMALL_MEMORY = """
+mount --make-rprivate / && mount -t tmpfs -o size=24m tmpfs /dev/shm && exec "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def small_memory():
+    """The words before a command that see a /dev/shm of 24 MB, as in a container."""
+    words = ("unshare", "--map-root-user", "--mount", "sh", "-c", SMALL_MEMORY, "sh")
+    try:
+        done = subprocess.run([*words, "true"], capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"needs unshare of util-linux: {error}")
+    if done.returncode:
+        pytest.skip(f"needs mount namespaces: {done.stderr}")
+    return words
+
+
+def test_little_shared_memory_makes_auto_send_messages(tmp_path, cache, small_memory):
+    """Otherwise the first access behind its end is a bare "Bus error"."""
+    _, err = mpirun(tmp_path, 2, SCRIPT, *ODD, "--epochs", 1, env=cache, before=small_memory)
+    assert re.fullmatch(
+        r"--reduce overlap: /dev/shm has \d+ MiB free, 17 MiB are needed \(in Docker: .*\)\n", err
+    )
+    assert json.loads((tmp_path / SIDECAR).read_text())["reduce"] == "overlap"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [SCRIPT, "parallel_cnn_hybrid.py"])
+def test_little_shared_memory_refuses_what_was_asked_for(tmp_path, cache, small_memory, script):
+    options = ("--dtype", "float64", "--reduce", "shared")
+    _, err = mpirun(tmp_path, 2, script, *ODD, *options, env=cache, before=small_memory, status=2)
+    assert re.match(r"error: --reduce shared: /dev/shm has \d+ MiB free, 33 MiB are needed", err)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_too_little_shared_memory_for_mpi_itself_is_explained(tmp_path, small_memory, cache):
+    """MPICH crashes: what is to be done comes before."""
+    process = start_ranks(tmp_path, 6, SCRIPT, *ODD, env=cache, before=small_memory)
+    err = assert_ends(process)
+    assert err.startswith("warning: /dev/shm has 24 MiB free, MPI takes 30 MiB for its ranks")
+
+
 def test_ctrl_c_ends_with_130(tmp_path, cache):
     process = run_until_second_epoch(tmp_path, 2, env=cache)
     ranks = ranks_of(process)

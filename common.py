@@ -2593,10 +2593,56 @@ def check_outputs(paths: list):
 
 
 def available_cores() -> list[int]:
-    """The cores that this process may run on, from its affinity mask where the system has one."""
+    """The cores that this process may use: those of its affinity mask, no more than its quota."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))  # macOS
+        cores = sorted(os.sched_getaffinity(0))
+    else:
+        cores = list(range(os.cpu_count() or 1))  # macOS
+    quota = cpu_quota()
+    # A process that has used up its quota stands still, most likely with some threads waiting for
+    # others. So of 1.5 cores it may use one.
+    return cores[: max(1, int(quota))] if quota < len(cores) else cores
+
+
+def cpu_quota(proc: str = "/proc/self") -> float:
+    """The number of cores' time that containers may limit a process to; infinite without a limit.
+
+    It is a property of a control group, cgroups(7): `docker --cpus`, Kubernetes and Slurm set it.
+    """
+    groups = {}  # {controller: path}; version 2 of control groups has one entry, without a name
+    mounts = []
+    with contextlib.suppress(OSError):  # macOS
+        for line in Path(proc, "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            groups.update(dict.fromkeys(controllers.split(","), path))
+        mounts = Path(proc, "mounts").read_text().splitlines()
+
+    quota = math.inf
+    for mount in mounts:
+        _, folder, kind, options, *_ = mount.split()
+        controller = {"cgroup": "cpu", "cgroup2": ""}.get(kind)
+        if controller not in groups or controller not in ("", *options.split(",")):
+            continue
+        # The limit of each group above holds too. In a container some paths are the host's and not
+        # found; the root is then the container's own group.
+        own_group = Path(folder, groups[controller].lstrip("/"))
+        for group in (own_group, *own_group.parents):
+            quota = min(quota, _read_quota(group))
+            if group == Path(folder):
+                break
+    return quota
+
+
+def _read_quota(group):
+    """The quota of one control group, in cores; infinite without one."""
+    with contextlib.suppress(OSError, ValueError):
+        microseconds, period = (group / "cpu.max").read_text().split()  # "max 100000": no limit
+        return int(microseconds) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        microseconds = int((group / "cpu.cfs_quota_us").read_text())  # -1: no limit
+        if microseconds > 0:
+            return microseconds / int((group / "cpu.cfs_period_us").read_text())
+    return math.inf
 
 
 def limit_blas_threads(threads: int):
@@ -2686,6 +2732,7 @@ def environment() -> dict:
         "host": platform.node(),
         "cpu": cpu_model(),
         "cores": available_cores(),
+        "cpu_quota": quota if math.isfinite(quota := cpu_quota()) else None,
         "memory_mb": psutil.virtual_memory().total / MIB,
         "blas": blas_info(),
         "git_commit": git_commit(),
@@ -2722,17 +2769,63 @@ def shard(n: int, rank: int, size: int) -> slice:
     return slice(start, start + n // size + (rank < n % size))
 
 
+def launched_processes() -> tuple[str, int]:
+    """The launcher that started this process, if any, and of how many processes it is one."""
+    for launcher, name in (
+        ("mpirun", "PMI_SIZE"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("mpirun", "PMIX_SIZE"),
+        ("mpirun", "MPI_LOCALNRANKS"),
+        ("srun", "SLURM_STEP_NUM_TASKS"),
+    ):
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            return launcher, int(size)
+    return "", 1
+
+
 def check_launcher(comm):
-    """Raise InputError if mpirun belongs to another MPI than mpi4py: every rank would be alone."""
+    """Raise InputError if each rank is alone, because the launcher does not belong to mpi4py."""
     from mpi4py import MPI
 
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
-        if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
-            library = MPI.Get_library_version().split("\n")[0].strip("\0")
-            raise InputError(
-                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to "
-                f"another MPI than mpi4py, which uses {library}. Use the mpirun beside python: "
-                ".venv/bin/mpirun"
+    launcher, size = launched_processes()
+    if comm.size > 1 or size == 1:
+        return
+    library = MPI.Get_library_version().split("\n")[0].strip("\0")
+    if launcher == "srun":
+        raise InputError(
+            f"srun started {size} tasks, but each is alone: srun and mpi4py, which uses {library}, "
+            "do not agree how ranks find each other. Use srun --mpi=pmi2, or mpirun without srun"
+        )
+    raise InputError(
+        f"mpirun started {size} ranks, but each is alone: it belongs to another MPI than mpi4py, "
+        f"which uses {library}. Use the mpirun beside python: .venv/bin/mpirun"
+    )
+
+
+def cores_of_machine(comm) -> tuple[int, int]:
+    """The number of ranks on this machine, and of the cores that they may use all together."""
+    from mpi4py import MPI
+
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # Some launchers give each rank cores of its own; a quota is one for all.
+    found = machine.allgather((set(available_cores()), cpu_quota()))
+    cores = len(set.union(*(cores for cores, _ in found)))
+    quota = min(quota for _, quota in found)
+    return machine.size, max(1, int(quota)) if quota < cores else cores
+
+
+def warn_if_oversubscribed(comm, threads: int = 1):
+    """Rank 0 says on which machine there are more threads of all ranks than cores."""
+    ranks, cores = cores_of_machine(comm)
+    machines = comm.gather((platform.node(), ranks, cores, threads))
+    for host, ranks, cores, threads in dict.fromkeys(machines or []):
+        if ranks * threads > cores:
+            each = f" of {threads} threads" if threads > 1 else ""
+            print(
+                f"warning: {ranks} ranks{each} share {cores} cores of {host}: "
+                "they wait for each other",
+                file=sys.stderr,
             )
 
 

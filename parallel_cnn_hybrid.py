@@ -73,6 +73,7 @@ from common import (
     choose_reduce,
     collective,
     collective_run,
+    cores_of_machine,
     count_correct,
     epoch_order,
     evaluate,
@@ -93,6 +94,7 @@ from common import (
     shard,
     softmax_cross_entropy,
     start_mpi,
+    warn_if_oversubscribed,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -1220,25 +1222,43 @@ def make_model(name: str, seed: int, dtype) -> Model:
     return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
 
 
+def start_threads():
+    """Start Numba's threads, in the layer that $NUMBA_THREADING_LAYER names, else of OpenMP."""
+    # OpenMP would bind the threads of every rank to the same cores, from the first one on.
+    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"):
+        os.environ.pop(name, None)
+
+    layer = os.environ.get("NUMBA_THREADING_LAYER")
+    for name in [layer] if layer else ["omp", "default"]:
+        numba.config.THREADING_LAYER = name
+        try:
+            numba.set_num_threads(1)
+            return
+        except ValueError as error:
+            problem = error
+    raise InputError(f"Numba's threads do not start: {problem}: unset NUMBA_THREADING_LAYER")
+
+
 def choose_threads(args: argparse.Namespace, comm) -> int:
     """Set and return this rank's number of threads: at most its share of the cores, unless forced.
 
     With more threads than cores some would wait for the others at the end of every kernel.
     """
-    cores = len(available_cores())
-    local_ranks = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-    cores_per_rank = max(1, cores // local_ranks)
+    local_ranks, cores = cores_of_machine(comm)
+    cores_per_rank = max(1, min(cores // local_ranks, len(available_cores())))
+    start_threads()
 
     environment = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
     if not args.num_threads and not environment.isdecimal():
         raise InputError(
             f"OMP_NUM_THREADS={environment}: set it to a whole number, or use --num-threads"
         )
-    wanted = args.num_threads or int(environment) or cores_per_rank
+    most = numba.config.NUMBA_NUM_THREADS
+    wanted = args.num_threads or min(int(environment) or cores_per_rank, most)
     threads = wanted if args.force_threads else min(wanted, cores_per_rank)
-    if threads > numba.config.NUMBA_NUM_THREADS:
+    if threads > most:
         raise InputError(
-            f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; "
+            f"{threads} threads: Numba was started with {most}; "
             f"to force more, set NUMBA_NUM_THREADS={threads} in the environment"
         )
 
@@ -1246,12 +1266,6 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
         print(
             f"--num-threads {threads} instead of {wanted}: ranks on this machine: {local_ranks}, "
             f"cores: {cores} (--force-threads keeps {wanted})",
-            file=sys.stderr,
-        )
-    if local_ranks * threads > cores and comm.rank == 0:
-        print(
-            f"warning: {local_ranks} ranks of {threads} threads share {cores} cores: "
-            "they wait for each other",
             file=sys.stderr,
         )
     numba.set_num_threads(threads)
@@ -1266,7 +1280,6 @@ def compile_kernels(name: str, dtype, comm) -> float:
     import scipy.linalg.cython_blas  # noqa: F401 (np.dot in a kernel calls SciPy's BLAS)
 
     limit_blas_threads(1)  # SciPy's and NumPy's: the threads here are Numba's
-    numba.config.THREADING_LAYER = "omp"
     started = time.perf_counter()
     for is_my_turn in (comm.rank == 0, comm.rank != 0):
         if is_my_turn:
@@ -1389,6 +1402,7 @@ def main(argv=None):
     args = collective(comm, lambda: parse_args(argv))
     dtype = np.dtype(args.dtype)
     threads = collective(comm, lambda: choose_threads(args, comm))
+    warn_if_oversubscribed(comm, threads)
     compile_seconds = compile_kernels(args.model, dtype, comm)
     warning = blas_warning()
     if comm.rank == 0:

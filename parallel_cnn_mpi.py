@@ -77,6 +77,7 @@ from common import (
     shard,
     softmax_cross_entropy,
     start_mpi,
+    warn_if_oversubscribed,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -257,6 +258,7 @@ def main(argv=None):
     check_launcher(comm)
     args = collective(comm, lambda: parse_args(argv))
     limit_blas_threads(1)
+    warn_if_oversubscribed(comm)
     warning = blas_warning()
     if warning and comm.rank == 0:
         print(warning, file=sys.stderr)

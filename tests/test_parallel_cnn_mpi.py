@@ -480,9 +480,9 @@ def test_little_shared_memory_refuses_what_was_asked_for(tmp_path, cache, small_
 
 @pytest.mark.slow
 def test_too_little_shared_memory_for_mpi_itself_is_explained(tmp_path, small_memory, cache):
-    """MPICH crashes: what is to be done comes before."""
-    process = start_ranks(tmp_path, 6, SCRIPT, *ODD, env=cache, before=small_memory)
-    err = assert_ends(process)
+    """MPICH may crash: what is to be done comes before."""
+    process = start_ranks(tmp_path, 6, SCRIPT, *ODD, "--epochs", 1, env=cache, before=small_memory)
+    _, err = process.communicate(timeout=120)
     assert err.startswith("warning: /dev/shm has 24 MiB free, MPI takes 30 MiB for its ranks")
 
 

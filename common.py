@@ -3443,7 +3443,9 @@ def make_parser(
     add("--seed", type=seed, default=42, help="seed for weights and data order (default: 42)")
 
     log = f"results/{script}.csv"
-    add("--log", metavar="FILE", default=log, help="default: %(default)s; with a .json beside it")
+    # torchrun takes --log for one of its own options, wherever it stands.
+    path = "default: %(default)s; with a .json beside it; torchrun needs the longer name"
+    add("--log", "--log-file", metavar="FILE", default=log, help=path)
     metrics = f"results/{script}_metrics.npz"
     add("--save-metrics", metavar="FILE", default=metrics, help="default: %(default)s")
     checkpoint = "save here after each epoch, every --checkpoint-every and when interrupted"

@@ -1224,9 +1224,9 @@ def make_model(name: str, seed: int, dtype) -> Model:
 
 def start_threads():
     """Start Numba's threads, in the layer that $NUMBA_THREADING_LAYER names, else of OpenMP."""
-    # OpenMP would bind the threads of every rank to the same cores, from the first one on.
-    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"):
-        os.environ.pop(name, None)
+    # With this, OMP_PLACES or GOMP_CPU_AFFINITY, OpenMP would bind the threads of every rank to the
+    # same cores, from the first one on.
+    os.environ["OMP_PROC_BIND"] = "false"
 
     layer = os.environ.get("NUMBA_THREADING_LAYER")
     for name in [layer] if layer else ["omp", "default"]:

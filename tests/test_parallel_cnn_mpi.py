@@ -33,6 +33,8 @@ from helpers import (
     wait_until,
 )
 
+from common import available_cores
+
 SCRIPT = "parallel_cnn_mpi.py"
 LOG, SIDECAR = "results/parallel_cnn_mpi.csv", "results/parallel_cnn_mpi.json"
 ODD = ("--dataset", "synthetic", "--subset", 203, "--global-batch-size", 50, "--quiet")
@@ -594,17 +596,32 @@ def test_a_signal_ends_ranks_that_are_blocked(tmp_path, cache, number):
     assert_gone(ranks)
 
 
-def test_mpirun_of_another_mpi_is_explained(tmp_path, cache):
-    """What a rank sees when Open MPI's mpirun starts it and mpi4py is on MPICH: alone, told that
-    there are four.
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_RANK": 0}, "mpirun started 4 ranks"),
+        pytest.param(
+            {"SLURM_STEP_NUM_TASKS": 4, "SLURM_PROCID": 0}, "srun started 4 tasks", marks=SLOW
+        ),
+    ],
+)
+def test_a_launcher_of_another_mpi_is_explained(tmp_path, cache, env, words):
+    """What a rank sees when Open MPI's mpirun starts it and mpi4py is on MPICH, or srun without
+    --mpi: alone, told that there are four.
     """
     command = [sys.executable, str(REPO / SCRIPT), *map(str, ODD)]
-    env = script_environment(**cache, OMPI_COMM_WORLD_SIZE=4, OMPI_COMM_WORLD_RANK=0)
+    env = script_environment(**cache, **env)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert (
-        "\nerror: mpirun started 4 ranks, but each is alone" in done.stderr
-    )  # after mpi4py's own warning
+    # After mpi4py's own warning.
+    assert f"error: {words}, but each is alone" in done.stderr
+
+
+def test_more_ranks_than_cores_are_named(tmp_path, cache):
+    cores = len(available_cores())
+    _, err = mpirun(tmp_path, cores + 1, SCRIPT, *ODD, "--epochs", 1, env=cache)
+    words = f"warning: {cores + 1} ranks share {cores} cores of {os.uname().nodename}: "
+    assert err == f"{words}they wait for each other\n"
 
 
 HOSTS = ("10.231.77.1", "10.231.77.2")

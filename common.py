@@ -12,7 +12,7 @@ Contents, in this order (search for the name):
     Run log          RunLog, ResourceMonitor, Progress
     Checkpoints      Checkpoint, TorchCheckpoint, StopSignal
     Machine          available_cores, limit_blas_threads, environment
-    MPI              start_mpi, collective, OverlapReducer, SharedMemoryReducer
+    MPI              collective, OverlapReducer, SharedMemoryReducer
     PyTorch          make_torch_resnet, make_torch_optimizer
     Command line     make_parser, run_main
 
@@ -31,10 +31,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 (what follows would fail without s
     sys.exit(2)
 
 import argparse
-import atexit
 import contextlib
 import csv
-import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -2829,13 +2827,11 @@ def warn_if_oversubscribed(comm, threads: int = 1):
             )
 
 
-START_TIMEOUT = 120  # seconds that a rank waits for all others to start
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
-MPICH_SHARED_MEMORY = 5_400_000  # bytes of it that a rank takes when MPI starts
 
 
 def free_shared_memory() -> float:
-    """Bytes that are free in shared memory; infinity where the system has another kind."""
+    """Bytes that are free in shared memory; infinite where the system has another kind."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:  # macOS
@@ -2843,44 +2839,14 @@ def free_shared_memory() -> float:
     return status.f_bavail * status.f_frsize
 
 
-def start_mpi():
-    """Start MPI, unless it has started; returns the communicator of all ranks.
+def guard_ranks(comm):
+    """Make whatever ends this rank end the whole job, from before run_main() on.
 
-    MPI starts here, not at its import: an exception or a signal while a script is imported would
-    find it running and nothing that ends the other ranks. From here on each ends the whole job.
+    abort_on_exception(), and a signal that comes while this rank waits inside MPI: see StallWatch.
     """
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    if not MPI.Is_initialized():
-        # MPICH does not ask how much memory there is: with too little, it crashes.
-        needed = int(os.environ.get("MPI_LOCALNRANKS") or 1) * MPICH_SHARED_MEMORY
-        if needed > free_shared_memory() and os.environ.get("MPI_LOCALRANKID") == "0":
-            print(
-                f"warning: {SHARED_MEMORY} has {free_shared_memory() // MIB:.0f} MiB free, MPI "
-                f"takes {needed / MIB:.0f} MiB for its ranks (in Docker: run --shm-size=1g)",
-                file=sys.stderr,
-                flush=True,
-            )
-
-        # All ranks meet in MPI.Init_thread. Meanwhile no Python code runs: no signal handler, so
-        # that the system's must end this process (then mpirun ends the others), and no thread, so
-        # that faulthandler, which is written in C, must end a rank whose peers do not come.
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-        errors = sys.__stderr__ or open(os.devnull, "w")
-        faulthandler.dump_traceback_later(START_TIMEOUT, exit=True, file=errors)
-        MPI.Init_thread()
-        faulthandler.cancel_dump_traceback_later()
-        atexit.register(MPI.Finalize)
-        if comm.size == 1:
-            for number, handler in zip(numbers, handlers, strict=True):
-                signal.signal(number, handler)
-        else:
-            abort_on_exception(comm)
-            StallWatch(None, comm).__enter__()  # until the process ends
     abort_on_exception(comm)
-    return comm
+    if comm.size > 1:
+        StallWatch(None, comm).__enter__()  # until the process ends
 
 
 def abort_on_exception(comm):
@@ -3268,7 +3234,9 @@ def choose_reduce(args: argparse.Namespace, comm, model: Model, optimizer: Optim
 
 def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
     """The options that the MPI scripts share. reduce: the values of --reduce, except auto."""
-    if start_mpi().rank:
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank:
         parser.print_help = lambda file=None: None  # one help text, not one from each rank
     add = parser.add_argument
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
@@ -3484,9 +3452,10 @@ def run_main(main: Callable, rank: int = 0):
         elif hasattr(getattr(sys, name), "reconfigure"):
             # A file name that the terminal cannot show must not end a run.
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
+    if sys.excepthook is sys.__excepthook__:  # that of abort_on_exception() stays
+        sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
-        # A shell's background jobs ignore SIGINT. The handlers of start_mpi() stay.
+        # A shell's background jobs ignore SIGINT. So do handlers that are there.
         if not callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler)
     try:

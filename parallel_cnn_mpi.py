@@ -21,29 +21,35 @@ Result: the CNN on 2 ranks, 32 images each: 5,928 images/s, 1.88 (1.43–2.01) t
 epochs on all of CIFAR-10 take 126 s; the best test accuracy, in epoch 3, is 67.43%.
 """
 
+import faulthandler
 import math
+import os
 import signal
 import sys
 
-import mpi4py
+import numpy as np
 
-# A rank that ends by itself would leave the others waiting for it. So MPI does not start at its
-# import but in start_mpi(), when all imports are done. If one fails, MPI starts to end all ranks.
-mpi4py.rc(initialize=False)
+# A rank that ends by itself would leave the others waiting for it for ever. mpirun ends them if a
+# signal kills it: so Ctrl-C shall kill, until guard_ranks() knows better. MPI starts at its import,
+# where all ranks meet: 120 s are enough. If a later import fails, this rank ends all.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.dump_traceback_later(120, exit=True, file=2)
+if os.environ.get("SLURM_MPI_TYPE") == "pmi2":
+    # srun --mpi=pmi2 cannot hand on the long addresses of UCX; those of MPICH's OFI are short.
+    os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
 from mpi4py import MPI
+
+faulthandler.cancel_dump_traceback_later()
 
 
 def end_all_ranks(*error):
     sys.__excepthook__(*error)
-    signal.alarm(60)  # the time that the other ranks have to start MPI too
-    MPI.Init()
     MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":
     sys.excepthook = end_all_ranks
-
-import numpy as np
 
 from common import (
     MODELS,
@@ -52,6 +58,7 @@ from common import (
     RunLog,
     SharedMemoryReducer,
     StopSignal,
+    abort_on_exception,
     add_mpi_options,
     assert_replicas_identical,
     blas_warning,
@@ -64,6 +71,7 @@ from common import (
     evaluate,
     gather_from_all,
     gather_trace,
+    guard_ranks,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -76,7 +84,6 @@ from common import (
     save_and_stop,
     shard,
     softmax_cross_entropy,
-    start_mpi,
     warn_if_oversubscribed,
 )
 
@@ -249,12 +256,13 @@ def parse_args(argv=None):
     add_mpi_options(parser, REDUCERS)
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
-        args.global_batch_size = args.batch_size * start_mpi().size
+        args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size
     return args
 
 
 def main(argv=None):
-    comm = start_mpi()
+    comm = MPI.COMM_WORLD
+    abort_on_exception(comm)
     check_launcher(comm)
     args = collective(comm, lambda: parse_args(argv))
     limit_blas_threads(1)
@@ -284,4 +292,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, start_mpi().rank)
+    guard_ranks(MPI.COMM_WORLD)
+    run_main(main, MPI.COMM_WORLD.rank)

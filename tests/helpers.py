@@ -146,7 +146,7 @@ class RunLog(script.RunLog):
 
 script.StopSignal = StopSignal
 script.RunLog = RunLog
-script.run_main(script.main, script.start_mpi().rank if hasattr(script, "start_mpi") else 0)
+script.run_main(script.main, script.MPI.COMM_WORLD.rank if hasattr(script, "MPI") else 0)
 """
 
 

@@ -414,7 +414,7 @@ def restored(monkeypatch):
 
 
 def choose_threads(*argv):
-    return hybrid.choose_threads(hybrid.parse_args(argv), hybrid.start_mpi())
+    return hybrid.choose_threads(hybrid.parse_args(argv), hybrid.MPI.COMM_WORLD)
 
 
 def test_threads_are_limited_to_the_cores(restored, capsys):

@@ -180,6 +180,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_sets_no_local_rank(tmp_path, run_script):
     """Kubernetes operators start one process on each machine."""
     env = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -1229,31 +1229,13 @@ def make_model(name: str, seed: int, dtype) -> Model:
     return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
 
 
-def start_threads():
-    """Start Numba's threads, in the layer that $NUMBA_THREADING_LAYER names, else of OpenMP."""
-    # With this, OMP_PLACES or GOMP_CPU_AFFINITY, OpenMP would bind the threads of every rank to the
-    # same cores, from the first one on.
-    os.environ["OMP_PROC_BIND"] = "false"
-
-    layer = os.environ.get("NUMBA_THREADING_LAYER")
-    for name in [layer] if layer else ["omp", "default"]:
-        numba.config.THREADING_LAYER = name
-        try:
-            numba.set_num_threads(1)
-            return
-        except ValueError as error:
-            problem = error
-    raise InputError(f"Numba's threads do not start: {problem}: unset NUMBA_THREADING_LAYER")
-
-
 def choose_threads(args: argparse.Namespace, comm) -> int:
-    """Set and return this rank's number of threads: at most its share of the cores, unless forced.
+    """Start this rank's threads, at most its share of the cores unless forced; return their number.
 
     With more threads than cores some would wait for the others at the end of every kernel.
     """
     local_ranks, cores = cores_of_machine(comm)
     cores_per_rank = max(1, min(cores // local_ranks, len(available_cores())))
-    start_threads()
 
     environment = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
     if not args.num_threads and not environment.isdecimal():
@@ -1275,8 +1257,45 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
             f"cores: {cores} (--force-threads keeps {wanted})",
             file=sys.stderr,
         )
-    numba.set_num_threads(threads)
+    if threads > 1:
+        choose_wait_policy(local_ranks * threads)
+    start_threads(threads)
     return threads
+
+
+def choose_wait_policy(threads_here: int):
+    """Let threads wait without using their cores if other processes need these, unless the user
+    has chosen. threads_here: of all ranks on this machine; its ranks are at rest now.
+
+    A thread that waits for the others, some 20 times in a step, looks again and again whether they
+    are done: that is fastest if its core is idle otherwise. Beside another process it uses up the
+    time that it would need for its own images.
+    """
+    import psutil
+
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    percent = psutil.cpu_percent(interval=0.2, percpu=True)
+    idle_cores = sum(1 - percent[core] / 100 for core in available_cores() if core < len(percent))
+    if idle_cores < threads_here - 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def start_threads(threads: int):
+    """Start Numba's threads, in the layer that $NUMBA_THREADING_LAYER names, else of OpenMP."""
+    # With this, OMP_PLACES or GOMP_CPU_AFFINITY, OpenMP would bind the threads of every rank to the
+    # same cores, from the first one on.
+    os.environ["OMP_PROC_BIND"] = "false"
+
+    layer = os.environ.get("NUMBA_THREADING_LAYER")
+    for name in [layer] if layer else ["omp", "default"]:
+        numba.config.THREADING_LAYER = name
+        try:
+            numba.set_num_threads(threads)
+            return
+        except ValueError as error:
+            problem = error
+    raise InputError(f"Numba's threads do not start: {problem}: unset NUMBA_THREADING_LAYER")
 
 
 def compile_kernels(name: str, dtype, comm) -> float:
@@ -1434,6 +1453,7 @@ def main(argv=None):
         "threads": threads,
         "compile_seconds": compile_seconds,
         "threading_layer": numba.threading_layer(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
     log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
     checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)

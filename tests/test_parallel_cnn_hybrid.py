@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+import psutil
 import pytest
 from helpers import (
     REPO,
@@ -408,7 +409,9 @@ def restored(monkeypatch):
     """Undo what main() changes in this process."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv("OMP_PROC_BIND", "false")  # main() sets it: so it is undone
+    for name in ("OMP_PROC_BIND", "OMP_WAIT_POLICY"):  # main() sets them: so that is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     yield monkeypatch
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
@@ -476,6 +479,25 @@ def test_a_container_with_one_core_gets_one_thread(tmp_path, cache, one_core_gro
     subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, check=True)
     metadata = json.loads((tmp_path / METADATA).read_text())
     assert metadata["cpu_quota"] == metadata["threads"] == len(metadata["cores"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("percent", "chosen", "policy"),
+    [
+        ([2, 5, 0, 1], None, None),
+        ([2, 100, 0, 1], None, "passive"),
+        ([60, 0, 60, 0], None, "passive"),
+        ([2, 100, 0, 1], "active", "active"),
+        ([2, 3], None, "passive"),
+    ],
+)
+def test_threads_wait_passively_where_other_processes_are_busy(restored, percent, chosen, policy):
+    restored.setattr(hybrid, "available_cores", lambda: [0, 1, 2, 3])
+    restored.setattr(psutil, "cpu_percent", lambda **_: percent)
+    if chosen:
+        restored.setenv("OMP_WAIT_POLICY", chosen)
+    hybrid.choose_wait_policy(4)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_fewer_numba_threads_than_cores_are_no_error(restored):

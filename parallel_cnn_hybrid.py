@@ -24,11 +24,9 @@ import signal
 import sys
 import time
 
-import numpy as np
-
-# A rank that ends by itself would leave the others waiting for it for ever. mpirun ends them if a
-# signal kills it: so Ctrl-C shall kill, until guard_ranks() knows better. MPI starts at its import,
-# where all ranks meet: 120 s are enough. If a later import fails, this rank ends all.
+# A rank that ends by itself would leave the others waiting for it for ever. So, until guard_ranks()
+# takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
+# more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.dump_traceback_later(120, exit=True, file=2)
@@ -49,6 +47,7 @@ if __name__ == "__main__":
     sys.excepthook = end_all_ranks
 
 import numba
+import numpy as np
 from numba import get_thread_id, njit, prange
 
 from common import (

@@ -1275,7 +1275,9 @@ def choose_wait_policy(threads_here: int):
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     percent = psutil.cpu_percent(interval=0.2, percpu=True)
-    idle_cores = sum(1 - percent[core] / 100 for core in available_cores() if core < len(percent))
+    # Not available_cores(): a quota does not say which cores it is for.
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
+    idle_cores = sum(1 - percent[core] / 100 for core in cores if core < len(percent))
     if idle_cores < threads_here - 0.5:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 

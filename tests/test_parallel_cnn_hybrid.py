@@ -492,7 +492,7 @@ def test_a_container_with_one_core_gets_one_thread(tmp_path, cache, one_core_gro
     ],
 )
 def test_threads_wait_passively_where_other_processes_are_busy(restored, percent, chosen, policy):
-    restored.setattr(hybrid, "available_cores", lambda: [0, 1, 2, 3])
+    restored.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     restored.setattr(psutil, "cpu_percent", lambda **_: percent)
     if chosen:
         restored.setenv("OMP_WAIT_POLICY", chosen)

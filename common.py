@@ -2630,10 +2630,56 @@ def check_outputs(paths: list):
 
 
 def available_cores() -> list[int]:
-    """The cores that this process may run on, from its affinity mask where the system has one."""
+    """The cores that this process may use: those of its affinity mask, no more than its quota."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))  # macOS
+        cores = sorted(os.sched_getaffinity(0))
+    else:
+        cores = list(range(os.cpu_count() or 1))  # macOS
+    quota = cpu_quota()
+    # A process that has used up its quota stands still, most likely with some threads waiting for
+    # others. So of 1.5 cores it may use one.
+    return cores[: max(1, int(quota))] if quota < len(cores) else cores
+
+
+def cpu_quota(proc: str = "/proc/self") -> float:
+    """The number of cores' time that containers may limit a process to; infinite without a limit.
+
+    It is a property of a control group, cgroups(7): `docker --cpus`, Kubernetes and Slurm set it.
+    """
+    groups = {}  # {controller: path}; version 2 of control groups has one entry, without a name
+    mounts = []
+    with contextlib.suppress(OSError):  # macOS
+        for line in Path(proc, "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            groups.update(dict.fromkeys(controllers.split(","), path))
+        mounts = Path(proc, "mounts").read_text().splitlines()
+
+    quota = math.inf
+    for mount in mounts:
+        _, folder, kind, options, *_ = mount.split()
+        controller = {"cgroup": "cpu", "cgroup2": ""}.get(kind)
+        if controller not in groups or controller not in ("", *options.split(",")):
+            continue
+        # The limit of each group above holds too. In a container some paths are the host's and not
+        # found; the root is then the container's own group.
+        own_group = Path(folder, groups[controller].lstrip("/"))
+        for group in (own_group, *own_group.parents):
+            quota = min(quota, _read_quota(group))
+            if group == Path(folder):
+                break
+    return quota
+
+
+def _read_quota(group):
+    """The quota of one control group, in cores; infinite without one."""
+    with contextlib.suppress(OSError, ValueError):
+        microseconds, period = (group / "cpu.max").read_text().split()  # "max 100000": no limit
+        return int(microseconds) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        microseconds = int((group / "cpu.cfs_quota_us").read_text())  # -1: no limit
+        if microseconds > 0:
+            return microseconds / int((group / "cpu.cfs_period_us").read_text())
+    return math.inf
 
 
 def limit_blas_threads(threads: int):
@@ -2723,6 +2769,7 @@ def environment() -> dict:
         "host": platform.node(),
         "cpu": cpu_model(),
         "cores": available_cores(),
+        "cpu_quota": quota if math.isfinite(quota := cpu_quota()) else None,
         "memory_mb": psutil.virtual_memory().total / MIB,
         "blas": blas_info(),
         "git_commit": git_commit(),
@@ -2759,18 +2806,86 @@ def shard(n: int, rank: int, size: int) -> slice:
     return slice(start, start + n // size + (rank < n % size))
 
 
+def launched_processes() -> tuple[str, int]:
+    """The launcher that started this process, if any, and of how many processes it is one."""
+    for launcher, name in (
+        ("mpirun", "PMI_SIZE"),
+        ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+        ("mpirun", "PMIX_SIZE"),
+        ("mpirun", "MPI_LOCALNRANKS"),
+        ("srun", "SLURM_STEP_NUM_TASKS"),
+    ):
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            return launcher, int(size)
+    return "", 1
+
+
 def check_launcher(comm):
-    """Raise InputError if mpirun belongs to another MPI than mpi4py: every rank would be alone."""
+    """Raise InputError if each rank is alone, because the launcher does not belong to mpi4py."""
     from mpi4py import MPI
 
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
-        if comm.size == 1 and int(os.environ.get(name) or 1) > 1:
-            library = MPI.Get_library_version().split("\n")[0].strip("\0")
-            raise InputError(
-                f"mpirun started {os.environ[name]} ranks, but each is alone: it belongs to "
-                f"another MPI than mpi4py, which uses {library}. Use the mpirun beside python: "
-                ".venv/bin/mpirun"
+    launcher, size = launched_processes()
+    if comm.size > 1 or size == 1:
+        return
+    library = MPI.Get_library_version().split("\n")[0].strip("\0")
+    if launcher == "srun":
+        raise InputError(
+            f"srun started {size} tasks, but each is alone: srun and mpi4py, which uses {library}, "
+            "do not agree how ranks find each other. Use srun --mpi=pmi2, or mpirun without srun"
+        )
+    raise InputError(
+        f"mpirun started {size} ranks, but each is alone: it belongs to another MPI than mpi4py, "
+        f"which uses {library}. Use the mpirun beside python: .venv/bin/mpirun"
+    )
+
+
+def cores_of_machine(comm) -> tuple[int, int]:
+    """The number of ranks on this machine, and of the cores that they may use all together."""
+    from mpi4py import MPI
+
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # Some launchers give each rank cores of its own; a quota is one for all.
+    found = machine.allgather((set(available_cores()), cpu_quota()))
+    cores = len(set.union(*(cores for cores, _ in found)))
+    quota = min(quota for _, quota in found)
+    return machine.size, max(1, int(quota)) if quota < cores else cores
+
+
+def warn_if_oversubscribed(comm, threads: int = 1):
+    """Rank 0 says on which machine there are more threads of all ranks than cores."""
+    ranks, cores = cores_of_machine(comm)
+    machines = comm.gather((platform.node(), ranks, cores, threads))
+    for host, ranks, cores, threads in dict.fromkeys(machines or []):
+        if ranks * threads > cores:
+            each = f" of {threads} threads" if threads > 1 else ""
+            print(
+                f"warning: {ranks} ranks{each} share {cores} cores of {host}: "
+                "they wait for each other",
+                file=sys.stderr,
             )
+
+
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
+
+
+def free_shared_memory() -> float:
+    """Bytes that are free in shared memory; infinite where the system has another kind."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # macOS
+        return math.inf
+    return status.f_bavail * status.f_frsize
+
+
+def guard_ranks(comm):
+    """Make whatever ends this rank end the whole job, from before run_main() on.
+
+    abort_on_exception(), and a signal that comes while this rank waits inside MPI: see StallWatch.
+    """
+    abort_on_exception(comm)
+    if comm.size > 1:
+        StallWatch(None, comm).__enter__()  # until the process ends
 
 
 def abort_on_exception(comm):
@@ -2868,14 +2983,16 @@ class StallWatch:
 
     - --stall-timeout: so long no batch was finished, or the rank has been in one and the same call;
     - a signal has come and the rank has stayed in one call for 5 s, so that it cannot stop itself.
+
+    Before the training, when there is no log yet, only the second does.
     """
 
     AFTER_SIGNAL = 5.0  # seconds
 
-    def __init__(self, log: RunLog, comm):
+    def __init__(self, log: RunLog | None, comm):
         self.log = log
         self.rank = comm.rank
-        self.timeout = log.args.stall_timeout or math.inf
+        self.timeout = (log and log.args.stall_timeout) or math.inf
         self._done = threading.Event()
         self._main = threading.main_thread().ident
 
@@ -2910,7 +3027,7 @@ class StallWatch:
             with contextlib.suppress(BlockingIOError):
                 has_signal = bool(os.read(self._signals, 100)) or has_signal
 
-            last_batch = self.log.last_batch
+            last_batch = self.log and self.log.last_batch
             stalled = now - since
             if last_batch is not None:
                 stalled = max(stalled, now - last_batch)
@@ -2925,7 +3042,7 @@ class StallWatch:
             lines += line.rstrip().splitlines()
         text = "".join(f"[rank {self.rank}] {line}\n" for line in lines)
         print(text, end="", file=sys.stderr, flush=True)
-        if self.rank == 0:
+        if self.log and self.rank == 0:
             self.log.metadata.update(end=time.time(), status=f"failed: {message}")
             self.log._write_metadata()
         time.sleep(2)  # the other ranks print too: the first that exits ends the job
@@ -3126,27 +3243,36 @@ class SharedMemoryReducer:
         return slice(layer_slice.start + own.start, layer_slice.start + own.stop)
 
 
-def can_share_memory(comm) -> bool:
-    """True if every machine has the same number of ranks, which SharedMemoryReducer needs."""
-    from mpi4py import MPI
-
-    sizes = comm.allgather(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
-    return min(sizes) == max(sizes)
-
-
-def choose_reduce(args: argparse.Namespace, comm) -> str:
+def choose_reduce(args: argparse.Namespace, comm, model: Model, optimizer: Optimizer) -> str:
     """--reduce, with auto replaced: shared where the ranks of a machine can share memory."""
     from mpi4py import MPI
 
-    can_share = can_share_memory(comm)
-    if args.reduce == "shared" and not can_share:
-        raise InputError(
-            "--reduce shared: the machines have different numbers of ranks: use --reduce overlap"
+    # SharedMemoryReducer needs the same number of ranks on every machine, and memory for the
+    # gradients of each rank, the weights and the optimizer's state.
+    ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+    needed = model.grads.nbytes * (ranks_here + 1 + len(optimizer.state)) + MIB
+    ranks, is_too_small, free = zip(
+        *comm.allgather((ranks_here, needed > free_shared_memory(), free_shared_memory())),
+        strict=True,
+    )
+    problem = None
+    if min(ranks) < max(ranks):
+        problem = "the machines have different numbers of ranks"
+    elif any(is_too_small):
+        problem = (
+            f"{SHARED_MEMORY} has {min(free) // MIB} MiB free, {needed // MIB} MiB are needed "
+            "(in Docker: run --shm-size=1g)"
         )
-    if args.reduce == "auto":
-        ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-        return "shared" if can_share and ranks_here > 1 else "overlap"
-    return args.reduce
+
+    if args.reduce != "auto":
+        if args.reduce == "shared" and problem:
+            raise InputError(f"--reduce shared: {problem}: use --reduce overlap")
+        return args.reduce
+    if max(ranks) == 1 or problem:
+        if comm.rank == 0 and any(is_too_small) and max(ranks) > 1:
+            print(f"--reduce overlap: {problem}", file=sys.stderr)
+        return "overlap"
+    return "shared"
 
 
 def add_mpi_options(parser: argparse.ArgumentParser, reduce: tuple):
@@ -3328,7 +3454,9 @@ def make_parser(
     add("--seed", type=seed, default=42, help="seed for weights and data order (default: 42)")
 
     log = f"results/{script}.csv"
-    add("--log", metavar="FILE", default=log, help="default: %(default)s; with a .json beside it")
+    # torchrun takes --log for one of its own options, wherever it stands.
+    path = "default: %(default)s; with a .json beside it; torchrun needs the longer name"
+    add("--log", "--log-file", metavar="FILE", default=log, help=path)
     metrics = f"results/{script}_metrics.npz"
     add("--save-metrics", metavar="FILE", default=metrics, help="default: %(default)s")
     checkpoint = "save here after each epoch, every --checkpoint-every and when interrupted"
@@ -3367,9 +3495,12 @@ def run_main(main: Callable, rank: int = 0):
         elif hasattr(getattr(sys, name), "reconfigure"):
             # A file name that the terminal cannot show must not end a run.
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
-        signal.signal(number, signal.default_int_handler)
+    if sys.excepthook is sys.__excepthook__:  # that of abort_on_exception() stays
+        sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A shell's background jobs ignore SIGINT. So do handlers that are there.
+        if not callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
     except (InputError, TrainingError, OSError) as error:

@@ -16,15 +16,38 @@ Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.
 """
 
 import argparse
+import faulthandler
 import functools
 import math
 import os
+import signal
 import sys
 import time
 
+# A rank that ends by itself would leave the others waiting for it for ever. So, until guard_ranks()
+# takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
+# more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.dump_traceback_later(120, exit=True, file=2)
+if os.environ.get("SLURM_MPI_TYPE") == "pmi2":
+    # srun --mpi=pmi2 cannot hand on the long addresses of UCX; those of MPICH's OFI are short.
+    os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+from mpi4py import MPI
+
+faulthandler.cancel_dump_traceback_later()
+
+
+def end_all_ranks(*error):
+    sys.__excepthook__(*error)
+    MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_all_ranks
+
 import numba
 import numpy as np
-from mpi4py import MPI
 from numba import get_thread_id, njit, prange
 
 from common import (
@@ -56,11 +79,13 @@ from common import (
     choose_reduce,
     collective,
     collective_run,
+    cores_of_machine,
     count_correct,
     epoch_order,
     evaluate,
     gather_from_all,
     gather_trace,
+    guard_ranks,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -75,6 +100,7 @@ from common import (
     save_and_stop,
     shard,
     softmax_cross_entropy,
+    warn_if_oversubscribed,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -1203,24 +1229,24 @@ def make_model(name: str, seed: int, dtype) -> Model:
 
 
 def choose_threads(args: argparse.Namespace, comm) -> int:
-    """Set and return this rank's number of threads: at most its share of the cores, unless forced.
+    """Start this rank's threads, at most its share of the cores unless forced; return their number.
 
     With more threads than cores some would wait for the others at the end of every kernel.
     """
-    cores = len(available_cores())
-    local_ranks = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-    cores_per_rank = max(1, cores // local_ranks)
+    local_ranks, cores = cores_of_machine(comm)
+    cores_per_rank = max(1, min(cores // local_ranks, len(available_cores())))
 
     environment = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
     if not args.num_threads and not environment.isdecimal():
         raise InputError(
             f"OMP_NUM_THREADS={environment}: set it to a whole number, or use --num-threads"
         )
-    wanted = args.num_threads or int(environment) or cores_per_rank
+    most = numba.config.NUMBA_NUM_THREADS
+    wanted = args.num_threads or min(int(environment) or cores_per_rank, most)
     threads = wanted if args.force_threads else min(wanted, cores_per_rank)
-    if threads > numba.config.NUMBA_NUM_THREADS:
+    if threads > most:
         raise InputError(
-            f"{threads} threads: Numba was started with {numba.config.NUMBA_NUM_THREADS}; "
+            f"{threads} threads: Numba was started with {most}; "
             f"to force more, set NUMBA_NUM_THREADS={threads} in the environment"
         )
 
@@ -1230,14 +1256,47 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
             f"cores: {cores} (--force-threads keeps {wanted})",
             file=sys.stderr,
         )
-    if local_ranks * threads > cores and comm.rank == 0:
-        print(
-            f"warning: {local_ranks} ranks of {threads} threads share {cores} cores: "
-            "they wait for each other",
-            file=sys.stderr,
-        )
-    numba.set_num_threads(threads)
+    if threads > 1:
+        choose_wait_policy(local_ranks * threads)
+    start_threads(threads)
     return threads
+
+
+def choose_wait_policy(threads_here: int):
+    """Let threads wait without using their cores if other processes need these, unless the user
+    has chosen. threads_here: of all ranks on this machine; its ranks are at rest now.
+
+    A thread that waits for the others, some 20 times in a step, looks again and again whether they
+    are done: that is fastest if its core is idle otherwise. Beside another process it uses up the
+    time that it would need for its own images.
+    """
+    import psutil
+
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    percent = psutil.cpu_percent(interval=0.2, percpu=True)
+    # Not available_cores(): a quota does not say which cores it is for.
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
+    idle_cores = sum(1 - percent[core] / 100 for core in cores if core < len(percent))
+    if idle_cores < threads_here - 0.5:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def start_threads(threads: int):
+    """Start Numba's threads, in the layer that $NUMBA_THREADING_LAYER names, else of OpenMP."""
+    # With this, OMP_PLACES or GOMP_CPU_AFFINITY, OpenMP would bind the threads of every rank to the
+    # same cores, from the first one on.
+    os.environ["OMP_PROC_BIND"] = "false"
+
+    layer = os.environ.get("NUMBA_THREADING_LAYER")
+    for name in [layer] if layer else ["omp", "default"]:
+        numba.config.THREADING_LAYER = name
+        try:
+            numba.set_num_threads(threads)
+            return
+        except ValueError as error:
+            problem = error
+    raise InputError(f"Numba's threads do not start: {problem}: unset NUMBA_THREADING_LAYER")
 
 
 def compile_kernels(name: str, dtype, comm) -> float:
@@ -1248,7 +1307,6 @@ def compile_kernels(name: str, dtype, comm) -> float:
     import scipy.linalg.cython_blas  # noqa: F401 (np.dot in a kernel calls SciPy's BLAS)
 
     limit_blas_threads(1)  # SciPy's and NumPy's: the threads here are Numba's
-    numba.config.THREADING_LAYER = "omp"
     started = time.perf_counter()
     for is_my_turn in (comm.rank == 0, comm.rank != 0):
         if is_my_turn:
@@ -1264,7 +1322,7 @@ def compile_kernels(name: str, dtype, comm) -> float:
 
 def make_reducer(comm, model, optimizer, args):
     """The reducer that --reduce names: rungs of the ladder in parallel_cnn_mpi.py."""
-    if choose_reduce(args, comm) == "shared":
+    if choose_reduce(args, comm, model, optimizer) == "shared":
         return SharedMemoryReducer(comm, model, optimizer, args.overlap)
     return OverlapReducer(comm, model, args.overlap)
 
@@ -1369,9 +1427,10 @@ def main(argv=None):
     comm = MPI.COMM_WORLD
     abort_on_exception(comm)
     check_launcher(comm)
-    args = parse_args(argv)
+    args = collective(comm, lambda: parse_args(argv))
     dtype = np.dtype(args.dtype)
     threads = collective(comm, lambda: choose_threads(args, comm))
+    warn_if_oversubscribed(comm, threads)
     compile_seconds = compile_kernels(args.model, dtype, comm)
     warning = blas_warning()
     if comm.rank == 0:
@@ -1395,6 +1454,7 @@ def main(argv=None):
         "threads": threads,
         "compile_seconds": compile_seconds,
         "threading_layer": numba.threading_layer(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
     log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
     checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)
@@ -1411,4 +1471,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    guard_ranks(MPI.COMM_WORLD)
     run_main(main, MPI.COMM_WORLD.rank)

@@ -21,11 +21,35 @@ Result: the CNN on 2 ranks, 32 images each: 5,928 images/s, 1.88 (1.43–2.01) t
 epochs on all of CIFAR-10 take 126 s; the best test accuracy, in epoch 3, is 67.43%.
 """
 
+import faulthandler
 import math
+import os
+import signal
 import sys
 
-import numpy as np
+# A rank that ends by itself would leave the others waiting for it for ever. So, until guard_ranks()
+# takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
+# more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.dump_traceback_later(120, exit=True, file=2)
+if os.environ.get("SLURM_MPI_TYPE") == "pmi2":
+    # srun --mpi=pmi2 cannot hand on the long addresses of UCX; those of MPICH's OFI are short.
+    os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
 from mpi4py import MPI
+
+faulthandler.cancel_dump_traceback_later()
+
+
+def end_all_ranks(*error):
+    sys.__excepthook__(*error)
+    MPI.COMM_WORLD.Abort(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_all_ranks
+
+import numpy as np
 
 from common import (
     MODELS,
@@ -47,6 +71,7 @@ from common import (
     evaluate,
     gather_from_all,
     gather_trace,
+    guard_ranks,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -59,6 +84,7 @@ from common import (
     save_and_stop,
     shard,
     softmax_cross_entropy,
+    warn_if_oversubscribed,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +157,7 @@ REDUCERS = ("allreduce", "ring", "overlap", "shared")
 
 def make_reducer(comm, model, optimizer, args):
     """The reducer that --reduce names. All leave the same weights on every rank."""
-    name = choose_reduce(args, comm)
+    name = choose_reduce(args, comm, model, optimizer)
     if name == "allreduce":
         return AllreduceReducer(comm, model)
     if name == "ring":
@@ -238,8 +264,9 @@ def main(argv=None):
     comm = MPI.COMM_WORLD
     abort_on_exception(comm)
     check_launcher(comm)
-    args = parse_args(argv)
+    args = collective(comm, lambda: parse_args(argv))
     limit_blas_threads(1)
+    warn_if_oversubscribed(comm)
     warning = blas_warning()
     if warning and comm.rank == 0:
         print(warning, file=sys.stderr)
@@ -265,4 +292,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    guard_ranks(MPI.COMM_WORLD)
     run_main(main, MPI.COMM_WORLD.rank)

@@ -52,6 +52,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+if os.environ.get("RANK"):
+    # OpenMP, which PyTorch loads, would bind the threads of every process to the same cores.
+    os.environ["OMP_PROC_BIND"] = "false"
 import torch
 from PIL import Image
 from torch import nn
@@ -76,10 +80,12 @@ from common import (
     available_cores,
     check_outputs,
     cpu_flags,
+    cpu_quota,
     draw_augmentation,
     epoch_order,
     import_torchvision,
     keep_freed_memory,
+    launched_processes,
     load_batch,
     load_cifar10,
     make_parser,
@@ -106,7 +112,8 @@ KEPT_SHARDS = 3 * SHUFFLED_SHARDS  # shards in memory at once
 MANIFEST = "manifest.json"
 MAX_CHECKSUM_ERRORS = 3  # times that an object may arrive damaged
 
-RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets it
+RANK = os.environ.get("RANK", "")  # of this process; torchrun sets it
+RANK = int(RANK) if RANK.isdecimal() else 0
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -683,10 +690,33 @@ class ProcessGroup:
 def join_process_group(args: argparse.Namespace) -> ProcessGroup:
     """Meet the other processes under torchrun, which sets RANK and its like; otherwise be alone."""
     device = torch.device(args.device)
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return ProcessGroup(device=device)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    values = {name: os.environ.get(name) or "" for name in names}
+    if not values["RANK"]:
+        launcher, size = launched_processes()
+        if size > 1:
+            raise InputError(
+                f"{launcher} started {size} processes, but each would train alone: use torchrun"
+            )
+        return ProcessGroup(device=device)
+
+    # Some launchers, such as Kubernetes operators, start one process on each machine and do not
+    # set the local variables.
+    values["LOCAL_RANK"] = values["LOCAL_RANK"] or "0"
+    values["LOCAL_WORLD_SIZE"] = values["LOCAL_WORLD_SIZE"] or "1"
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise InputError(
+                f"RANK is set, but {name}={value} is not a number: use torchrun, or unset RANK"
+            )
+    rank, size, local_rank, local_size = (int(value) for value in values.values())
+    if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
+        if size == 1:
+            return ProcessGroup(device=device)
+        raise InputError(
+            f"WORLD_SIZE={size}, but MASTER_ADDR and MASTER_PORT do not say where the processes "
+            "meet: use torchrun"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -1670,9 +1700,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     group = join_process_group(args)
     args.amp = choose_amp(args.amp, group.device)
     args.global_batch_size = args.batch_size * group.size
-    if args.threads or group.size > 1:  # torchrun asks for one thread each
-        share = len(available_cores()) // group.local_size
-        torch.set_num_threads(args.threads or max(1, share))
+    # torchrun asks for one thread in each process, and PyTorch overlooks a container's quota.
+    share = max(1, len(available_cores()) // group.local_size)
+    if args.threads or group.size > 1 or cpu_quota() < torch.get_num_threads():
+        torch.set_num_threads(args.threads or share)
     context = TrainContext(
         group,
         WorkerPool(args.workers),

@@ -340,6 +340,11 @@ def mpirun(folder, ranks, script, *args, status=0, timeout=240, **options):
     return out, err
 
 
+def without_core_warning(err):
+    """stderr without the line that a machine with fewer cores than ranks adds."""
+    return re.sub(r"warning: \d+ ranks share .*\n", "", err)
+
+
 def ranks_of(process):
     """The rank processes of a running mpirun, by rank."""
     found = {}

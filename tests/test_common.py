@@ -1946,6 +1946,65 @@ def test_rows_are_flushed_as_they_are_written(tmp_path):
     assert seen == [0, 1, 2, 5, 6, 7]
 
 
+def control_groups(folder, groups, mounts, files):
+    """Files as in /proc/self, with which cpu_quota() reads control groups below `folder`."""
+    (folder / "cgroup").write_text("".join(f"{line}\n" for line in groups))
+    lines = [mount.format(folder) for mount in mounts]
+    (folder / "mounts").write_text("".join(f"{line}\n" for line in lines))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+    return str(folder)
+
+
+VERSION_1 = ["tmpfs {0} tmpfs rw 0 0", "cgroup {0}/cpu cgroup rw,nosuid,cpu,cpuacct 0 0"]
+VERSION_2 = ["proc /proc proc rw 0 0", "cgroup2 {0}/all cgroup2 rw,nosuid 0 0"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "files", "quota"),
+    [
+        (["0::/job"], VERSION_2, {"all/job/cpu.max": "150000 100000"}, 1.5),
+        (["0::/"], VERSION_2, {"all/cpu.max": "50000 50000"}, 1),
+        (["0::/job"], VERSION_2, {"all/job/cpu.max": "max 100000"}, math.inf),
+        # The limit of a group above holds too, whichever is smaller.
+        (["0::/a/b"], VERSION_2, {"all/a/cpu.max": "2000 1000", "all/a/b/cpu.max": "max 1"}, 2),
+        (["0::/a/b"], VERSION_2, {"all/a/cpu.max": "2000 1000", "all/a/b/cpu.max": "5 10"}, 0.5),
+        # In a container the path is the host's.
+        (["0::/docker/0a"], VERSION_2, {"all/cpu.max": "3000 1000"}, 3),
+        (
+            ["3:cpu,cpuacct:/docker/0a", "0::/"],
+            [*VERSION_1, *VERSION_2],
+            {"cpu/cpu.cfs_quota_us": 50000, "cpu/cpu.cfs_period_us": 100000},
+            0.5,
+        ),
+        (
+            ["3:cpuacct,cpu:/job"],
+            VERSION_1,
+            {"cpu/job/cpu.cfs_quota_us": -1, "cpu/job/cpu.cfs_period_us": 100000},
+            math.inf,
+        ),
+        (["2:memory:/", "1:name=systemd:/"], VERSION_1, {}, math.inf),
+        ([], [], {}, math.inf),
+    ],
+)
+def test_quota_of_a_container(tmp_path, groups, mounts, files, quota):
+    assert common.cpu_quota(control_groups(tmp_path, groups, mounts, files)) == quota
+
+
+def test_quota_without_control_groups(tmp_path):
+    """Other systems than Linux."""
+    assert common.cpu_quota(str(tmp_path / "none")) == math.inf
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_available_cores_are_those_of_affinity_and_quota(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 4, 5, 6})
+    for quota, cores in ((math.inf, [4, 5, 6, 7]), (0.5, [4]), (2.5, [4, 5]), (9, [4, 5, 6, 7])):
+        monkeypatch.setattr(common, "cpu_quota", lambda quota=quota: quota)
+        assert common.available_cores() == cores
+
+
 def test_sidecar(tmp_path):
     started = time.time()
     Fake(tmp_path, "--lr", "0.5", "--seed", "9", info={"ranks": 4, "extra": "x"}).train()

@@ -1,13 +1,22 @@
 """parallel_cnn_hybrid.py: each threaded layer against its serial one, ranks × threads."""
 
+import contextlib
+import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
+import psutil
 import pytest
 from helpers import (
+    REPO,
     assert_gone,
+    assert_one_error_line,
     assert_same_resnet18_statistics,
     assert_same_run,
     assert_same_weights,
@@ -18,10 +27,12 @@ from helpers import (
     read_log,
     read_npz,
     refused,
+    script_environment,
     start_ranks,
     wait_until,
 )
 
+import common
 import parallel_cnn_hybrid as hybrid
 from common import (
     MODELS,
@@ -398,6 +409,9 @@ def restored(monkeypatch):
     """Undo what main() changes in this process."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_PROC_BIND", "OMP_WAIT_POLICY"):  # main() sets them: so that is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     yield monkeypatch
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
@@ -431,6 +445,102 @@ def test_a_rank_takes_no_more_than_its_share_of_the_cores(tmp_path, cache):
     assert "warning: 2 ranks of" in err
     mpirun(tmp_path, 1, SCRIPT, *TINY, env={**cache, "OMP_NUM_THREADS": 1})
     assert json.loads((tmp_path / METADATA).read_text())["threads"] == 1
+
+
+def test_threads_are_limited_to_a_quota(restored):
+    restored.setattr(common, "cpu_quota", lambda: 1.5)
+    assert choose_threads() == 1
+
+
+@pytest.fixture
+def one_core_group():
+    """The words before a command that run it in a control group with the time of one core."""
+    group = Path("/sys/fs/cgroup/cpu/one-core-test")
+    if not Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").exists():
+        group = Path("/sys/fs/cgroup/one-core-test")  # version 2 of control groups
+    try:
+        group.mkdir()
+        if (group / "cpu.cfs_quota_us").exists():
+            (group / "cpu.cfs_quota_us").write_text("100000")
+        else:
+            (group / "cpu.max").write_text("100000 100000")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"needs root and control groups that limit the CPU: {error}")
+    yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    group.rmdir()
+
+
+@pytest.mark.slow
+def test_a_container_with_one_core_gets_one_thread(tmp_path, cache, one_core_group):
+    command = [*one_core_group, sys.executable, REPO / SCRIPT, *TINY]
+    env = script_environment(**cache)
+    subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, check=True)
+    metadata = json.loads((tmp_path / METADATA).read_text())
+    assert metadata["cpu_quota"] == metadata["threads"] == len(metadata["cores"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("percent", "chosen", "policy"),
+    [
+        ([2, 5, 0, 1], None, None),
+        ([2, 100, 0, 1], None, "passive"),
+        ([60, 0, 60, 0], None, "passive"),
+        ([2, 100, 0, 1], "active", "active"),
+        ([2, 3], None, "passive"),
+    ],
+)
+def test_threads_wait_passively_where_other_processes_are_busy(restored, percent, chosen, policy):
+    restored.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    restored.setattr(psutil, "cpu_percent", lambda **_: percent)
+    if chosen:
+        restored.setenv("OMP_WAIT_POLICY", chosen)
+    hybrid.choose_wait_policy(4)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+def test_fewer_numba_threads_than_cores_are_no_error(restored):
+    restored.setattr(numba.config, "NUMBA_NUM_THREADS", 1)
+    assert choose_threads() == 1
+    restored.setenv("OMP_NUM_THREADS", "2")
+    assert choose_threads() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["tbb", "unknown"])
+def test_a_threading_layer_that_is_not_there_is_one_line(run_script, cache, layer):
+    if layer == "tbb" and importlib.util.find_spec("tbb"):
+        pytest.skip("tbb is installed")
+    env = {**cache, "NUMBA_THREADING_LAYER": layer}
+    err = run_script(SCRIPT, *TINY, env=env, status=2).stderr
+    assert_one_error_line(err)
+    assert "unset NUMBA_THREADING_LAYER" in err
+
+
+@pytest.mark.slow
+def test_the_threading_layer_can_be_chosen(tmp_path, run_script, cache):
+    for layer in ("omp", "workqueue"):
+        run_script(SCRIPT, *TINY, env={**cache, "NUMBA_THREADING_LAYER": layer})
+        assert json.loads((tmp_path / METADATA).read_text())["threading_layer"] == layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0"]
+)
+def test_openmp_does_not_bind_all_ranks_to_one_core(tmp_path, cache, variable):
+    name, value = variable.split("=")
+    script = pausing(tmp_path, SCRIPT, epoch=1, batch=1)
+    process = start_ranks(tmp_path, 2, script, *TINY, env={**cache, name: value})
+    wait_until(process, lambda: count_rows(tmp_path / "results/parallel_cnn_hybrid.csv") >= 1)
+    try:
+        for rank in ranks_of(process):
+            for thread in rank.threads():
+                assert os.sched_getaffinity(thread.id) == os.sched_getaffinity(0)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
 
 
 def test_bad_input_is_one_line(restored):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +19,17 @@ from helpers import (
     count_rows,
     pausing,
     read_log,
+    refused,
     script_environment,
     wait_until,
 )
 
+import train_cifar
 from train_cifar import ProcessGroup, global_batches
 
 TINY = ("--model", "cnn", "--dataset", "synthetic", "--amp", "off", "--lr", 0.001, "--threads", 1)
+
+HELP = [sys.executable, REPO / "train_cifar.py", "--help"]
 
 
 def start_processes(folder, n, *options, script=REPO / "train_cifar.py"):
@@ -166,3 +172,59 @@ def test_bad_input_is_said_once(tmp_path, options, words):
     assert err.count("error: ") >= 1
     assert err.count(words) == 1
     assert not (tmp_path / "results").exists()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_sets_no_local_rank(tmp_path, run_script):
+    """Kubernetes operators start one process on each machine."""
+    env = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    run_script("train_cifar.py", *TINY, "--subset", 40, "--epochs", 1, env=env)
+    assert json.loads((tmp_path / "results/train_cifar.json").read_text())["ranks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first is not a number"),
+        ({"RANK": "0"}, "WORLD_SIZE= is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2 processes"),
+        ({"PMI_SIZE": "3"}, "mpirun started 3 processes"),
+    ],
+)
+def test_launchers_that_leave_a_process_alone_are_named(monkeypatch, env, words):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert words in refused(train_cifar.main, *TINY, "--subset", 40, "--epochs", 1)
+
+
+def test_an_empty_rank_is_none(monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    args = train_cifar.parse_args(list(map(str, TINY)))
+    assert train_cifar.join_process_group(args).size == 1
+
+
+def test_torchrun_takes_none_of_our_options():
+    """It looks for its own among ours, shortened ones too: --log needs a second name."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    ours = re.findall(r"^ +(--\S+)", subprocess.check_output(HELP, text=True), re.MULTILINE)
+    ours = [name.strip(",") for name in ours]
+    assert {"--model", "--log", "--source"} <= {*ours}
+    taken = [name for name in ours if any(other.startswith(name) for other in theirs)]
+    assert taken == ["--log"]
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_log(tmp_path):
+    torchrun(tmp_path, 2, "--subset", 40, "--epochs", 1, "--log-file", "two.csv")
+    assert (tmp_path / "two.csv").exists()
+    assert json.loads((tmp_path / "two.json").read_text())["ranks"] == 2

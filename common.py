@@ -1756,7 +1756,7 @@ FREE_OPTIONS = (
     "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
     "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
     "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
-    "default_run"
+    "default_run overwrite"
 ).split()
 
 

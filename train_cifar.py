@@ -667,7 +667,7 @@ def describe_s3_error(error: Exception) -> S3Failure:
     text = str(error)
     answer = re.search(r"status code: (\d+)([ \w]*)", text)  # "status code: 404 Not Found"
     if answer:
-        return describe_answer(int(answer[1]), answer[2].rstrip(), text)
+        return describe_answer(int(answer[1]), answer[2].strip(), text)
     if "redirect without LOCATION" in text:
         return S3Failure(OTHER_REGION, True, S3_REMEDIES["AuthorizationHeaderMalformed"])
     certificate = re.search(r"InvalidCertificate\(\s*(\w+?)(Context)?\b", text)
@@ -680,7 +680,10 @@ def describe_s3_error(error: Exception) -> S3Failure:
         return S3Failure("no TLS is spoken there", True, "try http:// in place of https://")
     if "TimedOut" in text or "timed out" in text:
         return S3Failure("no answer in time", False)
-    cause = re.search(r'message: "([^"]+)"', text)
+    login = re.search(r"credential provider: (\w+): (.*)", text)  # botocore's error and its words
+    if login:
+        return S3Failure(login[2], "Token" in login[1])  # a login that has expired, or an outage
+    cause = re.search(r'(?:message|error): "([^"]+)"', text)
     words = cause[1] if cause else text.partition("\n")[0].rpartition(" - ")[2]
     return S3Failure(words, "BadScheme" in text)
 

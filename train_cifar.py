@@ -31,6 +31,7 @@ float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired s
 import argparse
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -1352,8 +1353,12 @@ def train(model, net, optimizer, scaler, data, args, context, log, checkpoint, s
             if checkpoint.due():
                 checkpoint.save()
 
+        # Images of the test set may fail to load too. The checkpoint then has the position after
+        # the last batch, so that --resume begins with this validation.
+        position = copy.deepcopy(log.state_dict())
         log.end_training()
-        loss, top1, top5, loading = evaluate(net, data.test, context)
+        with saved_if_loading_fails(checkpoint, position):
+            loss, top1, top5, loading = evaluate(net, data.test, context)
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
@@ -1373,13 +1378,18 @@ def has_reached(accuracy: float | None, history: dict) -> bool:
 
 
 @contextlib.contextmanager
-def saved_if_loading_fails(checkpoint):
-    """Save what was trained so far before a LoadingError ends the run."""
+def saved_if_loading_fails(checkpoint, position: dict | None = None):
+    """Save what was trained so far before a LoadingError ends the run.
+
+    position: the log's state to save; default the present one.
+    """
     try:
         yield
     except LoadingError as error:
         if not checkpoint.path:
             raise
+        if position:
+            checkpoint.log.load_state_dict(position)
         checkpoint.save()
         message = f"{error}; continue with --checkpoint {checkpoint.path} --resume"
         raise LoadingError(message) from None

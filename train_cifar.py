@@ -48,6 +48,7 @@ import statistics
 import sys
 import threading
 import time
+import types
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -348,9 +349,7 @@ def resolve_s3(bucket: str, endpoint_url: str | None) -> S3Settings:
         client = session.create_client("s3", **options)
         endpoint = client.meta.endpoint_url.rstrip("/")
         check_endpoint(endpoint)
-        # The address of an object shows what became of endpoint, region and addressing style.
-        params = {"Bucket": bucket, "Key": "key"}
-        bucket_url = client.generate_presigned_url("get_object", params).removesuffix("/key")
+        bucket_url = find_bucket_url(client, bucket)
         ca_path = session.get_config_variable("ca_bundle")
     except (BotoCoreError, ClientError, ValueError, OSError) as error:
         if endpoint_url:
@@ -367,6 +366,24 @@ def resolve_s3(bucket: str, endpoint_url: str | None) -> S3Settings:
     ca_bundle = read_ca_bundle(ca_path) if ca_path else None
     proxy = find_proxy(bucket_url)
     return S3Settings(credentials, region, endpoint, bucket_url, ca_bundle, proxy, client)
+
+
+def find_bucket_url(client, bucket: str) -> str:
+    """Where botocore would send a request about a bucket: endpoint, region and addressing style."""
+    from botocore.awsrequest import AWSResponse
+
+    urls = []
+
+    def answer(request, **_):
+        urls.append(request.url)
+        return AWSResponse(request.url, 200, {}, types.SimpleNamespace(stream=lambda: [b""]))
+
+    # A handler that answers in place of the network: nothing is sent.
+    event = "before-send.s3.HeadBucket"
+    client.meta.events.register(event, answer)
+    client.head_bucket(Bucket=bucket)
+    client.meta.events.unregister(event, answer)
+    return urls[0].rstrip("/")
 
 
 @functools.cache

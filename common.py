@@ -123,7 +123,7 @@ def load_cifar10(
     """
     if subset is not None and not 1 <= subset <= 50_000:
         raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
-    folder = Path(data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    folder = Path(expand_home(data_dir or os.environ.get("CIFAR10_DIR") or "data"))
 
     loaded = None
     name = "cifar10"
@@ -288,8 +288,10 @@ def _through_cache(data_dir, source, build):
     """
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
     name = f"npy-{digest[:16]}"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folders = [data_dir / name, user_cache / "parallel-cnn" / name]
+    folders = [data_dir / name]
+    user_cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if os.path.isabs(user_cache):  # a user without a home folder has none
+        folders.append(Path(user_cache) / "parallel-cnn" / name)
 
     for folder in folders:
         cached = _open_cache(folder)
@@ -1788,12 +1790,21 @@ class RunLog:
         self.info = info or {}
         self.rank = rank
         self.fingerprint = run_fingerprint(args, data)
-        if not Path(args.log).name:
+        path = Path(args.log)
+        if not path.name:
             raise InputError(f"--log {args.log!r}: give a file name")
-        self.json_path = Path(args.log).with_suffix(".json")
+        self.json_path = metadata_path(path)
         if rank == 0:
-            outputs = [args.log, self.json_path, args.save_metrics, args.checkpoint]
+            outputs = [path, self.json_path, args.save_metrics, args.checkpoint]
             check_outputs([*outputs, getattr(args, "trace", None)])
+            # run and run.csv are two logs with one run.json.
+            is_csv = path.suffix == ".csv"
+            other = path.with_suffix("") if is_csv else path.with_name(f"{path.name}.csv")
+            if other.is_file():
+                raise InputError(
+                    f"--log {path}: {other} is there too, and {self.json_path} would describe "
+                    "both: choose another name"
+                )
 
         self.epoch = 1
         self.batch = 0
@@ -2194,6 +2205,14 @@ class RunLog:
             cells = [format(self.history[name][i], form) for name, form in METRIC_FORMATS.items()]
             rows.append([str(i + 1), *cells])
         return format_table(header, rows)
+
+
+def metadata_path(log: str | Path) -> Path:
+    """The file beside a log that describes its run: run.csv → run.json, lr0.01 → lr0.01.json."""
+    log = Path(log)
+    if log.suffix in (".csv", ".json"):  # with --log x.json both would be one file: refused
+        return log.with_suffix(".json")
+    return log.with_name(f"{log.name}.json")
 
 
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
@@ -3220,9 +3239,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = super().parse_args(args, namespace)
+        # A shell leaves the ~ of --log=~/run.csv to the program.
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, expand_home(value))
         if getattr(args, "lr", 0) is None:
             args.lr = 0.001 if args.optimizer == "adam" else 0.01
         return args
+
+
+def expand_home(path: str) -> str:
+    """The path with a leading ~ or ~user replaced; InputError if there is no such home folder."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InputError(f"{path}: there is no such home folder: write the whole path")
+    return expanded
 
 
 def number(kind, low, high, exclusive: bool = False) -> Callable:

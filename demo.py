@@ -40,6 +40,7 @@ from common import (
     find_mpirun,
     format_table,
     load_cifar10,
+    metadata_path,
     number,
     run_main,
     stop_processes,
@@ -125,7 +126,7 @@ class Training:
             raise TrainingError(f"{self.script} ended with exit status {status}: {reason}")
 
         self.read_log()
-        path = self.log.with_suffix(".json")
+        path = metadata_path(self.log)
         if path.exists() and (status == 0 or not self.metadata):  # the totals come at the end
             self.metadata = json.loads(path.read_text())
         self.finished = status == 0

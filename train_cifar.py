@@ -84,6 +84,7 @@ from common import (
     cpu_flags,
     draw_augmentation,
     epoch_order,
+    expand_home,
     import_torchvision,
     keep_freed_memory,
     load_batch,
@@ -1191,7 +1192,7 @@ def split_sizes(args):
 
 def open_folder(args):
     """The Data in the folders train/ and test/ of --data-dir."""
-    root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    root = Path(expand_home(args.data_dir or os.environ.get("CIFAR10_DIR") or "data"))
     train, test = (ImageFolderSource(root / split, n) for split, n in split_sizes(args))
     if train.classes != test.classes:  # a label is a place in these lists
         raise InputError(
@@ -1612,7 +1613,7 @@ def train_seeds(args, data, context) -> None:
             print(f"{name}: {mean:{form}} ± {std:{form}} (n = {len(values)})", flush=True)
     log = Path(args.log)
     content = {"seeds": args.seeds, "arguments": vars(args), **summary}
-    with atomic_write(log.with_name(f"{log.stem}_seeds.json"), "w") as file:
+    with atomic_write(log.with_name(f"{log.name.removesuffix('.csv')}_seeds.json"), "w") as file:
         json.dump(content, file, indent=1, default=str)
 
 

@@ -131,7 +131,7 @@ def save_plot(plot: Plot, suite: str, notes: str, folder: Path) -> dict:
     # The notes are in the picture, so that they go with it wherever it is copied to.
     add_legend(figure, plot.legend_columns)
     lines = [plot.remark, notes] if plot.remark else [notes]
-    figure.supxlabel("\n".join(lines), fontsize=6.5, color="0.25")
+    figure.supxlabel(plain_text("\n".join(lines)), fontsize=6.5, color="0.25")
 
     # Compute the layout once: savefig() would do it for each file, and it takes most of the time.
     figure.get_layout_engine().execute(figure)
@@ -157,6 +157,15 @@ def add_legend(figure: Figure, columns: int):
     if handles:
         columns = min(columns, len(handles))
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+
+
+def plain_text(name: str) -> str:
+    """A name of the user's as matplotlib shows it unchanged.
+
+    Text between two "$" would be a formula, and a label that begins with "_" is in no legend.
+    """
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def plural(number: int, noun: str) -> str:
@@ -466,7 +475,10 @@ def write_right_of(ax: Axes, x: float, y: float, text: str, **style):
 
 
 def label_rows(ax: Axes, groups: list[RunGroup]):
-    names = [group.short_name + (" *" if group.oversubscribed else "") for group in groups]
+    names = []
+    for group in groups:
+        mark = " *" if group.oversubscribed else ""
+        names.append(plain_text(group.short_name) + mark)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)  # the first row on top
 
@@ -526,7 +538,7 @@ def plot_curves(groups: list[RunGroup], suite: str) -> Plot | None:
         for number, members in enumerate(computations):
             for place, group in enumerate(members):
                 curve = factor * group.curves(kind, column).mean(axis=0)
-                plot_curve(ax, curve, group.short_name, number, place)
+                plot_curve(ax, curve, plain_text(group.short_name), number, place)
         ax.set(xlabel="epoch", ylabel=label)
         ax.set_xticks(range(1, epochs + 1, max(math.ceil(epochs / 8), 1)))
 
@@ -589,7 +601,7 @@ def plot_batches(groups: list[RunGroup]) -> Plot | None:
     for ax, (source, members) in zip(axes.flat, sources.items(), strict=False):
         for number, group in enumerate(members):
             plot_batch_times(ax, group, number)
-        ax.set(title=source, yscale="log", xlabel="batch")
+        ax.set(title=plain_text(source), yscale="log", xlabel="batch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("seconds since\nthe epoch began")

@@ -58,15 +58,22 @@ from typing import NamedTuple
 import numpy as np
 
 
-class InputError(Exception):
+class OneLineError(Exception):
+    """An error whose message says all: a notebook shows it as one line, without a traceback."""
+
+    def _render_traceback_(self):  # IPython's hook
+        return [f"error: {' '.join(str(self).split())}"]
+
+
+class InputError(OneLineError):
     """The user's input cannot be used: one line that says what to do; exit status 2."""
 
 
-class TrainingError(Exception):
+class TrainingError(OneLineError):
     """The run failed after it had started: one line that says where; exit status 1."""
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
+class Interrupted(OneLineError):  # noqa: N818 (not an error)
     """Ctrl-C or SIGTERM, raised between two batches; exit status 130."""
 
 
@@ -2421,7 +2428,7 @@ class StopSignal:
 
     def __enter__(self):
         self._handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ():
             self._handlers[number] = signal.signal(number, self._request)
         return self
 
@@ -2432,6 +2439,11 @@ class StopSignal:
     def _request(self, number, _):
         self.requested = signal.Signals(number).name
         signal.signal(number, self._handlers[number])
+
+
+def in_main_thread() -> bool:
+    """Python lets only the main thread handle signals; Streamlit runs scripts in others."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class Checkpoint:
@@ -2857,7 +2869,8 @@ class StallWatch:
         self.rank = comm.rank
         self.timeout = log.args.stall_timeout or math.inf
         self._done = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main = threading.get_ident()
+        self._previous = None
 
     def __enter__(self):
         # Python writes the number of each signal into this pipe at once, even when the main thread
@@ -2865,7 +2878,8 @@ class StallWatch:
         self._signals, self._wakeup = os.pipe()
         os.set_blocking(self._signals, False)
         os.set_blocking(self._wakeup, False)
-        self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        if in_main_thread():
+            self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -2873,7 +2887,8 @@ class StallWatch:
     def __exit__(self, *_):
         self._done.set()
         self._thread.join()
-        signal.set_wakeup_fd(self._previous)
+        if self._previous is not None:
+            signal.set_wakeup_fd(self._previous)
         os.close(self._signals)
         os.close(self._wakeup)
 
@@ -2881,9 +2896,16 @@ class StallWatch:
         call = None
         since = time.monotonic()
         has_signal = False
+        looked = since
         while not self._done.wait(0.25):
             frame = sys._current_frames()[self._main]
             now = time.monotonic()
+            pause = now - looked
+            looked = now
+            if pause > 5:  # this thread too was stopped, by Ctrl-Z: that is no stall
+                since += pause
+                if self.log.last_batch is not None:
+                    self.log.last_batch += pause
             if (frame, frame.f_lasti) != call:
                 call = (frame, frame.f_lasti)
                 since = now
@@ -3238,6 +3260,8 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args=None, namespace=None):
+        if args is None and re.search("ipykernel|kernel_launcher", sys.argv[0]):
+            args = []  # main() in a cell of a notebook: the command line is the kernel's
         args = super().parse_args(args, namespace)
         # A shell leaves the ~ of --log=~/run.csv to the program.
         for name, value in vars(args).items():
@@ -3355,19 +3379,29 @@ def run_main(main: Callable, rank: int = 0):
         elif hasattr(getattr(sys, name), "reconfigure"):
             # A file name that the terminal cannot show must not end a run.
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    previous_hook = sys.excepthook
     sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
-        signal.signal(number, signal.default_int_handler)
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ():
+        # a shell's background jobs ignore SIGINT
+        handlers[number] = signal.signal(number, signal.default_int_handler)
+    line = None
     try:
-        sys.exit(main())
+        status = main()
+    except SystemExit as end:  # --help
+        status = end.code
     except (InputError, TrainingError, OSError) as error:
         line = f"error: {' '.join(str(error).split())}"
         status = 2 if isinstance(error, InputError) else 1
     except (Interrupted, KeyboardInterrupt) as error:
         line = str(error) or "interrupted"
         status = 130
-    if rank == 0:
+    if line and rank == 0:
         print(line, file=sys.stderr)
+    # A notebook's %run goes on after this in the same process.
+    sys.excepthook = previous_hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.exit(status)
 
 

@@ -235,6 +235,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        # A terminal that is closed ends the server too.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = Path(args.dir).resolve()
     (folder / "buckets" / args.bucket).mkdir(parents=True, exist_ok=True)
     with serve(folder, args.port) as endpoint:

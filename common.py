@@ -30,10 +30,16 @@ if sys.version_info < (3, 10):  # noqa: UP036 (what follows would fail without s
     )
     sys.exit(2)
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    print("error: Linux or macOS is needed; on Windows use WSL", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import csv
-import fcntl
 import functools
 import hashlib
 import json
@@ -41,7 +47,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import socket

@@ -508,6 +508,15 @@ def test_logs_with_any_name_are_runs_of_their_own(tmp_path):
     assert [row[0] for row in both["tables"][0]["rows"]] == ["lr0.01", "lr0.01.csv"]
 
 
+def test_a_backend_of_a_notebook_changes_nothing(tmp_path, run_script):
+    """A kernel exports one for its pages, which need not be installed beside the scripts."""
+    write_log(tmp_path / "run.csv", [{"duration": 1.0}])
+    backend = "module://matplotlib_inline.backend_inline"
+    script = "experiments/analyze_results.py"
+    run_script(script, "run.csv", "--output-dir", "out", env={"MPLBACKEND": backend})
+    assert (tmp_path / "out/figures/files_throughput.png").exists()
+
+
 def test_metadata_of_a_log_with_a_dot_from_an_earlier_version(tmp_path):
     """lr0.01 and lr0.02 had both lr0.json, which describes the last of them."""
     for name in ("lr0.01", "lr0.02"):

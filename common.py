@@ -30,10 +30,16 @@ if sys.version_info < (3, 10):  # noqa: UP036 (what follows would fail without s
     )
     sys.exit(2)
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    print("error: Linux or macOS is needed; on Windows use WSL", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import csv
-import fcntl
 import functools
 import hashlib
 import json
@@ -41,7 +47,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -58,15 +63,22 @@ from typing import NamedTuple
 import numpy as np
 
 
-class InputError(Exception):
+class OneLineError(Exception):
+    """An error whose message says all: a notebook shows it as one line, without a traceback."""
+
+    def _render_traceback_(self):  # IPython's hook
+        return [f"error: {' '.join(str(self).split())}"]
+
+
+class InputError(OneLineError):
     """The user's input cannot be used: one line that says what to do; exit status 2."""
 
 
-class TrainingError(Exception):
+class TrainingError(OneLineError):
     """The run failed after it had started: one line that says where; exit status 1."""
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
+class Interrupted(OneLineError):  # noqa: N818 (not an error)
     """Ctrl-C or SIGTERM, raised between two batches; exit status 130."""
 
 
@@ -123,7 +135,7 @@ def load_cifar10(
     """
     if subset is not None and not 1 <= subset <= 50_000:
         raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
-    folder = Path(data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    folder = Path(expand_home(data_dir or os.environ.get("CIFAR10_DIR") or "data"))
 
     loaded = None
     name = "cifar10"
@@ -288,8 +300,10 @@ def _through_cache(data_dir, source, build):
     """
     digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
     name = f"npy-{digest[:16]}"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folders = [data_dir / name, user_cache / "parallel-cnn" / name]
+    folders = [data_dir / name]
+    user_cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if os.path.isabs(user_cache):  # a user without a home folder has none
+        folders.append(Path(user_cache) / "parallel-cnn" / name)
 
     for folder in folders:
         cached = _open_cache(folder)
@@ -1759,7 +1773,7 @@ FREE_OPTIONS = (
     "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
     "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
     "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
-    "default_run"
+    "default_run overwrite"
 ).split()
 
 
@@ -1791,12 +1805,21 @@ class RunLog:
         self.info = info or {}
         self.rank = rank
         self.fingerprint = run_fingerprint(args, data)
-        if not Path(args.log).name:
+        path = Path(args.log)
+        if not path.name:
             raise InputError(f"--log {args.log!r}: give a file name")
-        self.json_path = Path(args.log).with_suffix(".json")
+        self.json_path = metadata_path(path)
         if rank == 0:
-            outputs = [args.log, self.json_path, args.save_metrics, args.checkpoint]
+            outputs = [path, self.json_path, args.save_metrics, args.checkpoint]
             check_outputs([*outputs, getattr(args, "trace", None)])
+            # run and run.csv are two logs with one run.json.
+            is_csv = path.suffix == ".csv"
+            other = path.with_suffix("") if is_csv else path.with_name(f"{path.name}.csv")
+            if other.is_file():
+                raise InputError(
+                    f"--log {path}: {other} is there too, and {self.json_path} would describe "
+                    "both: choose another name"
+                )
 
         self.epoch = 1
         self.batch = 0
@@ -2221,6 +2244,14 @@ class RunLog:
         return format_table(header, rows)
 
 
+def metadata_path(log: str | Path) -> Path:
+    """The file beside a log that describes its run: run.csv → run.json, lr0.01 → lr0.01.json."""
+    log = Path(log)
+    if log.suffix in (".csv", ".json"):  # with --log x.json both would be one file: refused
+        return log.with_suffix(".json")
+    return log.with_name(f"{log.name}.json")
+
+
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
     """The options and data that decide what a run computes; the .json has it as "identity"."""
     fingerprint = {"augment": "off"}  # of scripts without the option
@@ -2441,7 +2472,7 @@ class StopSignal:
 
     def __enter__(self):
         self._handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ():
             self._handlers[number] = signal.signal(number, self._request)
         return self
 
@@ -2452,6 +2483,11 @@ class StopSignal:
     def _request(self, number, _):
         self.requested = signal.Signals(number).name
         signal.signal(number, self._handlers[number])
+
+
+def in_main_thread() -> bool:
+    """Python lets only the main thread handle signals; Streamlit runs scripts in others."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class Checkpoint:
@@ -2994,7 +3030,8 @@ class StallWatch:
         self.rank = comm.rank
         self.timeout = (log and log.args.stall_timeout) or math.inf
         self._done = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main = threading.get_ident()
+        self._previous = None
 
     def __enter__(self):
         # Python writes the number of each signal into this pipe at once, even when the main thread
@@ -3002,7 +3039,8 @@ class StallWatch:
         self._signals, self._wakeup = os.pipe()
         os.set_blocking(self._signals, False)
         os.set_blocking(self._wakeup, False)
-        self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        if in_main_thread():
+            self._previous = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -3010,7 +3048,8 @@ class StallWatch:
     def __exit__(self, *_):
         self._done.set()
         self._thread.join()
-        signal.set_wakeup_fd(self._previous)
+        if self._previous is not None:
+            signal.set_wakeup_fd(self._previous)
         os.close(self._signals)
         os.close(self._wakeup)
 
@@ -3018,9 +3057,16 @@ class StallWatch:
         call = None
         since = time.monotonic()
         has_signal = False
+        looked = since
         while not self._done.wait(0.25):
             frame = sys._current_frames()[self._main]
             now = time.monotonic()
+            pause = now - looked
+            looked = now
+            if pause > 5:  # this thread too was stopped, by Ctrl-Z: that is no stall
+                since += pause
+                if self.log.last_batch is not None:
+                    self.log.last_batch += pause
             if (frame, frame.f_lasti) != call:
                 call = (frame, frame.f_lasti)
                 since = now
@@ -3388,10 +3434,24 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args=None, namespace=None):
+        if args is None and re.search("ipykernel|kernel_launcher", sys.argv[0]):
+            args = []  # main() in a cell of a notebook: the command line is the kernel's
         args = super().parse_args(args, namespace)
+        # A shell leaves the ~ of --log=~/run.csv to the program.
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, expand_home(value))
         if getattr(args, "lr", 0) is None:
             args.lr = 0.001 if args.optimizer == "adam" else 0.01
         return args
+
+
+def expand_home(path: str) -> str:
+    """The path with a leading ~ or ~user replaced; InputError if there is no such home folder."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InputError(f"{path}: there is no such home folder: write the whole path")
+    return expanded
 
 
 def number(kind, low, high, exclusive: bool = False) -> Callable:
@@ -3495,22 +3555,31 @@ def run_main(main: Callable, rank: int = 0):
         elif hasattr(getattr(sys, name), "reconfigure"):
             # A file name that the terminal cannot show must not end a run.
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    if sys.excepthook is sys.__excepthook__:  # that of abort_on_exception() stays
+    previous_hook = sys.excepthook
+    if previous_hook is sys.__excepthook__:  # that of abort_on_exception() stays
         sys.excepthook = lambda _, error, __: print(describe_error(error), file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ():
         # A shell's background jobs ignore SIGINT. So do handlers that are there.
         if not callable(signal.getsignal(number)):
-            signal.signal(number, signal.default_int_handler)
+            handlers[number] = signal.signal(number, signal.default_int_handler)
+    line = None
     try:
-        sys.exit(main())
+        status = main()
+    except SystemExit as end:  # --help
+        status = end.code
     except (InputError, TrainingError, OSError) as error:
         line = f"error: {' '.join(str(error).split())}"
         status = 2 if isinstance(error, InputError) else 1
     except (Interrupted, KeyboardInterrupt) as error:
         line = str(error) or "interrupted"
         status = 130
-    if rank == 0:
+    if line and rank == 0:
         print(line, file=sys.stderr)
+    # A notebook's %run goes on after this in the same process.
+    sys.excepthook = previous_hook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.exit(status)
 
 

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from common import (
     BATCH,
@@ -43,7 +44,9 @@ from common import (
     available_cores,
     find_mpirun,
     format_table,
+    in_main_thread,
     load_cifar10,
+    metadata_path,
     number,
     run_main,
     stop_processes,
@@ -70,6 +73,9 @@ FRAME_SECONDS = 0.2  # between two frames on a terminal
 LINE_SECONDS = 2.0  # between two lines elsewhere
 TOP_LOSS = 3.0  # upper end of the loss axis; guessing among ten classes has ln 10 = 2.3
 
+ENTER_SCREEN = "\033[?1049h\033[?25l"  # alternate screen, no cursor
+LEAVE_SCREEN = "\033[0m\033[?25h\033[?1049l"  # no colour, cursor, old screen
+
 # The bits of a Braille character's dots, 4 rows of 2: chr(0x2800 + the sum of bits) shows them.
 BRAILLE_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
@@ -93,6 +99,7 @@ class Training:
         self.cores = None  # the cores that it may use; None: all
         self.process = None
         self.started = 0.0
+        self.suspended = 0.0  # seconds for which Ctrl-Z has stopped it
         self.finished = False  # it has ended well and its log is read to the end
 
         self.losses = []  # of each batch: mean loss
@@ -137,7 +144,7 @@ class Training:
             raise TrainingError(f"{self.script} ended with exit status {status}: {reason}")
 
         self.read_log()
-        path = self.log.with_suffix(".json")
+        path = metadata_path(self.log)
         if path.exists() and (status == 0 or not self.metadata):  # the totals come at the end
             self.metadata = json.loads(path.read_text())
         self.finished = status == 0
@@ -233,10 +240,11 @@ def divide_cores(trainings, ranks):
     hybrid.cores = cores[2 + ranks :]
 
 
-def run_trainings(trainings, at_once, show, received):
+def run_trainings(trainings, at_once, show, received, is_live=False):
     """Run the trainings to their end; call show() for each frame.
 
-    received: the list to which the signal handlers append; a signal raises Interrupted.
+    received: the list to which the signal handlers append; Ctrl-Z suspends, another signal raises
+    Interrupted. is_live: frames are shown on the alternate screen.
     However this function ends, no child process outlives it.
     """
     waiting = list(trainings)
@@ -248,10 +256,41 @@ def run_trainings(trainings, at_once, show, received):
             for training in trainings:
                 training.update()
             show()
-            if received:
-                raise Interrupted(f"interrupted by {signal.Signals(received[0]).name}")
+            if received == [signal.SIGTSTP]:
+                suspend(trainings, is_live)
+                received.clear()
+            elif received:
+                raise Interrupted(f"interrupted by {signal.Signals(received[-1]).name}")
     finally:
         stop_processes([training.process for training in trainings if training.running()])
+
+
+def suspend(trainings, is_live):
+    """Ctrl-Z: stop the trainings and this script until `fg`; the shell gets its screen back."""
+    if is_live:
+        print(LEAVE_SCREEN, end="", flush=True)
+    running = [training for training in trainings if training.running()]
+    started = time.monotonic()
+    send_to_families(running, signal.SIGSTOP)
+
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTSTP)  # here the script stops; SIGCONT continues it
+    signal.signal(signal.SIGTSTP, handler)
+
+    send_to_families(running, signal.SIGCONT)
+    for training in running:
+        training.suspended += time.monotonic() - started
+    if is_live:
+        print(ENTER_SCREEN, end="", flush=True)
+
+
+def send_to_families(trainings, signum):
+    """Send a signal to the trainings' processes and to all that these have started."""
+    for training in trainings:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            process = psutil.Process(training.process.pid)
+            for member in (process, *process.children(recursive=True)):
+                member.send_signal(signum)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,10 +407,10 @@ def draw_panels(trainings, style, columns, height):
 def alternate_screen():
     """A screen for the frames; when the block ends, the terminal looks as it did before."""
     try:
-        print("\033[?1049h\033[?25l", end="", flush=True)  # alternate screen, no cursor
+        print(ENTER_SCREEN, end="", flush=True)
         yield
     finally:
-        print("\033[0m\033[?25h\033[?1049l", end="", flush=True)  # no colour, cursor, old screen
+        print(LEAVE_SCREEN, end="", flush=True)
 
 
 def show_frame(title, trainings, style):
@@ -443,6 +482,9 @@ def summarize(trainings, style):
     )
     if serial.metadata["arguments"]["dtype"] == "float32" and max(differences.values()) > 0:
         words += " This is rounding, which training amplifies; try --dtype float64."
+    suspended = [training.name for training in trainings if training.suspended]
+    if suspended:
+        words += f" Suspended meanwhile, which their times include: {', '.join(suspended)}."
     cores = len(available_cores())
     oversubscribed = [training.name for training in trainings if training.core_count() > cores]
     if oversubscribed:
@@ -485,7 +527,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal was closed
+    # Under nohup SIGHUP is ignored: the demo then outlives its terminal.
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stopping.append(signal.SIGHUP)  # the terminal was closed
+    if not in_main_thread():  # no signals there
+        stopping = []
+    for signum in stopping:
+        signal.signal(signum, signal.default_int_handler)
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     style = Style(sys.stdout, args.ascii)
     name = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}[data.name]
@@ -499,13 +548,13 @@ def main(argv=None):
 
         # From here on a signal is only noted, and acted on between two frames.
         received = []
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in [*stopping, signal.SIGTSTP] if stopping else ():
             signal.signal(signum, lambda signum, frame: received.append(signum))
 
         if style.live:
             with alternate_screen():
                 show = partial(show_frame, title, trainings, style)
-                run_trainings(trainings, args.at_once, show, received)
+                run_trainings(trainings, args.at_once, show, received, is_live=True)
         else:
             print(title, flush=True)
             run_trainings(trainings, args.at_once, LinePrinter(trainings, style).show, received)

@@ -16,13 +16,16 @@ Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import functools
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 # A rank that ends by itself would leave the others waiting for it for ever. So, until guard_ranks()
 # takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
@@ -103,6 +106,32 @@ from common import (
     warn_if_oversubscribed,
 )
 
+
+def choose_kernel_cache() -> bool:
+    """Set the folder in which Numba keeps compiled kernels; False if there is none to be had.
+
+    The first of these in which a file can be made: $NUMBA_CACHE_DIR, beside this file, in the home
+    folder, in a temporary folder of the user's own. A container may lack the first three.
+    """
+    own = Path(tempfile.gettempdir()) / f"parallel-cnn-{os.getuid()}"
+    beside = Path(__file__).resolve().with_name("__pycache__")
+    folders = [numba.config.CACHE_DIR, beside, os.path.expanduser("~/.cache/numba"), own]
+    for folder in folders:
+        if not folder or not os.path.isabs(folder):  # no home folder: "~" stays as it is
+            continue
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            # The cache is code that will be run: what another user may have written is not used.
+            if folder == own and (own.lstat().st_uid != os.getuid() or own.lstat().st_mode & 0o077):
+                continue
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if folder != beside:  # where Numba would look by itself
+                numba.config.CACHE_DIR = str(folder)
+            return True
+    return False
+
+
 # --------------------------------------------------------------------------------------------------
 # How threads share the work
 #
@@ -116,7 +145,7 @@ from common import (
 # No fastmath: Numba optimises the body of a prange by itself and again within its function, so what
 # it has just compiled and what it loads from its cache may differ as machine code. With strict
 # arithmetic both compute the same bits.
-kernel = functools.partial(njit, cache=True)
+kernel = functools.partial(njit, cache=choose_kernel_cache())
 inlined = kernel(forceinline=True)
 
 

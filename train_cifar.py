@@ -31,9 +31,11 @@ float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired s
 import argparse
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -41,15 +43,19 @@ import os
 import random
 import re
 import shutil
+import ssl
 import statistics
 import sys
 import threading
 import time
+import types
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -83,6 +89,7 @@ from common import (
     cpu_quota,
     draw_augmentation,
     epoch_order,
+    expand_home,
     import_torchvision,
     keep_freed_memory,
     launched_processes,
@@ -311,6 +318,124 @@ class ManifestEntry(NamedTuple):
     images: int  # how many are in it
 
 
+class S3Settings(NamedTuple):
+    """How to reach a bucket, as the AWS configuration and the command line say."""
+
+    credentials: object  # botocore's, which renews the keys of a role
+    region: str
+    endpoint: str  # for messages: "http://host:port", or "Amazon S3, region"
+    bucket_url: str  # a key is appended to it; the bucket is in its host name or in its path
+    ca_bundle: bytes | None  # certificates of authorities beside those of the system, PEM
+    proxy: str | None
+    client: object  # botocore's, for questions about the bucket
+
+
+def resolve_s3(bucket: str, endpoint_url: str | None) -> S3Settings:
+    """Look up all settings where the AWS tools do: environment, ~/.aws, roles.
+
+    botocore, the library of the AWS tools, knows them all: endpoints of single services, regions,
+    the style of bucket addresses, certificates, logins. endpoint_url: overrides the configured one.
+    """
+    # Imported here and not above: only S3 needs these packages.
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.session import Session
+
+    try:
+        session = Session()
+        session.register_component("data_loader", botocore_loader())
+        credentials = session.get_credentials()
+        if credentials is not None:
+            credentials.get_frozen_credentials()  # a login that has expired fails here, by name
+        # The other tools read this variable too, botocore only AWS_DEFAULT_REGION.
+        region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+        region = region or "us-east-1"
+        seconds = {"connect_timeout": 5, "read_timeout": 5}
+        config = Config(signature_version=UNSIGNED, retries={"max_attempts": 0}, **seconds)
+        options = {"region_name": region, "endpoint_url": endpoint_url, "config": config}
+        client = session.create_client("s3", **options)
+        endpoint = client.meta.endpoint_url.rstrip("/")
+        check_endpoint(endpoint)
+        bucket_url = find_bucket_url(client, bucket)
+        ca_path = session.get_config_variable("ca_bundle")
+    except (BotoCoreError, ClientError, ValueError, OSError) as error:
+        if endpoint_url:
+            check_endpoint(endpoint_url)
+        raise InputError(f"the AWS configuration cannot be used: {error}") from None
+
+    if credentials is None:
+        raise InputError(
+            f"s3://{bucket}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "fill in ~/.aws/credentials"
+        )
+    if urlsplit(endpoint).hostname.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        endpoint = f"Amazon S3, {region}"
+    ca_bundle = read_ca_bundle(ca_path) if ca_path else None
+    proxy = find_proxy(bucket_url)
+    return S3Settings(credentials, region, endpoint, bucket_url, ca_bundle, proxy, client)
+
+
+def find_bucket_url(client, bucket: str) -> str:
+    """Where botocore would send a request about a bucket: endpoint, region and addressing style."""
+    from botocore.awsrequest import AWSResponse
+
+    urls = []
+
+    def answer(request, **_):
+        urls.append(request.url)
+        return AWSResponse(request.url, 200, {}, types.SimpleNamespace(stream=lambda: [b""]))
+
+    # A handler that answers in place of the network: nothing is sent.
+    event = "before-send.s3.HeadBucket"
+    client.meta.events.register(event, answer)
+    client.head_bucket(Bucket=bucket)
+    client.meta.events.unregister(event, answer)
+    return urls[0].rstrip("/")
+
+
+@functools.cache
+def botocore_loader():
+    """What reads botocore's descriptions of services, megabytes of JSON: once is enough."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
+def check_endpoint(url: str) -> None:
+    """Raise InputError unless the URL has a scheme, a host, and at most a port and a path."""
+    if not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s@?#]*)?", url):
+        shown = re.sub(r"//.*@", "//…@", url)  # a password is not printed
+        raise InputError(f"--endpoint-url {shown}: give http(s)://host:port")
+
+
+def read_ca_bundle(path: str) -> bytes:
+    """The certificates in a file; InputError if there are none."""
+    try:
+        ssl.create_default_context(cafile=path)
+        return Path(path).read_bytes()
+    except OSError as error:  # of which SSLError is one
+        raise InputError(
+            f"AWS_CA_BUNDLE (ca_bundle in ~/.aws/config) {path}: {error.strerror or error}: "
+            "give a file with certificates in PEM format"
+        ) from None
+
+
+def find_proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL. This machine itself needs none."""
+    parts = urlsplit(url)
+    host = parts.hostname
+    with contextlib.suppress(ValueError):  # a name, not an address
+        if ipaddress.ip_address(host).is_loopback:
+            return None
+    if host == "localhost" or host.endswith(".localhost"):
+        return None
+    if urllib.request.proxy_bypass_environment(parts.netloc):  # no_proxy
+        return None
+    proxies = urllib.request.getproxies_environment()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
 class Bucket:
     """The objects under s3://bucket/prefix, fetched with bounded retries and verified.
 
@@ -319,34 +444,13 @@ class Bucket:
     """
 
     def __init__(self, url: str, endpoint_url: str | None = None, retry_timeout: float = 60.0):
-        # Imported here and not above: only S3 needs these packages.
-        from botocore.exceptions import BotoCoreError
-        from botocore.session import Session
-
-        match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*?))?/?", url)
-        if not match:
-            raise InputError(f"{url}: not of the form s3://bucket/prefix")
+        match = re.fullmatch(r"s3://([a-z0-9][a-z0-9._-]+)((?:/[^/]+)*)/?", url)
+        if not match or {".", ".."} & set(match[2].split("/")) or not match[2].isprintable():
+            raise InputError(f"{url!r}: not of the form s3://bucket/prefix")
         self.url = url.rstrip("/")
         self.bucket = match[1]
-        self.prefix = match[2] or None
-
-        session = Session()
-        try:
-            self._credentials = session.get_credentials()
-            profile = session.get_scoped_config()
-            region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
-        except BotoCoreError as error:
-            raise InputError(f"the AWS configuration cannot be used: {error}") from None
-        self.region = region or "us-east-1"
-        environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self.endpoint = endpoint_url or environment or profile.get("endpoint_url")
-        if self.endpoint and not re.fullmatch(r"https?://[^/\s@]+/?", self.endpoint):
-            raise InputError(f"--endpoint-url {self.endpoint}: give http(s)://host:port")
-        if self._credentials is None:
-            raise InputError(
-                f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or fill "
-                "in ~/.aws/credentials"
-            )
+        self.prefix = match[2].strip("/") or None
+        self.settings = resolve_s3(self.bucket, endpoint_url)
 
         self.retry_timeout = retry_timeout
         self.read_timeout = min(max(retry_timeout, 1), 20)  # seconds without a byte
@@ -358,17 +462,28 @@ class Bucket:
         """A new client, an obstore S3Store."""
         from obstore.store import S3Store
 
+        settings = self.settings
         options = {
             "allow_http": True,
             "connect_timeout": timedelta(seconds=5),
             "timeout": timedelta(minutes=10),
             "read_timeout": timedelta(seconds=self.read_timeout),
+            # A proxy for no host is how to say that none is to be used.
+            "proxy_url": settings.proxy or "http://127.0.0.1",
         }
+        if not settings.proxy:
+            options["proxy_excludes"] = urlsplit(settings.bucket_url).hostname
+        if settings.ca_bundle:
+            options["root_certificate"] = settings.ca_bundle
         return S3Store(
             self.bucket,
             prefix=self.prefix,
-            endpoint=self.endpoint,
-            region=self.region,
+            # The bucket is in this URL already, which obstore calls virtual-hosted style. The
+            # second name is the one that $AWS_ENDPOINT_URL_S3 would override.
+            endpoint=settings.bucket_url,
+            aws_endpoint_url_s3=settings.bucket_url,
+            virtual_hosted_style_request=True,
+            region=settings.region,
             client_options=options,
             retry_config={"max_retries": 0},  # retry() does it, and verifies checksums too
             credential_provider=self._get_credentials,
@@ -381,7 +496,7 @@ class Bucket:
         return self._thread.client
 
     def _get_credentials(self):
-        key = self._credentials.get_frozen_credentials()
+        key = self.settings.credentials.get_frozen_credentials()
         return {
             "access_key_id": key.access_key,
             "secret_access_key": key.secret_key,
@@ -391,9 +506,13 @@ class Bucket:
         }
 
     def describe(self, key: str) -> str:
-        """The object and its endpoint, for messages."""
-        place = self.endpoint or f"Amazon S3, {self.region}"
-        return f"{self.url}/{key} at {place}"
+        """The object, its endpoint and the proxy on the way, for messages."""
+        place = f"{self.url}/{key} at {self.settings.endpoint}"
+        if self.settings.proxy:
+            host = urlsplit(self.settings.bucket_url).hostname
+            proxy = re.sub(r"//.*@", "//…@", self.settings.proxy)  # a password is not printed
+            place += f" through the proxy {proxy} (no_proxy={host} would go without it)"
+        return place
 
     def fetch(self, client, entry: ManifestEntry):
         """The bytes of an object, in a buffer, as they were when the manifest was made."""
@@ -426,7 +545,9 @@ class Bucket:
                 problem = str(error)
                 permanent = checksum_errors == MAX_CHECKSUM_ERRORS
             except (BaseError, OSError) as error:  # for a missing object it is FileNotFoundError
-                problem, _, permanent = describe_s3_error(error)
+                failure = self.explain(error)
+                problem = failure.words + (f": {failure.remedy}" if failure.remedy else "")
+                permanent = failure.is_permanent
 
             # Exponential back-off with jitter: threads that failed together do not all come back
             # at the same moment.
@@ -446,13 +567,40 @@ class Bucket:
         self.failure = self.failure or failure
         self.stopped.set()
 
+    def explain(self, error: Exception) -> "S3Failure":
+        """What an obstore exception says, with the region's name where the bucket is elsewhere."""
+        failure = describe_s3_error(error)
+        if failure.words == OTHER_REGION:
+            region = self._find_region()
+            if region:
+                failure = failure._replace(remedy=f"set AWS_REGION={region}")
+        return failure
+
+    def _find_region(self):
+        """The region that the bucket is in, a header of every answer; None if there is none."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            answer = self.settings.client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            answer = error.response
+        except BotoCoreError:
+            return None
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        return headers.get("x-amz-bucket-region")
+
     def manifest(self) -> dict:
         """The manifest: "dataset", "fingerprint", and lists of ManifestEntry as "train", "test",
         "train_shards", "test_shards".
 
         Raises InputError where the bucket, the prefix or the credentials are wrong.
         """
-        text = self.retry(MANIFEST, self._get_manifest)
+        text = self.read_manifest()
+        if text is None:
+            raise InputError(
+                f"{self.describe(MANIFEST)}: 404 Not Found (NoSuchKey): put the data there with "
+                "--export"
+            )
         digest, _, body = text.partition(b"\n")
         if hashlib.sha256(body).hexdigest() != digest.decode(errors="replace"):
             raise LoadingError(
@@ -464,6 +612,16 @@ class Bucket:
             manifest[kind] = [ManifestEntry(*row) for row in rows]
         return manifest
 
+    def read_manifest(self) -> bytes | None:
+        """The bytes of the manifest; None if there is none.
+
+        Raises InputError where no S3 answers, or bucket or credentials are wrong.
+        """
+        text = self.retry(MANIFEST, self._get_manifest)
+        if text is not None and text.lstrip()[:1] == b"<":
+            raise InputError(f"{self.describe(MANIFEST)}: {WEB_PAGE}: {CONSOLE_REMEDY}")
+        return text
+
     def _get_manifest(self):
         import obstore
         from obstore.exceptions import BaseError
@@ -471,13 +629,14 @@ class Bucket:
         try:
             return bytes(obstore.get(self.client(), MANIFEST).bytes())
         except (BaseError, OSError) as error:
-            problem, status, permanent = describe_s3_error(error)
-            if not (permanent and status):
+            failure = self.explain(error)
+            if failure.code == "NoSuchKey":
+                return None
+            if not failure.is_permanent:
                 raise
-            hint = "look at credentials and endpoint"
-            if status == 404:
-                hint = "put the data there with --export"
-            raise InputError(f"{self.describe(MANIFEST)}: {problem}: {hint}") from None
+            remedy = failure.remedy or "look at credentials and endpoint"
+            message = f"{self.describe(MANIFEST)}: {failure.words}: {remedy}"
+            raise InputError(message) from None
 
 
 def verify(entry: ManifestEntry, data) -> None:
@@ -488,22 +647,89 @@ def verify(entry: ManifestEntry, data) -> None:
         raise ChecksumError("its checksum is wrong")
 
 
-def describe_s3_error(error: Exception) -> tuple[str, int | None, bool]:
-    """What an obstore exception says: a few words, the HTTP status if there is one, and whether the
-    same request will fail again."""
+class S3Failure(NamedTuple):
+    """Why a request failed."""
+
+    words: str
+    is_permanent: bool  # the same request will fail again
+    remedy: str = ""  # what to do, if that is known
+    code: str = ""  # S3's own name of the error, such as NoSuchBucket
+
+
+OTHER_REGION = "the bucket is in another region"
+WEB_PAGE = "a web page, no S3, answers there"
+CONSOLE_REMEDY = "look at the endpoint: S3 often has another port or path than its console"
+
+# By S3's code of the error.
+S3_REMEDIES = {
+    "AccessDenied": "look at what these credentials permit",
+    "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
+    "ExpiredToken": "log in again, or renew the credentials",
+    "InvalidAccessKeyId": "look at the credentials",
+    "InvalidObjectState": "the object is archived: restore it first",
+    "InvalidToken": "log in again, or renew the credentials",
+    "NoSuchBucket": "look at the bucket's name and the endpoint, or make the bucket",
+    "QuotaExceeded": "make room in the storage",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "SecondLevelDomainForbidden": "set addressing_style = virtual below s3 = in ~/.aws/config",
+    "SignatureDoesNotMatch": "look at the secret key",
+    "XMinioStorageFull": "make room in the storage",
+}
+
+# By the name that the TLS library gives to what is wrong with a certificate.
+CERTIFICATE_PROBLEMS = {
+    "UnknownIssuer": (
+        "its certificate is of an unknown authority",
+        "set AWS_CA_BUNDLE to a file with the certificate of that authority",
+    ),
+    "NotValidForName": ("its certificate is for another host", "use the name in the certificate"),
+    "Expired": ("its certificate has expired", "renew it, or set the clock of this machine"),
+    "NotValidYet": ("its certificate is not valid yet", "set the clock of this machine"),
+}
+
+
+def describe_s3_error(error: Exception) -> S3Failure:
+    """What an obstore exception says, whose text ends in a dump of the errors that led to it."""
     text = str(error)
     answer = re.search(r"status code: (\d+)([ \w]*)", text)  # "status code: 404 Not Found"
     if answer:
-        status = int(answer[1])
-        code = re.search(r"<Code>(\w+)</Code>", text)  # S3's own, such as NoSuchBucket
-        words = f"{status}{answer[2].rstrip()}" + (f" ({code[1]})" if code else "")
-        # 408 is a time-out and 429 too many requests: both may pass, as may all 5xx.
-        return words, status, 300 <= status < 500 and status not in (408, 429)
+        return describe_answer(int(answer[1]), answer[2].strip(), text)
+    if "redirect without LOCATION" in text:
+        return S3Failure(OTHER_REGION, True, S3_REMEDIES["AuthorizationHeaderMalformed"])
+    certificate = re.search(r"InvalidCertificate\(\s*(\w+?)(Context)?\b", text)
+    if certificate:
+        words, remedy = CERTIFICATE_PROBLEMS.get(
+            certificate[1], (f"its certificate is refused ({certificate[1]})", "replace it")
+        )
+        return S3Failure(words, True, remedy)
+    if "InvalidContentType" in text:
+        return S3Failure("no TLS is spoken there", True, "try http:// in place of https://")
     if "TimedOut" in text or "timed out" in text:
-        return "no answer in time", None, False
-    cause = re.search(r'message: "([^"]+)"', text)
+        return S3Failure("no answer in time", False)
+    login = re.search(r"credential provider: (\w+): (.*)", text)  # botocore's error and its words
+    if login:
+        return S3Failure(login[2], "Token" in login[1])  # a login that has expired, or an outage
+    cause = re.search(r'(?:message|error): "([^"]+)"', text)
     words = cause[1] if cause else text.partition("\n")[0].rpartition(" - ")[2]
-    return words, None, "BadScheme" in text
+    return S3Failure(words, "BadScheme" in text)
+
+
+def describe_answer(status: int, reason: str, text: str) -> S3Failure:
+    """The same of an answer with that HTTP status; the text has its body."""
+    found = re.search(r"<Code>(\w+)</Code>", text)
+    code = found[1] if found else ""
+    words = f"{status}{reason and ' ' + reason}" + (f" ({code})" if code else "")
+    remedy = S3_REMEDIES.get(code, "")
+    region = re.search(r"expecting '([\w-]+)'", text)
+    if region:
+        words += f": {OTHER_REGION}"
+        remedy = f"set AWS_REGION={region[1]}"
+    if not code and "<html" in text.lower():
+        words += f": {WEB_PAGE}"
+        remedy = CONSOLE_REMEDY
+    # 408 is a time-out and 429 too many requests: both may pass, as may all 5xx but a full storage.
+    is_permanent = 300 <= status < 500 and status not in (408, 429)
+    return S3Failure(words, is_permanent or status == 507, remedy, code)
 
 
 class S3Pictures(ImageSource):
@@ -996,7 +1222,7 @@ def split_sizes(args):
 
 def open_folder(args):
     """The Data in the folders train/ and test/ of --data-dir."""
-    root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    root = Path(expand_home(args.data_dir or os.environ.get("CIFAR10_DIR") or "data"))
     train, test = (ImageFolderSource(root / split, n) for split, n in split_sizes(args))
     if train.classes != test.classes:  # a label is a place in these lists
         raise InputError(
@@ -1175,8 +1401,12 @@ def train(model, net, optimizer, scaler, data, args, context, log, checkpoint, s
             if checkpoint.due():
                 checkpoint.save()
 
+        # Images of the test set may fail to load too. The checkpoint then has the position after
+        # the last batch, so that --resume begins with this validation.
+        position = copy.deepcopy(log.state_dict())
         log.end_training()
-        loss, top1, top5, loading = evaluate(net, data.test, context)
+        with saved_if_loading_fails(checkpoint, position):
+            loss, top1, top5, loading = evaluate(net, data.test, context)
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
@@ -1196,13 +1426,18 @@ def has_reached(accuracy: float | None, history: dict) -> bool:
 
 
 @contextlib.contextmanager
-def saved_if_loading_fails(checkpoint):
-    """Save what was trained so far before a LoadingError ends the run."""
+def saved_if_loading_fails(checkpoint, position: dict | None = None):
+    """Save what was trained so far before a LoadingError ends the run.
+
+    position: the log's state to save; default the present one.
+    """
     try:
         yield
     except LoadingError as error:
         if not checkpoint.path:
             raise
+        if position:
+            checkpoint.log.load_state_dict(position)
         checkpoint.save()
         message = f"{error}; continue with --checkpoint {checkpoint.path} --resume"
         raise LoadingError(message) from None
@@ -1408,7 +1643,7 @@ def train_seeds(args, data, context) -> None:
             print(f"{name}: {mean:{form}} ± {std:{form}} (n = {len(values)})", flush=True)
     log = Path(args.log)
     content = {"seeds": args.seeds, "arguments": vars(args), **summary}
-    with atomic_write(log.with_name(f"{log.stem}_seeds.json"), "w") as file:
+    with atomic_write(log.with_name(f"{log.name.removesuffix('.csv')}_seeds.json"), "w") as file:
         json.dump(content, file, indent=1, default=str)
 
 
@@ -1437,12 +1672,21 @@ def export(args: argparse.Namespace) -> None:
     bucket = None
     if args.export.startswith("s3://"):
         bucket = Bucket(args.export, args.endpoint_url, args.retry_seconds)
+        found = bucket.read_manifest()
         client = bucket.connect()
         retry = bucket.retry
     else:
-        check_outputs([Path(args.export) / MANIFEST])
+        manifest = Path(args.export) / MANIFEST
+        check_outputs([manifest])
+        found = manifest.read_bytes() if manifest.exists() else None
         client = LocalStore(args.export, mkdir=True)
         retry = name_failure
+    # An export begins with its checksum. What does not is of another program, or of a person.
+    if found is not None and not re.match(rb"[0-9a-f]{64}\n", found) and not args.overwrite:
+        raise InputError(
+            f"{args.export}/{MANIFEST} is there already, and not of an export: choose another "
+            "place, or replace it with --overwrite"
+        )
     data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
     present = retry("", lambda: list_objects(client))
     put = functools.partial(put_object, client, retry, present)
@@ -1592,6 +1836,8 @@ def check_args(args: argparse.Namespace) -> None:
             f"--loader torchvision reads --source builtin only: use --loader batched for "
             f"{args.source}"
         )
+    if args.export and re.match(r"\w+:/", args.export) and not args.export.startswith("s3://"):
+        raise InputError(f"--export {args.export}: give s3://bucket/prefix or a folder")
     if args.load_only and (args.source == "synthetic-batch" or args.seeds > 1 or args.checkpoint):
         raise InputError(
             "--load-only measures how a source loads: give it one that does, no --seeds, no "
@@ -1642,6 +1888,8 @@ def add_data_options(group) -> None:
     add("--load-only", action="store_true", help="measure the loading, without training")
     target = "put the data set into s3://bucket/prefix or a folder, and end"
     add("--export", metavar="TARGET", help=target)
+    overwrite = "with --export, replace a manifest.json that is not of an export"
+    add("--overwrite", action="store_true", help=overwrite)
 
 
 def add_training_options(group) -> None:

@@ -30,6 +30,7 @@ different commits are, and the output says so.
 
 import datetime
 import json
+import os
 import re
 import sys
 import textwrap
@@ -41,6 +42,10 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
+# A notebook's kernel names a backend for its pages, which need not be installed here. The figures
+# are drawn into files, without any.
+os.environ.pop("MPLBACKEND", None)
+
 from common import TRAIN, VALIDATE, InputError, Parser, atomic_write, format_table, run_main
 from compare_runs import batch_losses, compare_checkpoints, compare_logs, is_checkpoint
 from figures import STYLES, Plot, figure_style, save_plot

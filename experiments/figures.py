@@ -104,7 +104,7 @@ def save_plot(plot: Plot, suite: str, notes: str, folder: Path) -> dict:
 
     # The notes are in the picture, so that they go with it wherever it is copied to.
     lines = [plot.remark, notes] if plot.remark else [notes]
-    figure.supxlabel("\n".join(lines), fontsize=scaled(6.5), color="0.25")
+    figure.supxlabel(plain_text("\n".join(lines)), fontsize=scaled(6.5), color="0.25")
 
     # Compute the layout once: savefig() would do it for each file, and it takes most of the time.
     figure.get_layout_engine().execute(figure)
@@ -127,7 +127,7 @@ def add_legend(figure: Figure, columns: int, headline: str | None):
     The headline is the legend's title, as the layout would place two texts in the same room.
     """
     if headline:
-        headline = textwrap.fill(headline[:1].upper() + headline[1:], 62)
+        headline = plain_text(textwrap.fill(headline[:1].upper() + headline[1:], 62))
     font = {"size": matplotlib.rcParams["figure.titlesize"], "weight": "bold"}
 
     handles = {}
@@ -145,3 +145,12 @@ def add_legend(figure: Figure, columns: int, headline: str | None):
         )
     elif headline:
         figure.suptitle(headline, **font)
+
+
+def plain_text(name: str) -> str:
+    """A name of the user's as matplotlib shows it unchanged.
+
+    Text between two "$" would be a formula, and a label that begins with "_" is in no legend.
+    """
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name

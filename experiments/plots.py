@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import BATCH, TRAIN, VALIDATE
-from figures import Plot, is_slide, make_figure, scaled
+from figures import Plot, is_slide, make_figure, plain_text, scaled
 from metrics import (
     METRICS,
     PHASES,
@@ -420,7 +420,7 @@ def write_right_of(ax: Axes, x: float, y: float, text: str, **style):
 
 
 def label_rows(ax: Axes, groups: list[RunGroup]):
-    names = [group.label + (" *" if group.marks else "") for group in groups]
+    names = [plain_text(group.label) + (" *" if group.marks else "") for group in groups]
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)  # the first row on top
 
@@ -494,7 +494,7 @@ def plot_curves(groups: list[RunGroup], suite: str) -> Plot | None:
         for number, members in enumerate(computations):
             for place, group in enumerate(members):
                 curve = factor * group.curves(kind, column).mean(axis=0)
-                plot_curve(ax, curve, group.label, number, place)
+                plot_curve(ax, curve, plain_text(group.label), number, place)
         ax.set(xlabel="epoch", ylabel=label)
         ax.set_xticks(range(1, epochs + 1, max(math.ceil(epochs / 8), 1)))
 
@@ -569,7 +569,7 @@ def plot_batches(groups: list[RunGroup]) -> Plot | None:
     for ax, (source, members) in zip(axes.flat, sources.items(), strict=False):
         for number, group in enumerate(members):
             plot_batch_times(ax, group, number)
-        ax.set(title=source, yscale="log", xlabel="batch")
+        ax.set(title=plain_text(source), yscale="log", xlabel="batch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("seconds since\nthe epoch began")

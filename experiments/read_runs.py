@@ -8,6 +8,7 @@ fetch its images. Its metadata is the JSON beside the log: script, arguments, ma
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
-from common import BATCH, LOG_COLUMNS, SHORT_OF_CPU, TRAIN, InputError
+from common import BATCH, LOG_COLUMNS, SHORT_OF_CPU, TRAIN, InputError, metadata_path
 
 Warn = Callable[[str], None]  # called with a line about something that could not be read
 
@@ -69,12 +70,17 @@ def read_log(path: Path, warn: Warn) -> pd.DataFrame:
     Raises InputError if the file is not a run log or has no complete epoch.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise InputError(f"{path}: {reason}") from None
 
     header, *lines = text.split("\n")
+    if re.split("[;\t]", header) == list(LOG_COLUMNS):
+        raise InputError(
+            f"{path} was saved by a spreadsheet, with other separators and numbers: give the log "
+            "as the script has written it, or save it as CSV with commas and decimal points"
+        )
     if header.split(",") != list(LOG_COLUMNS):
         raise InputError(f"{path} is not a run log: its first line has other columns")
 
@@ -123,6 +129,17 @@ def read_metadata(path: Path, warn: Warn) -> dict:
     return {}
 
 
+def find_metadata(log: Path) -> Path:
+    """The JSON beside a log. Earlier versions wrote that of lr0.01 to lr0.json, as of all lr0.…"""
+    path = metadata_path(log)
+    earlier = log.with_suffix(".json")
+    if not path.exists() and earlier.exists():
+        metadata = read_metadata(earlier, lambda _: None)
+        if Path(str((metadata.get("arguments") or {}).get("log"))).name == log.name:
+            return earlier
+    return path
+
+
 def read_run(
     suite: str,
     name: str,
@@ -138,7 +155,7 @@ def read_run(
     Raises InputError if the log cannot be used.
     """
     log = read_log(path, warn)
-    metadata = read_metadata(path.with_suffix(".json"), warn)
+    metadata = read_metadata(find_metadata(path), warn)
     if metadata.get("status", "done") != "done":
         warn(f"{path}: this run is {metadata['status']}: what counts are its complete epochs")
 
@@ -218,18 +235,26 @@ def read_results(folder: Path, warn: Warn) -> tuple[list[Run], list[dict], dict[
 
 
 def read_logs(paths: list[Path], warn: Warn) -> list[Run]:
-    """Read single logs, each of which becomes a run group of its own.
-
-    A run is named after its file; where several files have the same name, after its folder too.
-    """
+    """Read single logs, each of which becomes a run group of its own, named after its file."""
     paths = list(dict.fromkeys(paths))
-    stems = Counter(path.stem for path in paths)
-    common_folder = os.path.commonpath([path.absolute().parent for path in paths])
+    names = distinct_names(paths)
+    return [read_run("files", name, 1, path, warn) for name, path in zip(names, paths, strict=True)]
 
-    runs = []
+
+def distinct_names(paths: list[Path]) -> list[str]:
+    """The names of files without ".csv"; where several are the same, with folder, then with ".csv".
+
+    Two runs of one name would be taken for repeats. lr0.01 and lr0.02 have no suffix to cut off.
+    """
+    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    candidates = []  # of each file, the shortest name first
     for path in paths:
-        name = path.stem
-        if stems[name] > 1:
-            name = os.path.relpath(path.with_suffix(""), common_folder)
-        runs.append(read_run("files", name, 1, path, warn))
-    return runs
+        whole = os.path.relpath(path, folder)
+        candidates.append([path.name.removesuffix(".csv"), whole.removesuffix(".csv"), whole])
+    counts = [Counter(column) for column in zip(*candidates, strict=True)]
+
+    names = []
+    for own in candidates:
+        distinct = [name for name, count in zip(own, counts, strict=True) if count[name] == 1]
+        names.append(distinct[0] if distinct else own[-1])
+    return names

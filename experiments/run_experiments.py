@@ -45,6 +45,7 @@ from common import (
     check_outputs,
     cpu_model,
     find_mpirun,
+    in_main_thread,
     load_cifar10,
     number,
     run_main,
@@ -438,8 +439,10 @@ def run_all(experiments, index, args, data) -> list[dict]:
     earlier = [entry for entry in index.entries.values() if entry["status"] == "done"]
     progress = SuiteProgress(todo, args.epochs, earlier)
     with StopSignal() as stop, contextlib.closing(progress):
-        # A terminal that is closed ends the running processes too, as SIGTERM does.
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        # A terminal that is closed ends the running processes too, as SIGTERM does; nohup prevents
+        # that by ignoring the signal.
+        if in_main_thread() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         for repeat, experiment in todo:
             entry = run_one(experiment, repeat, args, data, progress, stop)
             index.add(entry)

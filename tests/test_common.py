@@ -2205,6 +2205,48 @@ def test_the_sidecar_has_a_place_of_its_own(tmp_path):
         Fake(tmp_path).train()
 
 
+@pytest.mark.parametrize(
+    ("log", "metadata"),
+    [
+        ("runs/a.csv", "runs/a.json"),
+        ("lr0.01", "lr0.01.json"),
+        ("lr0.02", "lr0.02.json"),
+        ("a", "a.json"),
+        ("a.log", "a.log.json"),
+        (".csv", ".csv.json"),
+        ("a.b.csv", "a.b.json"),
+    ],
+)
+def test_the_sidecar_is_named_after_the_whole_log(log, metadata):
+    assert common.metadata_path(log) == Path(metadata)
+
+
+@pytest.mark.parametrize(("first", "second"), [("x", "x.csv"), ("x.csv", "x"), ("a.1", "a.1.csv")])
+def test_two_logs_do_not_share_a_sidecar(tmp_path, first, second):
+    Fake(tmp_path, "--log", f"{tmp_path}/{first}").train()
+    with pytest.raises(InputError, match=r"would describe both: choose another name"):
+        Fake(tmp_path, "--log", f"{tmp_path}/{second}")
+    Fake(tmp_path, "--log", f"{tmp_path}/{first}").train()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = make_parser("fake", "")
+    args = parser.parse_args(
+        ["--log=~/run.csv", "--checkpoint", "~/ck", "--data-dir=~", "--trace=./~"]
+    )
+    assert args.log == f"{tmp_path}/run.csv"
+    assert args.checkpoint == f"{tmp_path}/ck"
+    assert args.data_dir == str(tmp_path)
+    assert args.trace == "./~"
+    for option in ("--log", "--data-dir", "--save-metrics", "--checkpoint"):
+        with pytest.raises(InputError, match="no such home folder: write the whole path"):
+            parser.parse_args([f"{option}=~nobody-at-all/x"])
+    monkeypatch.setenv("CIFAR10_DIR", "~nobody-at-all/x")
+    with pytest.raises(InputError, match="no such home folder"):
+        load_cifar10(dataset="synthetic", subset=10)
+
+
 SPIN = "block = bytearray(b'x' * 100_000_000)\nprint(flush=True)\nwhile True:\n    pass"
 
 

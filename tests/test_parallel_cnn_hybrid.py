@@ -575,3 +575,26 @@ def test_a_killed_rank_ends_the_job(tmp_path, cache):
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert_gone(ranks)
+
+
+def test_kernels_are_kept_in_the_next_best_place(tmp_path, monkeypatch):
+    """A read-only checkout, then no home folder either, then a temporary folder of another's."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(hybrid, "__file__", str(tmp_path / "file/hybrid.py"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert hybrid.choose_kernel_cache()
+    assert str(tmp_path / "home/.cache/numba") == numba.config.CACHE_DIR
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"parallel-cnn-{os.getuid()}"
+    assert hybrid.choose_kernel_cache()
+    assert str(own) == numba.config.CACHE_DIR
+    assert own.stat().st_mode & 0o777 == 0o700
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    own.chmod(0o777)  # others may have put code there
+    assert not hybrid.choose_kernel_cache()
+    assert numba.config.CACHE_DIR == ""

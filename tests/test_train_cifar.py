@@ -691,6 +691,35 @@ def test_picture_that_cannot_be_used_is_named(run_here, tmp_path, damage, words)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("batch_size", [16, 48])
+def test_damage_in_the_test_set_leaves_a_checkpoint_of_the_training(run_here, tmp_path, batch_size):
+    """Repaired, the run goes on with that validation, and ends as one without damage."""
+    run_here("--export", tmp_path / "data", *TINY[:4], "--quiet")
+    options = ("--source", "disk", "--data-dir", "data", "--model", "cnn", "--epochs", 2)
+    options = (*options, "--batch-size", batch_size, "--quiet")
+    run_here(*options, "--checkpoint", "reference.pt")
+    expected = read_rows()
+
+    (victim,) = Path("data/test").glob("00003_*.png")
+    good = victim.read_bytes()
+    truncated(victim)
+    resumable = (*options, "--checkpoint", "run.pt", "--resume")
+    for _ in range(2):  # the second time nothing is left to train in this epoch
+        with pytest.raises(TrainingError, match=r"00003_.*--checkpoint run.pt --resume"):
+            run_here(*resumable)
+    victim.write_bytes(good)
+    run_here(*resumable)
+    ours, theirs = read_checkpoint("run.pt"), read_checkpoint("reference.pt")
+    for name, weights in theirs["model"].items():
+        assert torch.equal(ours["model"][name], weights)
+    for column in ("type", "epoch", "value1", "value2", "loss"):
+        assert [row[column] for row in read_rows()] == [row[column] for row in expected]
+    assert ours["meta"]["history"].keys() == theirs["meta"]["history"].keys()
+    for name in ("train_loss", "train_acc", "test_loss", "test_acc"):
+        assert ours["meta"]["history"][name] == theirs["meta"]["history"][name]
+    assert ours["meta"]["totals"]["train_images"] == 2 * 48
+
+
 # -- on a GPU ------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ READY := .venv/.ready
 endif
 
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+MEASURED = results/measured
 S3_DATA = # options of train_cifar.py --export
 OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
 
@@ -56,7 +57,9 @@ analyze: $(READY)  ## tables and plots of the results of make experiments, into 
 	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
-	$(PYTHON) experiments/make_report.py --pdf
+	$(PYTHON) experiments/make_report.py --pdf \
+	  $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
+	  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
 
 bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
@@ -66,7 +69,6 @@ predict: $(READY)  ## predict the scaling to 1,024 ranks from a run of one rank
 	  --trace results/one_rank.trace $(OPTIONS)
 	$(PYTHON) experiments/predict_scaling.py --run results/one_rank.csv
 
-MEASURED = results/measured
 LADDER = experiments/run_experiments.py --results-dir $(MEASURED)/ladder --suite ladder --batch-size 32 \
   --epochs 2 --subset 3200 --repeats 5
 EXPERIMENTS = experiments/run_experiments.py --results-dir $(MEASURED)/experiments

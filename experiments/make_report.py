@@ -264,7 +264,7 @@ def make_table(name, title, caption, columns, rows):
 def make_text_table(table):
     """A table of scaling_tables.py, whose cells are text already."""
     columns = [{"label": label} for label in table.header]
-    return make_table(table.name, table.title, "", columns, table.rows)
+    return make_table(table.name, table.title, table.caption, columns, table.rows)
 
 
 def is_numeric(values):

@@ -177,7 +177,16 @@ def predict_published(entry: Published) -> Prediction:
     return found._replace(efficiency=found.efficiency / baseline.efficiency)
 
 
-HEADER = ("published", "GPUs", "1 GPU, ms", "gradients, MB", "network", "model", "published", "Δ")
+HEADER = (
+    "published",
+    "GPUs",
+    "1 GPU, ms",
+    "gradients, MB",
+    "network",
+    "model",
+    "published",
+    "difference",
+)
 
 
 def table_rows() -> list[list[str]]:

@@ -16,6 +16,7 @@ from scaling_inputs import network_from_json, profile_from_json, read_json
 
 ALGORITHMS = ("allreduce", "ring", "overlap", "tree")  # shown; the CSV has all
 STRONG_IMAGES = 1024
+PREDICTED = "A prediction, not a measurement."
 
 
 class Table(NamedTuple):
@@ -24,6 +25,7 @@ class Table(NamedTuple):
     header: list
     rows: list
     notes: list  # sentences below it
+    caption: str
 
 
 def prediction_tables(path: Path) -> list[Table]:
@@ -39,7 +41,7 @@ def prediction_tables(path: Path) -> list[Table]:
     by_network = [predict_scaling.select(rows, network=network.name) for network in networks]
     step = f"{1e3 * profile.mean:.1f} ms a step of one rank ({profile.name})"
     sources = [
-        f"{net.name}: α {net.alpha * 1e6:.3g} µs, 1/β {1e-6 / net.beta:,.4g} MB/s ({net.source})"
+        f"{net.name}: {net.alpha * 1e6:.3g} µs, {1e-6 / net.beta:,.0f} MB/s ({net.source})"
         for net in networks
     ]
     return [
@@ -49,6 +51,7 @@ def prediction_tables(path: Path) -> list[Table]:
             header,
             predict_scaling.table_rows(rows, "weak", ALGORITHMS),
             [f"{step}. {'; '.join(sources)}."],
+            PREDICTED,
         ),
         Table(
             "strong",
@@ -56,6 +59,7 @@ def prediction_tables(path: Path) -> list[Table]:
             header,
             predict_scaling.table_rows(rows, "strong", ALGORITHMS),
             [predict_scaling.where_it_stops(lines) for lines in by_network],
+            PREDICTED,
         ),
     ]
 
@@ -71,6 +75,7 @@ def check_tables(path: Path) -> list[Table]:
             list(check_prediction.POINT_HEADER),
             check_prediction.point_rows(rungs),
             [check_prediction.verdict_line(rungs)],
+            "Hosts are network namespaces of one machine, with one rank each.",
         )
         run = content.get("accuracy_run")
         note = "No accuracy was measured."
@@ -87,6 +92,7 @@ def check_tables(path: Path) -> list[Table]:
             list(check_prediction.SLOW_HEADER),
             check_prediction.slow_rows(content),
             [note],
+            "The factor is that over allreduce on the same link.",
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a file of check_prediction.py ({error})") from None
@@ -101,4 +107,5 @@ def published_table() -> Table:
         list(published_scaling.HEADER),
         published_scaling.table_rows(),
         notes,
+        "Other machines, measured by others.",
     )

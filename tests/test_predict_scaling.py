@@ -4,16 +4,29 @@ import csv
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import mpirun, read_npz, refused
+from helpers import (
+    REPO,
+    mpirun,
+    read_npz,
+    refused,
+    run_usage_line,
+    script_environment,
+    usage_lines,
+)
 
 import calibrate_network
 import check_prediction
+import make_report
 import network_hosts
 import predict_scaling
+import published_scaling
+import scaling_tables
 from common import InputError
 from scaling_inputs import read_network, read_profile
 from scaling_model import (
@@ -388,6 +401,25 @@ def test_refusals(one_rank, monkeypatch, tmp_path, argv, message):
     assert message in refused(predict_scaling.main, *argv)
 
 
+@pytest.mark.slow
+def test_usage_lines_run_as_written(tmp_path):
+    """One after another: each reads what those before it have written."""
+    script = REPO / "experiments/predict_scaling.py"
+    for line in usage_lines(script):
+        tiny = ONE_RANK if "parallel_cnn_mpi.py" in line else ()
+        if line == "make predict":
+            ignored = shutil.ignore_patterns(".*", "data", "results", "docs", "measurements")
+            checkout = shutil.copytree(REPO, tmp_path / "checkout", ignore=ignored)
+            command = ["make", f"PYTHON={sys.executable}", "predict", "SUBSET=82"]
+            command.append("ARGS=--dataset synthetic --batch-size 2 --quiet")
+            subprocess.run(command, cwd=checkout, env=script_environment(), check=True)
+            assert (checkout / "results/prediction/prediction.png").exists()
+        else:
+            run_usage_line(tmp_path, script, line, *tiny)
+    measured = json.loads((tmp_path / "results/prediction/prediction.json").read_text())["measured"]
+    assert measured[0]["ranks"] == 2
+
+
 def test_presets_are_complete():
     for name, network in PRESETS.items():
         assert read_network(name) == network
@@ -450,6 +482,41 @@ def test_report_of_a_file(tmp_path, capsys):
     assert "ends with .png" in refused(check_prediction.main, "--figure", "x.pdf")
 
 
+def test_the_report_keeps_predictions_apart(one_rank, tmp_path):
+    """In a section of their own, which says that they were not measured."""
+    words = ["--run", str(one_rank / "results/one_rank.csv"), "--output-dir", str(tmp_path)]
+    predict_scaling.main(words)
+    tables = scaling_tables.prediction_tables(tmp_path / "prediction.json")
+    names = (
+        "runs",
+        "failed_runs",
+        "marks",
+        "missing",
+        "environments",
+        "facts",
+        "figures",
+        "tables",
+    )
+    empty = {"created": "", **{name: {} if name == "facts" else [] for name in names}}
+    assert "Beyond this machine" not in make_report.Report(empty).to_markdown()
+    text = make_report.Report(empty, tables).to_markdown()
+    section = text.split("## Beyond this machine")[1].split("\n## ")[0]
+    assert section.count("A prediction, not a measurement.") == 2
+    assert "predicted, not measured" in section
+    assert "100 Gb InfiniBand, --reduce overlap: weak scaling" in section.replace("\\", "")
+
+
+def test_published_results():
+    """The rows whose inputs are all published are within 5 points."""
+    found = {
+        entry.name: published_scaling.predict_published(entry).efficiency - entry.efficiency
+        for entry in published_scaling.TABLES
+    }
+    assert abs(found["Horovod, ResNet-101"]) < 0.05
+    assert abs(found["Horovod, VGG-16"]) < 0.05
+    assert min(found.values()) > -0.02  # the model leaves out what makes real runs slower
+
+
 def test_machines_without_namespaces_are_told_why(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(network_hosts.os, "geteuid", lambda: 1000)
     monkeypatch.setattr(network_hosts.shutil, "which", lambda tool: f"/sbin/{tool}")
@@ -494,7 +561,7 @@ def test_the_link_does_not_change_what_is_computed(hosts_allowed, tmp_path, cach
     (tmp_path / "near").mkdir()
     mpirun(tmp_path / "near", 2, "parallel_cnn_mpi.py", *options, env=cache)
     with network_hosts.Hosts(2, 100) as hosts:
-        command = hosts.mpirun([check_prediction.sys.executable, check_prediction.TRAIN, *options])
+        command = hosts.mpirun([sys.executable, check_prediction.TRAIN, *options])
         (tmp_path / "far").mkdir()
         network_hosts.finish(network_hosts.start(command, tmp_path / "far"))
     near, far = (read_npz(tmp_path / place / "run.npz") for place in ("near", "far"))

@@ -65,7 +65,7 @@ SLOW = {  # what is tried on slow links: options of parallel_cnn_mpi.py
     "local 32": ["--local-steps", "32"],
     "local 8, bf16": ["--local-steps", "8", "--compress", "bf16"],
 }
-ACCURACY_RUN = ["--epochs", "5"]
+ACCURACY_RUN = ["--epochs", "3"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,16 @@ def read_profile(log: str | Path, ranks: int = 1) -> Profile:
         ready=ready,
         sizes=tuple(count * itemsize for count in parameters),
         name=f"{arguments['model']}, batch {arguments['global_batch_size']}, {metadata['cpu']}",
+    )
+
+
+def merge_profiles(one: Profile, other: Profile) -> Profile:
+    """Of two runs of the same: all their steps, and the means of their phases."""
+    return replace(
+        one,
+        steps=np.concatenate([one.steps, other.steps]),
+        phases={name: (one.phases[name] + other.phases[name]) / 2 for name in one.phases},
+        ready=tuple(np.mean([one.ready, other.ready], axis=0).tolist()),
     )
 
 

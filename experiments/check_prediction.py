@@ -47,7 +47,7 @@ TRAIN = HERE.parent / "parallel_cnn_mpi.py"
 CALIBRATE = HERE / "predict_scaling.py"
 IMAGES = 32  # of a step on each rank
 PROFILE_STEPS = 200  # of the one-rank runs before and after
-DRIFT = 0.1  # difference of these two from which on a point is measured again
+DRIFT = 0.05  # their difference, of the measured step, above which all are measured again
 ATTEMPTS = 3
 STEP_SECONDS = 8  # of each measured training, about
 MIN_STEPS = 8
@@ -188,7 +188,7 @@ class Measurement:
             measured, counted = mean_step(log, settle)
 
             after = self.profile(hosts, folder, local_options)
-            drift = max(before.mean, after.mean) / min(before.mean, after.mean) - 1
+            drift = abs(after.mean - before.mean) / measured
         profile = merge_profiles(before, after)
         predicted = predict(
             profile, network, ALGORITHMS[algorithm], hosts.count, local_steps=local_steps

@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: report bench measure readme lint test test-all clean
+.PHONY: predict check-prediction report bench measure readme lint test test-all clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -14,6 +14,7 @@ READY := .venv/.ready
 endif
 
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+MEASURED = results/measured
 S3_DATA = # options of train_cifar.py --export
 OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
 
@@ -56,12 +57,18 @@ analyze: $(READY)  ## tables and plots of the results of make experiments, into 
 	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
-	$(PYTHON) experiments/make_report.py --pdf
+	$(PYTHON) experiments/make_report.py --pdf \
+	  $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
+	  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
 
 bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
 
-MEASURED = results/measured
+predict: $(READY)  ## predict the scaling to 1,024 ranks from a run of one rank
+	$(PYTHON) parallel_cnn_mpi.py --epochs 1 --subset 30000 --log results/one_rank.csv \
+	  --trace results/one_rank.trace $(OPTIONS)
+	$(PYTHON) experiments/predict_scaling.py --run results/one_rank.csv
+
 LADDER = experiments/run_experiments.py --results-dir $(MEASURED)/ladder --suite ladder --batch-size 32 \
   --epochs 2 --subset 3200 --repeats 5
 EXPERIMENTS = experiments/run_experiments.py --results-dir $(MEASURED)/experiments
@@ -78,6 +85,10 @@ measure: $(READY)  ## measure all that README and docs/ show, into measurements/
 	$(PYTHON) $(TRAINING) --only mpi-2-strong
 	$(PYTHON) $(TRAINING) --suite recipes
 	$(PYTHON) experiments/update_readme.py --collect $(MEASURED)
+
+check-prediction: $(READY)  ## train over links of limited rate and compare with the prediction: half an hour, as root
+	$(PYTHON) experiments/check_prediction.py --output $(MEASURED)/check_prediction.json
+	$(PYTHON) experiments/check_prediction.py --accuracy --output $(MEASURED)/check_prediction.json
 
 readme: $(READY)  ## build the tables of README and docs/, and docs/report, from measurements/
 	$(PYTHON) experiments/update_readme.py

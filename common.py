@@ -2549,9 +2549,11 @@ class Checkpoint:
         self.log.load_state_dict(meta)
         return True
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {**self.model.state_dict(), **self.optimizer.state_dict()}
+
     def _write(self, file, meta):
-        arrays = {**self.model.state_dict(), **self.optimizer.state_dict()}
-        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        np.savez(file, meta=np.array(json.dumps(meta)), **self.arrays())
 
     def _read(self):
         with np.load(self.path, allow_pickle=False) as file:
@@ -2559,8 +2561,7 @@ class Checkpoint:
         return json.loads(str(arrays.pop("meta"))), arrays
 
     def _apply(self, arrays):
-        own = {**self.model.state_dict(), **self.optimizer.state_dict()}
-        if {name: array.shape for name, array in own.items()} != {
+        if {name: array.shape for name, array in self.arrays().items()} != {
             name: array.shape for name, array in arrays.items()
         }:
             raise ValueError("other arrays")

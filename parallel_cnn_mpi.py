@@ -10,10 +10,19 @@ a ladder: --reduce chooses the rung.
     shared      in memory that the ranks of a machine share: SharedMemoryReducer in common.py
     auto        shared where the ranks of a machine can, else overlap; the default
 
+For networks that are too slow for that, three rungs send less. They are not the serial run any
+more: the weights are others, and so is the accuracy. The log says so.
+
+    --compress bf16     gradients of half the bytes: Bf16Reducer, below
+    --compress topk     the largest 1 % of the gradients only: TopKReducer, below
+    --local-steps K     average the weights after every K-th step only: LocalSGD, below
+
     mpirun -np 2 python parallel_cnn_mpi.py
     mpirun -np 2 python parallel_cnn_mpi.py --reduce allreduce --epochs 2 --subset 5000
     mpirun -np 4 python parallel_cnn_mpi.py --epochs 10 --batch-size 32
     mpirun -np 2 python parallel_cnn_mpi.py --global-batch-size 64 --no-overlap
+    mpirun -np 2 python parallel_cnn_mpi.py --compress topk
+    mpirun -np 2 python parallel_cnn_mpi.py --local-steps 16 --compress bf16
     python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz
 
 Result: the CNN on 2 ranks, 32 images each: 5,928 images/s, 1.88 (1.43–2.01) times serial_cnn.py's
@@ -54,6 +63,7 @@ import numpy as np
 from common import (
     MODELS,
     Checkpoint,
+    InputError,
     OverlapReducer,
     RunLog,
     SharedMemoryReducer,
@@ -79,6 +89,7 @@ from common import (
     make_model,
     make_optimizer,
     make_parser,
+    number,
     require_finite,
     run_main,
     save_and_stop,
@@ -152,11 +163,181 @@ class RingReducer(AllreduceReducer):
             self.comm.Sendrecv(outgoing, right, recvbuf=target, source=left)
 
 
+# --------------------------------------------------------------------------------------------------
+# Slow networks: rungs that send less, and so compute something else
+# --------------------------------------------------------------------------------------------------
+
+
+class Bf16Reducer(RingReducer):
+    """--compress bf16: what is sent has the upper 16 bits of each float32, half of the bytes.
+
+    bfloat16 has the range of float32 and 8 bits of precision; sums are made in float32. What a
+    rank rounds away it adds to its next gradients, so that nothing is lost, only late: error
+    feedback (Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
+    Schemes", 2019). The sums are rounded again before they are sent on; the rank that rounds them
+    keeps that error (Tang et al., "DoubleSqueeze", 2019).
+
+    residual: (parameters,), what this rank has not sent yet. The sum of all totals plus the
+    residuals of all ranks is the sum of all gradients.
+    """
+
+    name = "bf16"
+
+    def __init__(self, comm, model):
+        super().__init__(comm, model)
+        self.residual = np.zeros_like(self.total)
+        self.own_chunk = shard(len(self.total), comm.rank, comm.size)
+        self.counts = [len(chunk) for chunk in self.chunks]
+
+    def wait(self):
+        self.total += self.residual
+        sent = to_bfloat16(self.total)
+        np.subtract(self.total, from_bfloat16(sent), out=self.residual)
+
+        # Reduce-scatter: every rank sends chunk r to rank r, which sums it in float32.
+        own = self.own_chunk
+        length = own.stop - own.start
+        received = np.empty((self.comm.size, length), np.uint16)
+        self.comm.Alltoallv([sent, self.counts], [received, [length] * self.comm.size])
+        own_sum = from_bfloat16(received).sum(axis=0)
+        rounded = to_bfloat16(own_sum)
+        self.residual[own] += own_sum - from_bfloat16(rounded)
+
+        # Allgather: the sums of all chunks to all ranks
+        self.comm.Allgatherv(rounded, [sent, self.counts])
+        self.total[...] = from_bfloat16(sent)
+
+
+def to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float array → its bfloat16 values as uint16, rounded to the nearest, ties to even."""
+    bits = array.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class TopKReducer(AllreduceReducer):
+    """--compress topk: each rank sends the 1 % of its gradients with the largest magnitudes.
+
+    Aji and Heafield, "Sparse Communication for Distributed Gradient Descent", 2017. The others are
+    added to the next gradients until they are large enough (error feedback, as in Bf16Reducer). A
+    rank sends an index and a value, 8 bytes, of each, to all ranks: 2 (p - 1) % of the gradients'
+    bytes, which grows with the ranks.
+    """
+
+    name = "topk"
+    FRACTION = 0.01
+
+    def __init__(self, comm, model):
+        super().__init__(comm, model)
+        self.residual = np.zeros_like(self.total)
+        self.k = math.ceil(self.FRACTION * len(self.total))
+
+    def wait(self):
+        self.residual += self.total
+        # argpartition takes time proportional to the length; sorting would take more. NaN counts
+        # as the largest, so that a loss that is not finite is found on all ranks.
+        largest = np.argpartition(np.abs(self.residual), -self.k)[-self.k :].astype(np.int32)
+        values = self.residual[largest]
+        self.residual[largest] = 0
+
+        indices_of_ranks = gather_from_all(self.comm, largest)  # (ranks, k)
+        values_of_ranks = gather_from_all(self.comm, values)
+        self.total[...] = 0
+        for index, value in zip(indices_of_ranks, values_of_ranks, strict=True):
+            self.total[index] += value  # no index is twice in one rank's list
+
+
+class LocalSGD(AllreduceReducer):
+    """--local-steps K: each rank trains alone; after every K-th step all average their weights.
+
+    Stich, "Local SGD Converges Fast and Communicates Little", 2019. What is averaged is the change
+    of the weights since the last average, by the exchange that --compress names; with top-k that
+    is Qsparse-local-SGD (Basu et al., 2019). The optimizer's state (momentum) is never averaged:
+    it stays each rank's own. At the end of an epoch the weights are averaged too, so that all ranks
+    evaluate, save and end with the same.
+    """
+
+    name = "local"
+
+    def __init__(self, comm, model, exchange):
+        super().__init__(comm, model)
+        self.model = model
+        self.exchange = exchange
+        exchange.total = np.zeros_like(model.params)  # (parameters,): the change, then its sum
+        self.start_params = None  # the weights that all ranks had after the last average
+
+    def wait(self):
+        """No gradients are exchanged: self.total has those of this rank's images alone."""
+        if self.start_params is None:
+            self.start_params = self.model.params.copy()
+
+    def finish(self):
+        """Called after every K-th update."""
+        change = self.exchange.total
+        np.subtract(self.model.params, self.start_params, out=change)
+        self.exchange.wait()
+        change /= self.comm.size
+        self.start_params += change
+        self.model.params[...] = self.start_params
+
+
+class RankCheckpoint(Checkpoint):
+    """A checkpoint that also holds what differs from rank to rank: all ranks save it together.
+
+    rank_state: this rank's arrays by name. The file has those of all ranks, stacked.
+    """
+
+    def __init__(self, args, log, model, optimizer, comm, rank_state):
+        super().__init__(args, log, model, optimizer, comm.rank)
+        self.comm = comm
+        self.rank_state = rank_state
+        size = comm.size if comm.rank == 0 else 0
+        self.gathered = {
+            name: np.zeros((size, *array.shape), array.dtype) for name, array in rank_state.items()
+        }
+
+    def due(self):
+        return bool(self.path) and self.comm.bcast(super().due())
+
+    def save(self):
+        if self.path:
+            for name, array in self.rank_state.items():
+                self.comm.Gather(array, self.gathered[name])
+            super().save()
+
+    def scatter(self):
+        """Give each rank its arrays of the file that rank 0 has loaded; without one, zeros."""
+        for name, array in self.rank_state.items():
+            self.comm.Scatter(self.gathered[name], array)
+
+    def arrays(self):
+        return super().arrays() | {f"rank_{name}": self.gathered[name] for name in self.gathered}
+
+    def _apply(self, arrays):
+        super()._apply(arrays)
+        for name, gathered in self.gathered.items():
+            gathered[...] = arrays[f"rank_{name}"]
+
+
 REDUCERS = ("allreduce", "ring", "overlap", "shared")
+COMPRESSORS = {"none": AllreduceReducer, "bf16": Bf16Reducer, "topk": TopKReducer}
 
 
 def make_reducer(comm, model, optimizer, args):
-    """The reducer that --reduce names. All leave the same weights on every rank."""
+    """The reducer that the options name. Those of --reduce leave the same weights on every rank."""
+    if args.local_steps > 1:
+        if model.buffers():
+            raise InputError(
+                f"--local-steps: the batch normalisation of {args.model} needs the statistics of "
+                "the global batch in every step: use --model cnn"
+            )
+        return LocalSGD(comm, model, COMPRESSORS[args.compress](comm, model))
+    if args.compress != "none":
+        return COMPRESSORS[args.compress](comm, model)
+
     name = choose_reduce(args, comm, model, optimizer)
     if name == "allreduce":
         return AllreduceReducer(comm, model)
@@ -167,6 +348,18 @@ def make_reducer(comm, model, optimizer, args):
     if name == "shared":
         return SharedMemoryReducer(comm, model, optimizer, args.overlap)
     raise ValueError(f"--reduce {name}: make_reducer has no branch for it")
+
+
+def state_of_rank(reducer, optimizer):
+    """The arrays that each rank has its own of, by name: what checkpoints hold of every rank."""
+    state = {}
+    exchange = reducer
+    if isinstance(reducer, LocalSGD):
+        exchange = reducer.exchange
+        state |= optimizer.state
+    if hasattr(exchange, "residual"):
+        state["residual"] = exchange.residual
+    return state
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,18 +415,23 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
                 reducer.wait()
                 request.Wait()
 
+            # With --local-steps the gradients are the sum over this rank's images alone.
+            count = len(index) if args.local_steps == 1 else max(len(own_index), 1)
             with log.timed("update"):
-                optimizer.step(len(index), reducer.total, reducer.shards)
+                optimizer.step(count, reducer.total, reducer.shards)
 
-            with log.timed("communication"):
-                reducer.finish()
+            # Between two averages of --local-steps the ranks have different weights.
+            is_synchronized = (batch + 1) % args.local_steps == 0 or batch + 1 == batches
+            if is_synchronized:
+                with log.timed("communication"):
+                    reducer.finish()
 
             loss, top1, top5, stop_requests = sums.tolist()
             log.end_batch(len(index), loss, int(top1), int(top5))
             require_finite(loss, "loss", log)
-            if stop_requests:
+            if stop_requests and is_synchronized:
                 save_and_stop(checkpoint, log, stop)
-            if checkpoint.due():
+            if is_synchronized and checkpoint.due():
                 checkpoint.save()
 
         assert_replicas_identical(model, comm, epoch)
@@ -254,10 +452,39 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
 def parse_args(argv=None):
     parser = make_parser(__file__, __doc__, MODELS)
     add_mpi_options(parser, REDUCERS)
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESSORS,
+        default="none",
+        help="send bfloat16, or the largest 1%% only; not the serial run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--local-steps",
+        type=number(int, 1, 10**6),
+        default=1,
+        metavar="K",
+        help="average weights after every K-th step in place of gradients in each; above 1 not the "
+        "serial run (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.global_batch_size is None:
         args.global_batch_size = args.batch_size * MPI.COMM_WORLD.size
+    if difference_from_serial(args):
+        if args.reduce != "auto":
+            raise InputError("--compress and --local-steps have their own exchange: omit --reduce")
+        # Another number of ranks would be another computation: --resume compares it.
+        args.ranks = MPI.COMM_WORLD.size
     return args
+
+
+def difference_from_serial(args):
+    """What the options change in the computation, as words; empty if nothing."""
+    changes = []
+    if args.compress != "none":
+        changes.append(f"--compress {args.compress} sends a part of each gradient later")
+    if args.local_steps > 1:
+        changes.append(f"with --local-steps {args.local_steps} ranks train apart in between")
+    return ", ".join(changes)
 
 
 def main(argv=None):
@@ -277,8 +504,16 @@ def main(argv=None):
     reducer = make_reducer(comm, model, optimizer, args)
 
     info = {"ranks": comm.size, "reduce": reducer.name}
+    difference = difference_from_serial(args)
+    if difference:
+        info["not_the_serial_run"] = difference
+        if comm.rank == 0:
+            print(f"not the run of serial_cnn.py: {difference}", flush=True)
     log = collective(comm, lambda: RunLog(args, __file__, data, info, comm.rank))
     checkpoint = Checkpoint(args, log, model, optimizer, comm.rank)
+    if difference:
+        rank_state = state_of_rank(reducer, optimizer)
+        checkpoint = RankCheckpoint(args, log, model, optimizer, comm, rank_state)
     if args.resume:
         collective(comm, lambda: checkpoint.load() if comm.rank == 0 else None)
     stop = StopSignal()
@@ -286,6 +521,8 @@ def main(argv=None):
     # Overflows need no warning: the run stops at the first loss that is not finite.
     with np.errstate(over="ignore", invalid="ignore"):
         with collective_run(log, checkpoint, stop, model, optimizer, comm):
+            if difference:
+                checkpoint.scatter()
             train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer)
             gather_trace(log, comm)
             log.finish()

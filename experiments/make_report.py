@@ -7,6 +7,7 @@ left out and named among the limits.
 
     make report
     python experiments/make_report.py --analysis results/analysis --output-dir report
+    python experiments/make_report.py --prediction results/prediction/prediction.json
     python experiments/make_report.py --pdf              # needs latexmk, pdflatex or tectonic
 
 Result: report.md, report.html, report.tex and figures/ in --output-dir; with --pdf report.pdf too.
@@ -30,6 +31,7 @@ import numpy as np
 import pypandoc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
+import scaling_tables
 from common import (
     InputError,
     Parser,
@@ -263,6 +265,12 @@ def make_table(name, title, caption, columns, rows):
     return Exhibit("Table", name, title, caption, body)
 
 
+def make_text_table(table):
+    """A table of scaling_tables.py, whose cells are text already."""
+    columns = [{"label": label} for label in table.header]
+    return make_table(table.name, table.title, table.caption, columns, table.rows)
+
+
 def is_numeric(values):
     """Whether these are numbers, with or without gaps."""
     known = [value for value in values if value is not None]
@@ -442,7 +450,7 @@ class Report:
     Raises KeyError, TypeError, ValueError or AttributeError if the content has another form.
     """
 
-    def __init__(self, analysis):
+    def __init__(self, analysis, beyond=()):
         self.created = analysis["created"] and format_date(analysis["created"])
         self.runs = analysis["runs"]
         self.failed_runs = analysis["failed_runs"]
@@ -460,6 +468,9 @@ class Report:
         self.tables = [make_table(**entry) for entry in analysis["tables"]]
         if self.machines:
             self.tables.append(make_environment_table(self.machines))
+        # Predictions are kept apart, so that the text shows them in their own section only.
+        self.predicted = [make_text_table(table) for table in beyond]
+        self.predicted_notes = {table.name: table.notes for table in beyond}
         self.shown = []
         self.empty_sections = []
 
@@ -525,8 +536,8 @@ class Report:
         return [each for each in found if fnmatch.fnmatchcase(each.base, pattern)]
 
 
-def read_analysis(folder):
-    """The Report of folder/analysis.json. Raises InputError."""
+def read_analysis(folder, beyond=()):
+    """The Report of folder/analysis.json, and of the tables `beyond`. Raises InputError."""
     path = folder / "analysis.json"
     try:
         content = path.read_bytes()
@@ -538,7 +549,7 @@ def read_analysis(folder):
 
     # A damaged file, and one of another program or version, fails somewhere here.
     try:
-        report = Report(json.loads(content))
+        report = Report(json.loads(content), beyond)
         for figure in report.figures:
             for suffix in (".png", ".svg"):
                 if not figure_path(folder, figure, suffix).is_file():
@@ -634,15 +645,29 @@ def parse_args(argv=None):
         help="output folder of analyze_results.py (default: %(default)s)",
     )
     add("--output-dir", metavar="FOLDER", default="report", help="default: %(default)s")
+    add("--prediction", metavar="FILE", help="prediction.json of predict_scaling.py")
+    add("--check", metavar="FILE", help="file of check_prediction.py")
     add("--pdf", action="store_true", help="make report.pdf too, if LaTeX is installed")
     return parser.parse_args(argv)
+
+
+def read_beyond(args):
+    """The tables of what is predicted beyond this machine, as far as the options name files."""
+    tables = []
+    if args.prediction:
+        tables += scaling_tables.prediction_tables(Path(args.prediction))
+    if args.check:
+        tables += scaling_tables.check_tables(Path(args.check))
+    if tables:
+        tables.append(scaling_tables.published_table())
+    return tables
 
 
 def main(argv=None):
     args = parse_args(argv)
     source = Path(args.analysis)
     folder = Path(args.output_dir)
-    report = read_analysis(source)
+    report = read_analysis(source, read_beyond(args))
     written = [folder / name for name in ("report.md", "report.tex", "report.html")]
     check_outputs([*written, folder / "report.pdf"])
 

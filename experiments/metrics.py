@@ -396,8 +396,14 @@ class RunGroup:
         from_s3 = str(self.arguments.get("source")).startswith("s3:")
         in_shards = from_s3 and self.arguments.get("s3_mode") == "shards"
 
+        # --compress and --local-steps are another computation for each number of ranks, which the
+        # arguments then have. Logs from before these options do not have them.
+        lossy = [self.arguments.get(name) for name in ("ranks", "compress", "local_steps")]
+        lossy = lossy if lossy[0] else None
+
         arguments = [self.arguments.get(name) for name in COMPUTATION_ARGUMENTS]
-        return (self.suite, self.machine_number, algorithm, self.batch, in_shards, *arguments)
+        key = (self.suite, self.machine_number, algorithm, self.batch, in_shards)
+        return (*key, str(lossy), *arguments)
 
 
 def readable_name(name: str) -> str:

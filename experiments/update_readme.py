@@ -3,7 +3,8 @@
 - Tables: in README.md and docs/*.md, all between the two lines `<!-- table: NAME -->` and
   `<!-- end -->`.
 - Results: in the docstrings of training scripts, the paragraph that starts with `Result: `.
-- docs/figures/ladder.png: what each rung of the ladders bought, of measurements/ladder.
+- docs/figures: what each rung of the ladders bought, of measurements/ladder; predicted scaling and
+  its check, of measurements/prediction.json and check_prediction.json.
 - docs/report: the report that make_report.py writes of measurements/experiments.json and .csv.
 
 `make measure` makes the measurements. --collect packs them into a few files in measurements/: the
@@ -32,6 +33,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # common.py is at the top level
+import scaling_tables
 from common import (
     BATCH,
     LOG_COLUMNS,
@@ -46,9 +48,11 @@ from common import (
 
 MEASUREMENTS = REPO / "measurements"
 REPORT = REPO / "docs/report"
-LADDER = REPO / "docs" / "figures" / "ladder.png"
+FIGURES = REPO / "docs" / "figures"
 
 BENCHMARKS = ("bench.json", "loading.json", "split_cores.json")
+PREDICTION = "prediction.json"  # of make predict and make check-prediction; not of make measure
+CHECK = "check_prediction.json"
 RESULTS_FOLDERS = ("experiments", "training", "ladder")  # written by run_experiments.py
 RUN_COLUMNS = ("suite", "configuration", "repeat")  # name a run, in the index and in a packed .csv
 
@@ -88,8 +92,9 @@ def collect(source, measurements):
     if missing:
         raise InputError(f"there is no {', '.join(missing)}: make measure makes all of them")
 
-    for name in BENCHMARKS:
-        write(measurements / name, without_paths((source / name).read_text(), source))
+    for name in (*BENCHMARKS, PREDICTION, CHECK):
+        if name in BENCHMARKS or (source / name).is_file():
+            write(measurements / name, without_paths((source / name).read_text(), source))
     for name in RESULTS_FOLDERS:
         pack_results(source / name, measurements / name, source)
 
@@ -437,6 +442,31 @@ def scripts_table(measurements):
     return markdown_table("script | idea | lines | images/s | speed-up", cells)
 
 
+def show_tables(tables):
+    """Tables of scaling_tables.py with their notes."""
+    parts = []
+    for table in tables:
+        notes = "".join(bullet(note) for note in table.notes)
+        parts.append(
+            f"{table.title}:\n\n{markdown_table(' | '.join(table.header), table.rows)}\n{notes}"
+        )
+    return "\n".join(parts)
+
+
+def prediction_table(measurements):
+    return show_tables(scaling_tables.prediction_tables(measurements / PREDICTION))
+
+
+def check_table(measurements, part):
+    """part: "links", the rungs of --reduce; "slow", what sends less."""
+    links, slow = scaling_tables.check_tables(measurements / CHECK)
+    return show_tables([links if part == "links" else slow])
+
+
+def published_table(_):
+    return show_tables([scaling_tables.published_table()])
+
+
 TABLES = {  # NAME-PART has some of the rows of table NAME
     "scripts": scripts_table,
     "speed": speed_table,
@@ -447,6 +477,10 @@ TABLES = {  # NAME-PART has some of the rows of table NAME
     "split": split_table,
     "training": training_table,
     "recipes": recipes_table,
+    "prediction": prediction_table,
+    "check-links": functools.partial(check_table, part="links"),
+    "check-slow": functools.partial(check_table, part="slow"),
+    "published": published_table,
     "machine": machine_line,
 }
 
@@ -581,16 +615,31 @@ def make_example(measurements, folder):
     analysis = folder / "analysis"
     unpack_results(measurements / "experiments", results)
     run_script("analyze_results.py", "--results-dir", results, "--output-dir", analysis)
-    run_script("make_report.py", "--analysis", analysis, "--output-dir", folder)
+    beyond = ("--prediction", measurements / PREDICTION, "--check", measurements / CHECK)
+    run_script("make_report.py", "--analysis", analysis, "--output-dir", folder, *beyond)
 
 
 def make_ladder(measurements, folder):
-    """Draw what the ladders bought, docs/figures/ladder.png, from measurements/ladder."""
+    """Draw what the ladders bought, from measurements/ladder."""
     results = folder / "ladder"
     unpack_results(measurements / "ladder", results)
     analysis = folder / "ladder_analysis"
     run_script("analyze_results.py", "--results-dir", results, "--output-dir", analysis)
     return analysis / "figures" / "ladder_rungs.png"
+
+
+def make_figures(measurements, folder):
+    """{name: its file} of docs/figures."""
+    predicted = folder / "prediction"
+    measured = measurements / PREDICTION
+    run_script("predict_scaling.py", "--run", measured, "--output-dir", predicted)
+    checked = folder / "check_prediction.png"
+    run_script("check_prediction.py", "--report", measurements / CHECK, "--figure", checked)
+    return {
+        "ladder.png": make_ladder(measurements, folder),
+        "prediction.png": predicted / "prediction.png",
+        "check_prediction.png": checked,
+    }
 
 
 def run_script(name, *options):
@@ -693,8 +742,9 @@ def main(argv=None):
             check(texts)
             print("pages, results and docs/report are up to date")
             return
-        LADDER.parent.mkdir(exist_ok=True)
-        shutil.copyfile(make_ladder(MEASUREMENTS, folder), LADDER)
+        FIGURES.mkdir(exist_ok=True)
+        for name, figure in make_figures(MEASUREMENTS, folder).items():
+            shutil.copyfile(figure, FIGURES / name)
         shutil.rmtree(REPORT / "figures", ignore_errors=True)
         shutil.copytree(folder / "figures", REPORT / "figures")
     write_changed(texts)

@@ -52,6 +52,8 @@ TINY = {
     "analyze_results.py": [],
     "bench.py": [*SYNTHETIC, "--quick", "--pairs", "7", "--only", "serial_cnn.py, CNN, batch 32"],
     "make_report.py": [],
+    "predict_scaling.py": [],
+    "published_scaling.py": [],
     "run_experiments.py": [*SYNTHETIC, *"--epochs 1 --subset 64 --repeats 1".split()],
     "s3_server.py": SYNTHETIC,
 }
@@ -77,6 +79,9 @@ NEEDED = {  # {script: {file that it reads: the command that writes it}}
         "results/mpi.ckpt.npz": "python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz",
     },
     "make_report.py": {
+        "results/one_rank.csv": "python parallel_cnn_mpi.py --batch-size 1 "
+        "--log results/one_rank.csv --trace results/one_rank.trace",
+        "results/prediction/prediction.json": "python experiments/predict_scaling.py",
         "results/index.json": "python experiments/run_experiments.py --only serial",
         "results/analysis/analysis.json": "python experiments/analyze_results.py",
     },
@@ -88,6 +93,8 @@ NOT_RUN_HERE = {  # what the lines begin with, and why
     "make test": "runs this test",
     "make lint": "continuous integration has it",
     "make measure": "takes an hour",
+    "make check-prediction": "takes half an hour",
+    "python experiments/check_prediction.py": "tests/test_predict_scaling.py has it",
     "make setup": "installs the packages that run this test",
     "mpirun -np 2 python experiments/bench_worker.py": "reads stdin: tests/test_bench.py has it",
 }

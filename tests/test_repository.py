@@ -157,7 +157,8 @@ def commands_of(line):
         text=True,
     )
     assert done.returncode == 0, f"{line}\n{done.stderr}"
-    recipe = [line for line in done.stdout.splitlines() if re.match(r"python \S+\.py\b", line)]
+    lines = done.stdout.replace("\\\n", " ").splitlines()  # one for each command
+    recipe = [line for line in lines if re.match(r"python \S+\.py\b", line)]
     return [shlex.split(line) for line in recipe]
 
 

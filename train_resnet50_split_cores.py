@@ -48,8 +48,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-
-os.environ["OMP_PROC_BIND"] = "false"  # this script binds its threads itself
 import torch
 from torch.nn import functional as F
 

@@ -296,8 +296,8 @@ def test_files_and_options_on_a_page_exist(page):
         places = [REPO / folder / name for folder in folders]
         assert any(path.exists() for path in places), name
 
-    # The options of mpirun, Slurm and pip are not ours, nor are those that a page says to add.
-    ours = re.sub(r"```text\n.*?```|`pip [^`]*`|`pipx [^`]*`", "", text, flags=re.S)
+    # The options of other programs are not ours, nor are those that a page says to add.
+    ours = re.sub(r"```text\n.*?```|`(?:pipx?|srun|docker) [^`]*`", "", text, flags=re.S)
     ours = re.sub(r"torchrun .*?\.py|<!--.*?-->|`--signal=[^`]*`|`--my-\w+`", "", ours)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours)) - {"--help"}
     assert options <= all_options()

@@ -37,9 +37,10 @@ from common import (
     Parser,
     TrainingError,
     available_cores,
+    dataset_option,
     find_mpirun,
     format_table,
-    load_cifar10,
+    load_dataset,
     number,
     run_main,
     stop_processes,
@@ -180,7 +181,7 @@ def make_trainings(args, data, folder):
     options = [
         f"--epochs={args.epochs}",
         f"--subset={args.subset}",
-        f"--dataset={data.name}",
+        f"--dataset={dataset_option(data.name)}",
         f"--lr={args.lr}",
         f"--dtype={args.dtype}",
         f"--seed={args.seed}",
@@ -464,9 +465,10 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     signal.signal(signal.SIGHUP, signal.default_int_handler)  # the terminal was closed
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     style = Style(sys.stdout, args.ascii)
-    name = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}[data.name]
+    known_names = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}
+    name = known_names.get(data.name, data.name)
     images = f"{len(data.y_train):,} images"
     title = f"{name}, {images}, {plural(args.epochs, 'epoch')}, batch {args.batch_size} in all"
 

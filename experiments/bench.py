@@ -52,7 +52,7 @@ from common import (
     find_mpirun,
     format_table,
     limit_blas_threads,
-    load_cifar10,
+    load_dataset,
     number,
     run_main,
 )
@@ -452,7 +452,7 @@ def main(argv=None):
         if args.data_dir:
             os.environ["CIFAR10_DIR"] = args.data_dir  # for the workers
         # Workers find the data when this process has downloaded and prepared it.
-        dataset = load_cifar10(args.data_dir, args.dataset, subset=2048).name
+        dataset = load_dataset(args.data_dir, args.dataset, subset=2048).name
         print(describe_machine(env), flush=True)
         warning = blas_warning()
         if warning:

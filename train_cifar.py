@@ -193,9 +193,8 @@ def make_own_model(name: str, image_shape: tuple, classes: int) -> nn.Module:
         with torch.no_grad():
             shape = tuple(net.eval()(x).shape)
     except Exception as error:  # anything may be wrong in somebody's own file
-        own = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve() == Path(file).resolve()]
         line = f", line {own[-1].lineno}" if own else ""
         raise InputError(
             f"--model {name}: {doing}{line}: {type(error).__name__}: {error}"
@@ -1147,7 +1146,7 @@ def whole_batches(source, indices, augmentation, context, waiting=None) -> Itera
     """load_batches() with whole arrays, by threads ahead of the training."""
     if isinstance(source, OneBatchSource):  # made once, given again and again
         batch = prepare_batch(source, None, context, indices[0])
-        x, labels = finish_batch(*batch, context, source)
+        x, labels = finish_batch(*batch, context, source.mean, source.std)
         for index in indices:
             yield x[: len(index)], labels[: len(index)]
         return
@@ -1158,7 +1157,7 @@ def whole_batches(source, indices, augmentation, context, waiting=None) -> Itera
         source.set_read_order(np.concatenate(indices))
     prepare = functools.partial(prepare_batch, source, aug_params, context)
     for batch in context.workers.map(prepare, indices, waiting):
-        yield finish_batch(*batch, context, source)
+        yield finish_batch(*batch, context, source.mean, source.std)
 
 
 def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
@@ -1177,12 +1176,12 @@ def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
     return x, labels, None
 
 
-def finish_batch(images, labels, aug_params, context, source):
+def finish_batch(images, labels, aug_params, context, mean=MEAN, std=STD):
     """The consumer's part: images (n, H, W, C) to the device, and there from uint8 to float32."""
     x = torch.as_tensor(images).to(context.device, non_blocking=True)
     labels = torch.as_tensor(labels).to(context.device, non_blocking=True)
     if x.dtype is torch.uint8:
-        x = augment_and_normalize(x, aug_params, source.mean, source.std)
+        x = augment_and_normalize(x, aug_params, mean, std)
     x = x.permute(0, 3, 1, 2)  # a view: NHWC in memory is what PyTorch calls channels_last
     x = x.contiguous(memory_format=context.memory_format)
     labels = labels.long()
@@ -1958,7 +1957,7 @@ def own_or_named(name: str) -> str:
     file, colon, attribute = name.rpartition(":")
     if name not in MODELS and not (colon and attribute.isidentifier()):
         raise argparse.ArgumentTypeError(
-            f"{name!r} is none of {', '.join(MODELS)}, and no own network, file.py:Net"
+            f"invalid choice: {name!r}: {', '.join(MODELS)}, or an own network, file.py:Net"
         )
     if colon and not Path(file).is_file():
         raise argparse.ArgumentTypeError(f"{name!r}: there is no file {file}")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import common
 import train_cifar
-from common import MEAN, STD, InputError, epoch_order, make_cnn, make_synthetic
+from common import MEAN, STD, InputError, TrainingError, epoch_order, make_cnn, make_synthetic
 from train_cifar import (
     DeviceSource,
     ImageFolderSource,
@@ -262,7 +262,7 @@ def test_training_is_the_plain_pytorch_loop(run_here, monkeypatch, model, option
     monkeypatch.setattr(
         train_cifar,
         "load_batch",
-        lambda images, labels, index: common.load_batch(images, labels, index, np.float64),
+        lambda *batch, **statistics: common.load_batch(*batch, np.float64, **statistics),
     )
     torch.set_default_dtype(torch.float64)  # so that rounding does not matter
     try:
@@ -865,7 +865,7 @@ def test_an_own_network(run_here, tmp_path):
         ("own.py:number", "TypeError"),
         ("own.py:Absent", "has no attribute 'Absent'"),
         ("absent.py:Net", "there is no file absent.py"),
-        ("vgg", "none of resnet50, resnet18, cnn, and no own network, file.py:Net"),
+        ("vgg", "invalid choice: 'vgg': resnet50, resnet18, cnn, or an own network, file.py:Net"),
     ],
 )
 def test_an_own_network_that_cannot_be_used(run_here, tmp_path, name, words):

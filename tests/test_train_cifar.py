@@ -160,7 +160,10 @@ def test_batches_for_a_gpu_are_those_for_a_cpu():
     aug_params = common.draw_augmentation(50, 1, 1)
     x, y = load(images, labels, index, aug_params)
     gpu = CONTEXT._replace(group=ProcessGroup(device=torch.device("cuda")))
-    for source in (InMemorySource(images, labels), DeviceSource(images, labels, CPU)):
+    for source in (
+        InMemorySource(images, labels),
+        DeviceSource(InMemorySource(images, labels), CPU),
+    ):
         batch = train_cifar.prepare_batch(source, aug_params, gpu, index)
         assert batch[0].dtype in (np.uint8, torch.uint8)
         other_x, other_y = train_cifar.finish_batch(*batch, CONTEXT)

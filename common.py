@@ -1721,6 +1721,19 @@ class Model:
         for name, array in self.state_dict().items():
             array[...] = state[name]
 
+    def layout(self) -> list[tuple[str, tuple]]:
+        """Name and shape of each parameter, in the order of `params`: "0.ConvReLUPool.W", …"""
+        layers = {id(leaf): i for i, layer in enumerate(self.layers) for leaf in layer.leaves()}
+        found = []
+        counts = {}
+        for leaf, name, _, shape in self._places:
+            full_name = f"{layers[id(leaf)]}.{type(leaf).__name__}.{name}"
+            counts[full_name] = counts.get(full_name, 0) + 1
+            if counts[full_name] > 1:  # a block has several layers of one kind
+                full_name += str(counts[full_name])
+            found.append((full_name, shape))
+        return found
+
 
 def winograd_fits(h: int, w: int) -> bool:
     """Whether images of h × w pixels divide into the 4×4 tiles of the Winograd layers."""
@@ -1734,6 +1747,21 @@ def check_network_size(name: str, image_shape: tuple):
         raise InputError(
             f"--model cnn: images of {h}x{w} pixels: its two MaxPool2D(2) take 4x4 pixels and more"
         )
+
+
+def split_params(checkpoint) -> dict[str, np.ndarray]:
+    """The parameters in a checkpoint of a script without PyTorch, by name: "0.ConvReLUPool.W", …
+
+    checkpoint: what np.load() returns. Views into its flat array `params`.
+    """
+    params = checkpoint["params"]
+    found = {}
+    start = 0
+    for name, shape in json.loads(str(checkpoint["layout"])):
+        size = math.prod(shape)
+        found[name] = params[start : start + size].reshape(shape)
+        start += size
+    return found
 
 
 def make_cnn(
@@ -2670,8 +2698,9 @@ class StopSignal:
 class Checkpoint:
     """The file from which --resume continues bit for bit: model, optimizer, position, sums.
 
-    An .npz file without pickles; `params` is the flat array of all parameters. Without
-    --checkpoint, and on ranks other than 0, save() does nothing and due() is False.
+    An .npz file without pickles; `params` is the flat array of all parameters, which
+    split_params() divides. Without --checkpoint, and on ranks other than 0, save() does nothing and
+    due() is False.
     """
 
     def __init__(self, args: argparse.Namespace, log: RunLog, model, optimizer, rank: int = 0):
@@ -2728,11 +2757,13 @@ class Checkpoint:
 
     def _write(self, file, meta):
         arrays = {**self.model.state_dict(), **self.optimizer.state_dict()}
-        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        texts = {"meta": json.dumps(meta), "layout": json.dumps(self.model.layout())}
+        np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **arrays)
 
     def _read(self):
         with np.load(self.path, allow_pickle=False) as file:
             arrays = dict(file)
+        arrays.pop("layout", None)  # older ones have none
         return json.loads(str(arrays.pop("meta"))), arrays
 
     def _apply(self, arrays):

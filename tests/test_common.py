@@ -57,6 +57,7 @@ from common import (
     evaluate,
     load_batch,
     load_cifar10,
+    load_dataset,
     make_cnn,
     make_optimizer,
     make_parser,
@@ -1655,6 +1656,39 @@ def test_impossible_subsets(tmp_path, subset, dataset):
         load_cifar10(tmp_path, dataset, subset)
 
 
+# -- archives, and folders a level deeper
+
+
+def test_the_archive_as_downloaded(binary_files, tmp_path):
+    """In a folder, or as --data-dir itself; the second time from the cache."""
+    (tmp_path / "data").mkdir()
+    archive = tmp_path / "data" / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(binary_files, "cifar-10-batches-bin")
+    data = load_dataset(str(tmp_path / "data"))
+    image, label = record(binary_files, "data_batch_3.bin", 77)
+    np.testing.assert_array_equal(data.x_train[20_077], image)
+    assert (data.y_train[20_077], data.name) == (label, "cifar10")
+    archive_itself = load_dataset(str(archive), "cifar10")
+    assert archive_itself.fingerprint == data.fingerprint
+    assert len(caches(tmp_path / "data")) == 1
+
+
+def test_an_archive_that_was_cut_short(tmp_path):
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        (tmp_path / "data_batch_1").write_bytes(os.urandom(50_000))
+        tar.add(tmp_path / "data_batch_1", "cifar-10-batches-py/data_batch_1")
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(InputError, match=r"cifar-10-python.tar.gz: cut short or damaged"):
+        load_dataset(str(path))
+
+
+def test_a_folder_one_level_deeper(binary_files, data_dir):
+    link(binary_files, data_dir / "downloads" / "cifar-10-batches-bin")
+    assert load_dataset(str(data_dir)).name == "cifar10"
+
+
 # -- the synthetic set
 
 
@@ -2459,3 +2493,48 @@ def test_import_torchvision_beside_operators_of_its_own(torch, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "torchvision.py")
+
+
+# --------------------------------------------------------------------------------------------------
+# Other sizes, channels and classes
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_shape", [(28, 28, 1), (9, 14, 3), (4, 4, 2)])
+@pytest.mark.parametrize("make", [make_cnn, make_resnet18])
+def test_networks_of_other_sizes(make, image_shape):
+    model = make(image_shape=image_shape, classes=3)
+    images = np.random.default_rng(0).integers(256, size=(3, *image_shape), dtype=np.uint8)
+    statistics = {"mean": (0.5,) * image_shape[2], "std": (0.2,) * image_shape[2]}
+    x, labels = load_batch(images, np.arange(3), slice(3), **statistics)
+    expected = (images / 255 - 0.5) / 0.2
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    loss, dlogits = softmax_cross_entropy(model.forward(x), labels)
+    model.backward(dlogits)
+    assert model.grads.any()
+    confusion = np.zeros((3, 3), int)
+    _, top1, top5, _ = evaluate(model, images, labels, **statistics, confusion=confusion)
+    assert top5 == 1
+    assert confusion.trace() / 3 == pytest.approx(top1)
+
+
+def test_images_too_small_for_the_network_are_refused():
+    with pytest.raises(InputError, match=r"images of 3x8 pixels: its two MaxPool2D\(2\) take 4x4"):
+        make_cnn(image_shape=(3, 8, 1))
+
+
+def test_the_mean_of_other_data_is_asked_for():
+    with pytest.raises(
+        ValueError, match=r"images of 1 channels, but a mean for 3.*mean=data\.mean"
+    ):
+        load_batch(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, int), slice(2))
+
+
+def test_a_checkpoint_names_its_parameters():
+    model = make_resnet18()
+    layout = np.array(json.dumps(model.layout()))
+    found = common.split_params({"params": model.params, "layout": layout})
+    assert found["0.Conv2D.W"].shape == (3, 3, 3, 64)
+    assert np.shares_memory(found["0.Conv2D.W"], model.layers[0].W)
+    assert sum(array.size for array in found.values()) == model.params.size
+    assert list(found)[-2:] == ["12.Dense.W", "12.Dense.b"]

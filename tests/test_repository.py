@@ -87,6 +87,8 @@ NOT_RUN_HERE = {  # what the lines begin with, and why
     "python experiments/update_readme.py": "tests/test_update_readme.py has it",
     "make test": "runs this test",
     "make lint": "continuous integration has it",
+    "make data": "tests/test_import_data.py has it, with a server of its own",
+    "python experiments/import_data.py": "tests/test_import_data.py has it",
     "make measure": "takes an hour",
     "make setup": "installs the packages that run this test",
     "mpirun -np 2 python experiments/bench_worker.py": "reads stdin: tests/test_bench.py has it",

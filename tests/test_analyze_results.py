@@ -6,6 +6,7 @@ The made logs have numbers for which the results can be worked out by hand.
 import csv
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np

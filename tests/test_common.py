@@ -2509,7 +2509,7 @@ def test_networks_of_other_sizes(make, image_shape):
     x, labels = load_batch(images, np.arange(3), slice(3), **statistics)
     expected = (images / 255 - 0.5) / 0.2
     np.testing.assert_allclose(x, expected, atol=1e-5)
-    loss, dlogits = softmax_cross_entropy(model.forward(x), labels)
+    _, dlogits = softmax_cross_entropy(model.forward(x), labels)
     model.backward(dlogits)
     assert model.grads.any()
     confusion = np.zeros((3, 3), int)
@@ -2524,9 +2524,7 @@ def test_images_too_small_for_the_network_are_refused():
 
 
 def test_the_mean_of_other_data_is_asked_for():
-    with pytest.raises(
-        ValueError, match=r"images of 1 channels, but a mean for 3.*mean=data\.mean"
-    ):
+    with pytest.raises(ValueError, match=r"1 channels, but a mean for 3.*mean=data\.mean"):
         load_batch(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, int), slice(2))
 
 

@@ -320,12 +320,13 @@ class PictureInfo(NamedTuple):
     high: float
 
 
-def list_pictures(folder: Path) -> list[tuple[int, str, str]]:
+def list_pictures(folder: Path, notes: list | None = None) -> list[tuple[int, str, str]]:
     """[(number, class name, path)] of the files in a folder, in the order of the numbers.
 
     The classes are the folders in it, with files at any depth, and the numbers count within each;
     or, without folders, files are named <number>_<class>.<ending>. Sorted by number the classes
-    alternate, so that a subset has all of them. Hidden and stray files are left out.
+    alternate, so that a subset has all of them. Hidden and stray files are left out. notes: gets a
+    sentence for each folder that is empty.
     """
 
     def visible(path):
@@ -342,7 +343,10 @@ def list_pictures(folder: Path) -> list[tuple[int, str, str]]:
     found = []
     class_folders = [entry for entry in visible(folder) if entry.is_dir()]
     for entry in class_folders:
-        for i, path in enumerate(files_below(entry.path)):
+        files = list(files_below(entry.path))
+        if not files and notes is not None:
+            notes.append(f"{entry.path}: no files in it, so no class")
+        for i, path in enumerate(files):
             found.append((i, entry.name, path))
     if not class_folders:
         for entry in visible(folder):
@@ -472,6 +476,8 @@ def decode_picture(
                 low, high = deep
                 values = (np.asarray(picture, np.float64) - low) * (255 / ((high - low) or 1))
                 picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+            if "transparency" in picture.info:  # of a palette: Pillow wants it as a channel first
+                picture = picture.convert("RGBA")
             picture = picture.convert("L" if channels == 1 else "RGB")
             if resize and picture.size != (w, h):
                 picture = ImageOps.fit(picture, (w, h), Image.Resampling.BICUBIC)
@@ -1291,7 +1297,8 @@ def open_folder(args):
         )
     about = read_local_manifest(root)
     names = about["classes"] if about else read_class_names(root)
-    lists = [list_pictures(folder) for folder in (root / "train", test_folders[0])]
+    notes = []
+    lists = [list_pictures(folder, notes) for folder in (root / "train", test_folders[0])]
     if not all(lists):
         raise InputError(f"no pictures in {root}: train/ or test/ is empty")
     train, test, classes = label_pictures(*lists, names)
@@ -1308,7 +1315,7 @@ def open_folder(args):
         source.mean = mean
         source.std = std
     if RANK == 0:
-        for note in pictures.notes:
+        for note in (*notes, *pictures.notes):
             print(f"pictures in {root}: {note}", flush=True)
 
     paths = [os.path.relpath(picture.path, root) for picture in (*train, *test)]

@@ -17,6 +17,7 @@ import pytest
 from helpers import refused, script_environment
 
 import common
+import download
 import import_data
 from common import ARRAY_NAMES, load_dataset
 
@@ -37,7 +38,7 @@ def _isolated(monkeypatch, tmp_path):
     for name, value in script_environment().items():
         if name.lower() == "https_proxy":
             monkeypatch.setenv(name, value)
-    import_data.urllib.request.install_opener(None)  # urllib keeps the proxies it found first
+    download.urllib.request.install_opener(None)  # urllib keeps the proxies it found first
 
 
 def prepare(source, target="out", *options):
@@ -347,6 +348,15 @@ def test_a_class_only_in_test_is_refused(tmp_path, pictures):
     assert "class bird has no training pictures" in line
 
 
+def test_an_empty_class_folder_is_mentioned(tmp_path, pictures, capsys):
+    for place in ("train/cat", "train/dog", "test/cat"):
+        pictures(f"{place}/0.png", color(1))
+    (tmp_path / "in/train/bird").mkdir()
+    data = prepare(tmp_path / "in")
+    assert data.classes == ("cat", "dog")
+    assert "in/train/bird: no files in it, so no class" in capsys.readouterr().out
+
+
 def kaggle(tmp_path, pictures, labels=12):
     for i in range(1, 13):
         pictures(f"train/{i}.png", color(i))
@@ -457,7 +467,7 @@ def server(tmp_path, monkeypatch):
     sums = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
     url = f"http://127.0.0.1:{server.server_port}/"
     dead = "http://127.0.0.1:9/"
-    monkeypatch.setitem(import_data.DOWNLOADS, "mnist", import_data.Download((dead, url), sums))
+    monkeypatch.setitem(download.DOWNLOADS, "mnist", download.Download((dead, url), sums))
     yield server
     server.shutdown()
     server.server_close()

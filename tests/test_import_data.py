@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import refused, script_environment
+from helpers import finish, mpirun, refused, script_environment, start
 
 import common
 import download
@@ -521,3 +521,104 @@ def test_a_script_names_the_form_and_the_command(tmp_path, make, words):
         load_dataset(str(tmp_path / "in"))
     assert words in str(error.value)
     assert f"python experiments/import_data.py {tmp_path / 'in'}" in str(error.value)
+
+
+# -- the scripts train on it, and compute the same
+
+
+@pytest.fixture(scope="module")
+def other_sizes(tmp_path_factory):
+    """A prepared data set of 3 classes, 20 × 28 pixels and one channel."""
+    folder = tmp_path_factory.mktemp("prepared")
+    generator = np.random.default_rng(1)
+    arrays = {}
+    for split, n in (("train", 60), ("test", 9)):
+        labels = np.arange(n) % 3
+        noise = generator.integers(60, size=(n, 20, 28), dtype=np.uint8)
+        arrays |= {f"x_{split}": noise + (60 * labels[:, None, None]).astype(np.uint8)}
+        arrays |= {f"y_{split}": labels}
+    np.savez(folder / "a.npz", **arrays)
+    import_data.main([str(folder / "a.npz"), str(folder / "set"), "--classes", "dark,gray,light"])
+    return folder / "set"
+
+
+def weights(folder):
+    with np.load(folder / "run.npz", allow_pickle=False) as checkpoint:
+        return checkpoint["params"]
+
+
+@pytest.fixture(scope="module")
+def serial_weights(other_sizes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serial")
+    finish(start(folder, "serial_cnn.py", *same_run(other_sizes), "--batch-size", 20))
+    metrics = dict(np.load(folder / "results/serial_cnn_metrics.npz"))
+    assert metrics["confusion"].shape == (3, 3)
+    assert metrics["classes"].tolist() == ["dark", "gray", "light"]
+    assert metrics["train_loss"][-1] < metrics["train_loss"][0]
+    return weights(folder)
+
+
+def same_run(folder):
+    options = "--dtype float64 --epochs 3 --checkpoint run.npz --quiet --data-dir"
+    return [*options.split(), folder]
+
+
+@pytest.mark.parametrize(
+    ("script", "ranks", "options"),
+    [
+        ("gpu_scratch.py", 0, ("--device", "cpu", "--batch-size", 20)),
+        ("parallel_cnn_mpi.py", 2, ("--global-batch-size", 20)),
+        pytest.param(
+            "parallel_cnn_hybrid.py", 2, ("--global-batch-size", 20), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_scripts_compute_the_same(
+    other_sizes, serial_weights, tmp_path, script, ranks, options
+):
+    if ranks:
+        pytest.importorskip("mpi4py")
+        mpirun(tmp_path, ranks, script, *same_run(other_sizes), *options)
+    else:
+        finish(start(tmp_path, script, *same_run(other_sizes), *options))
+    np.testing.assert_allclose(weights(tmp_path), serial_weights, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train_cifar.py", "--model", "cnn", "--batch-size", 20),
+        pytest.param(("train_cifar.py", "--model", "resnet18"), marks=pytest.mark.slow),
+        pytest.param(
+            ("train_resnet50_split_cores.py", "--batch-size", 4, "--subset", 8),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("demo.py", "--subset", 40), marks=pytest.mark.slow),
+    ],
+)
+def test_the_other_scripts_take_it_too(other_sizes, tmp_path, command):
+    pytest.importorskip("torch")
+    out, _ = finish(start(tmp_path, *command, "--epochs", 1, "--data-dir", other_sizes))
+    assert "set" in out
+
+
+def test_export_and_s3_layouts_keep_sizes_and_classes(other_sizes, tmp_path):
+    """Through --export and --source disk the images, labels and statistics stay the same."""
+    pytest.importorskip("obstore")
+    train_cifar = pytest.importorskip("train_cifar")
+    train_cifar.main(["--export", "exported", "--data-dir", str(other_sizes)])
+    data = load_dataset(str(other_sizes))
+    disk = ("--source", "disk", "--data-dir", "exported", "--device", "cpu")
+    opened = train_cifar.open_folder(train_cifar.parse_args(disk))
+    images, labels = opened.train.read(np.arange(60))
+    np.testing.assert_array_equal(images, data.x_train)
+    assert labels.tolist() == data.y_train.tolist()
+    assert (opened.classes, opened.train.mean) == (data.classes, data.mean)
+    (shard,) = (tmp_path / "exported/train-shards").iterdir()
+    records = np.fromfile(shard, np.uint8).reshape(60, -1)
+    images, labels = train_cifar.decode_records(records, data.image_shape)
+    np.testing.assert_array_equal(images, data.x_train)
+    assert labels.tolist() == data.y_train.tolist()
+    wide = np.arange(300, dtype=np.uint16)
+    records = train_cifar.encode_records(np.zeros((300, 2, 2, 1), np.uint8), wide)
+    assert train_cifar.decode_records(records, (2, 2, 1))[1].tolist() == wide.tolist()

@@ -34,6 +34,24 @@ def test_the_notebook_page(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_own_network_of_the_page(tmp_path):
+    pytest.importorskip("torch")
+    (lines,) = [block for block in code_blocks("docs/layers.md") if "nn.Module" in block]
+    (tmp_path / "net.py").write_text(lines)
+    options = "--dataset synthetic --subset 40 --epochs 1 --device cpu --checkpoint net.pt"
+    command = [sys.executable, REPO / "train_cifar.py", "--model", "net.py:Net", *options.split()]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "net.pt").exists()
+
+
 @pytest.mark.parametrize(
     "script",
     [

@@ -314,7 +314,8 @@ def _find_batches(data_dir):
     if not data_dir.is_dir():
         return None
     deeper = sorted(path for path in data_dir.iterdir() if path.is_dir())
-    for parent in (data_dir, *deeper):
+    readable = [path for path in deeper if os.access(path, os.R_OK | os.X_OK)]  # no lost+found
+    for parent in (data_dir, *readable):
         for folder in (parent / "cifar-10-batches-bin", parent / "cifar-10-batches-py", parent):
             for suffix, read in ((".bin", _read_binary), ("", _read_python)):
                 for name in ("data_batch_1", "data_batch_2", "test_batch"):

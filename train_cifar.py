@@ -4,6 +4,7 @@ The images come from memory, from a folder of pictures or from S3 (downloaded fi
 picture by picture, or read in shards of thousands). Worker threads prepare batches ahead of the
 training. The log separates waiting for data from total time, batch by batch. Every source but S3
 shards gives the same images in the same order with the same augmentation, whatever --workers is.
+--model file.py:Net trains a network of one's own.
 
     make train-cifar
     make train-cifar-s3
@@ -62,6 +63,7 @@ from torch.nn import functional as F
 
 from common import (
     CLASSES,
+    DATASET_FILE,
     FETCH_TRAIN,
     FETCH_VALIDATE,
     IMAGE_SHAPE,
@@ -178,7 +180,7 @@ def make_own_model(name: str, image_shape: tuple, classes: int) -> nn.Module:
     x = torch.zeros(2, channels, h, w)
     doing = f"cannot be loaded from {file}"
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
@@ -1255,6 +1257,9 @@ def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
     elif args.source == "disk":
         data = open_folder(args)
     elif args.source == "builtin":
+        if args.cpu_default and (data_folder(args) / DATASET_FILE).exists():
+            everything = load_dataset(args.data_dir, args.dataset)  # mapped, not read
+            args.subset = min(args.subset, len(everything.y_train))
         dataset = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
         statistics = (dataset.mean, dataset.std)
         train = InMemorySource(dataset.x_train, dataset.y_train, *statistics)
@@ -1285,9 +1290,14 @@ def split_sizes(args):
     return (("train", args.subset), ("test", max(args.subset // 5, 1)))
 
 
+def data_folder(args) -> Path:
+    """The folder that --data-dir or $CIFAR10_DIR names."""
+    return Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+
+
 def open_folder(args):
     """The Data in the folders train/ and test/ of --data-dir."""
-    root = Path(args.data_dir or os.environ.get("CIFAR10_DIR") or "data").expanduser()
+    root = data_folder(args)
     test_folders = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
     if not (root / "train").is_dir() or not test_folders:
         raise InputError(

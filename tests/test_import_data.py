@@ -602,6 +602,13 @@ def test_the_other_scripts_take_it_too(other_sizes, tmp_path, command):
     assert "set" in out
 
 
+def test_a_cpus_default_subset_is_not_more_than_there_is(other_sizes, monkeypatch):
+    train_cifar = pytest.importorskip("train_cifar")
+    args = train_cifar.parse_args(["--device", "cpu", "--data-dir", str(other_sizes)])
+    context = train_cifar.TrainContext(train_cifar.ProcessGroup(), train_cifar.WorkerPool(0))
+    assert len(train_cifar.open_data(args, context).y_train) == 60
+
+
 def test_export_and_s3_layouts_keep_sizes_and_classes(other_sizes, tmp_path):
     """Through --export and --source disk the images, labels and statistics stay the same."""
     pytest.importorskip("obstore")

@@ -292,11 +292,8 @@ class ImageFolderSource(ImageSource):
         self.deep = deep
 
     def read(self, index):
-        images = [self._read_picture(self.paths[i]) for i in index]
+        images = [read_picture(self.paths[i], self.image_shape, self.deep) for i in index]
         return np.stack(images), self.labels[index]
-
-    def _read_picture(self, path):
-        return read_picture(path, self.image_shape, self.deep)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,14 +343,14 @@ def list_pictures(folder: Path, notes: list | None = None) -> list[tuple[int, st
     class_folders = [entry for entry in visible(folder) if entry.is_dir()]
     for entry in class_folders:
         files = list(files_below(entry.path))
-        if not files and notes is not None:
-            notes.append(f"{entry.path}: no files in it, so no class")
-        for i, path in enumerate(files):
-            found.append((i, entry.name, path))
+        if any(is_picture_name(path) or examine_picture(path, decode=False) for path in files):
+            found += [(i, entry.name, path) for i, path in enumerate(files)]
+        elif notes is not None:
+            notes.append(f"{entry.path}: no pictures in it, so no class")
     if not class_folders:
         for entry in visible(folder):
             # A label has no leading zeros: 20240131_000012.jpg is a date and a time.
-            match = re.fullmatch(r"(\d+)_(0|[1-9]\d*|[^\W\d]\w*)\.\w+", entry.name)
+            match = re.fullmatch(r"(\d+)_(0|[1-9]\d*|[^\W\d][^.]*)\.\w+", entry.name)
             if match:
                 found.append((int(match[1]), match[2], entry.path))
             elif is_picture_name(entry.path):
@@ -387,14 +384,18 @@ def label_pictures(train: list, test: list, names: tuple = ()) -> tuple[list, li
     """Lists of Picture from those of list_pictures(), and the names of the classes, which are
     `names` if given. Raises InputError for a class that has no training pictures."""
     found = {name for _, name, _ in train}
-    if not names:
-        are_numbers = all(name.isdecimal() for name in found)
-        if are_numbers and found and max(map(int, found)) < MAX_CLASSES:
-            names = tuple(map(str, range(max(map(int, found)) + 1)))
-        else:
-            names = tuple(sorted(found))
+    are_numbers = all(name.isdecimal() for name in found)
+    in_files = all(Path(path).stem.endswith(f"_{name}") for _, name, path in train)
+    if not names and are_numbers:
+        numbers = sorted(map(int, found))
+        # A label in a file name counts from 0, and some classes may have no picture; folders are
+        # classes by themselves, whatever number is their name.
+        if in_files and numbers and numbers[-1] < MAX_CLASSES:
+            numbers = range(numbers[-1] + 1)
+        names = tuple(map(str, numbers))
+    names = names or tuple(sorted(found))
     labels = {name: label for label, name in enumerate(names)}
-    if all(name.isdecimal() for name in found):  # the files have numbers, the list their names
+    if are_numbers and in_files:  # the files have numbers, `names` says what they mean
         labels.update({str(label): label for label in range(len(names))})
 
     lists = []
@@ -498,7 +499,6 @@ class PictureSet(NamedTuple):
     train: list  # of Picture
     test: list
     image_shape: tuple
-    resize: bool
     deep: tuple
     notes: list  # sentences for the user: what was left out, or changed
 
@@ -551,7 +551,7 @@ def examine_pictures(
     deep = value_range(deep_infos)
     if deep_infos:
         notes.append(f"{len(deep_infos)} of more than 8 bits: {deep[0]:g} to {deep[1]:g} scaled")
-    return PictureSet(*splits, image_shape, True, deep, notes)
+    return PictureSet(*splits, image_shape, deep, notes)
 
 
 def try_to_examine(picture: Picture, decode: bool):
@@ -1319,6 +1319,8 @@ def open_folder(args):
             train, test, args.image_size, args.skip_damaged, not args.load_only, pool.map
         )
         train, test = cut_to_subset(args, pictures.train, pictures.test)
+        if not train or not test:
+            raise InputError(f"no pictures in {root}: none is left in train/ or in test/")
         sources = [ImageFolderSource(p, pictures.image_shape, pictures.deep) for p in (train, test)]
         mean, std = (about["mean"], about["std"]) if about else statistics_of(sources[0], pool.map)
     for source in sources:

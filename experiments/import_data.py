@@ -377,6 +377,13 @@ def read_parquet(folder: Path, options: Options) -> Content | None:
         for path in chosen:
             names = write_parquet_pictures(path, options.scratch / split, pictures, names)
         lists.append(pictures)
+    labels = [label for _, label, _ in (*lists[0], *lists[1])]
+    if all(label.isdecimal() for label in labels):  # numbers, perhaps with names for them
+        most = max(map(int, labels), default=0)
+        names = names or tuple(map(str, range(most + 1)))
+        if most >= len(names):
+            raise InputError(f"{folder}: label {most}, but names for {len(names)} classes")
+        lists = [[(i, names[int(label)], path) for i, label, path in part] for part in lists]
     return examine(script, *script.label_pictures(*lists, names), options)
 
 

@@ -315,6 +315,17 @@ def test_class_folders(tmp_path, pictures):
     assert data.x_test[-1, 0, 0].tolist() == [60] * 3
 
 
+def test_class_folders_that_are_numbers(tmp_path, pictures):
+    """The folders are the classes, in the order of the numbers."""
+    for split in ("train", "test"):
+        for name in ("2", "10", "7"):
+            pictures(f"{split}/{name}/0.png", color(int(name)))
+    data = prepare(tmp_path / "in")
+    assert data.classes == ("2", "7", "10")
+    names = [data.classes[label] for label in data.y_train]
+    assert data.x_train[:, 0, 0, 0].tolist() == [int(name) for name in names]
+
+
 def test_class_folders_without_a_test_set_are_divided(tmp_path, pictures, capsys):
     for i in range(12):
         for name in ("cat", "dog", "狗"):
@@ -352,9 +363,13 @@ def test_an_empty_class_folder_is_mentioned(tmp_path, pictures, capsys):
     for place in ("train/cat", "train/dog", "test/cat"):
         pictures(f"{place}/0.png", color(1))
     (tmp_path / "in/train/bird").mkdir()
+    (tmp_path / "in/train/about").mkdir()
+    (tmp_path / "in/train/about/readme.txt").write_text("no picture")
     data = prepare(tmp_path / "in")
     assert data.classes == ("cat", "dog")
-    assert "in/train/bird: no files in it, so no class" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for name in ("bird", "about"):
+        assert f"in/train/{name}: no pictures in it, so no class" in out
 
 
 def kaggle(tmp_path, pictures, labels=12):
@@ -409,6 +424,17 @@ def test_parquet(tmp_path):
     assert data.classes == tuple(names)
     assert data.x_train[:, 0, 0, 0].tolist() == list(range(6))
     assert data.y_train.tolist() == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("labels", [[0, 2], ["cat", "dog"]])
+def test_parquet_without_names(tmp_path, labels):
+    pytest.importorskip("torch")
+    for split in ("train", "test"):
+        columns = {"image": [encoded(1), encoded(2)], "label": labels}
+        parquet(tmp_path / f"in/{split}-0.parquet", columns)
+    data = prepare(tmp_path / "in")
+    expected = (("0", "1", "2"), [0, 2]) if labels == [0, 2] else (("cat", "dog"), [0, 1])
+    assert (data.classes, data.y_train.tolist()) == expected
 
 
 def test_parquet_that_cannot_be_used(tmp_path):

@@ -121,6 +121,7 @@ TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")  # beside train
 STRAY_NAMES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini")
 MAX_CLASSES = 1000
 EXIF_ORIENTATION = 0x0112
+HAS_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # in Pillow's info
 STATISTICS_OF = 5000  # pictures from which their mean and deviation are taken
 
 RANK = int(os.environ.get("RANK", 0))  # of this process; torchrun sets it
@@ -473,8 +474,10 @@ def decode_picture(
     """
     h, w, channels = image_shape
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture = ImageOps.exif_transpose(picture)
+        with open_picture(io.BytesIO(data)) as picture:
+            picture.load()
+            if picture.format == "TIFF" or not HAS_EXIF.isdisjoint(picture.info):  # saves time
+                picture = ImageOps.exif_transpose(picture)
             if is_deep(picture):
                 low, high = deep
                 values = (np.asarray(picture, np.float64) - low) * (255 / ((high - low) or 1))
@@ -491,6 +494,15 @@ def decode_picture(
     if (height, width) != (h, w):
         raise LoadingError(f"{name} has {width}x{height} pixels, not {w}x{h}: replace it")
     return pixels
+
+
+def open_picture(file) -> Image.Image:
+    """Image.open(), which tries a dozen formats one after the other, with the usual ones first."""
+    try:
+        return Image.open(file, formats=("PNG", "JPEG"))
+    except UnidentifiedImageError:
+        file.seek(0)
+        return Image.open(file)
 
 
 class PictureSet(NamedTuple):

@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train-cifar train-cifar-s3 s3-upload s3-server split-cores serial gpu demo experiments analyze
-.PHONY: predict check-prediction report bench measure readme lint test test-all clean
+.PHONY: data predict check-prediction report bench measure readme lint test test-all clean
 SHELL := /bin/sh
 
 ifeq ($(origin PYTHON),command line)
@@ -37,6 +37,9 @@ s3-server: $(READY)  ## serve CIFAR-10 over S3 on this machine until Ctrl-C
 
 s3-upload: $(READY)  ## write CIFAR-10 to TO=s3://bucket/prefix, as pictures and as shards
 	$(PYTHON) train_cifar.py --export $(or $(TO),$(error say where to: make s3-upload TO=s3://bucket/prefix)) $(S3_DATA)
+
+data: $(READY)  ## prepare a data set for --data-dir: FROM=mnist TO=data/mnist, or FROM=your/pictures
+	$(PYTHON) experiments/import_data.py $(or $(FROM),$(error say what: make data FROM=mnist TO=data/mnist)) $(or $(TO),$(error say where to: make data FROM=mnist TO=data/mnist)) $(ARGS)
 
 split-cores: $(READY)  ## ResNet-50 on CPU, forward and backward on separate cores: train, then compare
 	$(PYTHON) train_resnet50_split_cores.py $(OPTIONS)

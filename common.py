@@ -5,7 +5,7 @@ loads NumPy and the standard library only, and has no side effects.
 
 Contents, in this order (search for the name):
 
-    Data             load_cifar10, make_synthetic, load_batch, augment
+    Data             Dataset, load_dataset, make_synthetic, load_batch, augment
     Layers           Layer, Conv2D, ConvReLUPool, WinogradConv2D, BatchNorm2D, Dense, check_gradient
     Models           Model, make_cnn, make_resnet18, evaluate
     Optimizers       SGD, Adam
@@ -51,11 +51,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import tarfile
 import tempfile
 import threading
 import time
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +88,10 @@ class Interrupted(OneLineError):  # noqa: N818 (not an error)
 # Data
 # --------------------------------------------------------------------------------------------------
 
-# Mean and standard deviation of all pixels of the published training set: red, green, blue.
+# CIFAR-10's images, the names of its classes, and the mean and standard deviation of all pixels of
+# the published training set: red, green, blue. Other data sets bring their own, in a Dataset.
+IMAGE_SHAPE = (32, 32, 3)
+CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
@@ -111,87 +116,247 @@ _SYNTHETIC_BANNER = """\
 
 
 class Dataset(NamedTuple):
-    x_train: np.ndarray  # (N, 32, 32, 3) uint8
-    y_train: np.ndarray  # (N,) uint8
+    """Images, labels, and what networks, kernels and reports need to know of them."""
+
+    x_train: np.ndarray  # (N, H, W, C) uint8
+    y_train: np.ndarray  # (N,) uint8; uint16 where there are more than 256 classes
     x_test: np.ndarray
     y_test: np.ndarray
-    name: str  # "cifar10" or "synthetic"; every log, table and plot shows it
+    name: str  # "cifar10", "synthetic", …; every log, table and plot shows it
     fingerprint: str  # SHA-256 of all images and labels, before --subset cuts them
+    classes: tuple = CLASSES  # their names: label k is classes[k]
+    mean: tuple = MEAN  # of all training pixels, one for each channel, on a scale from 0 to 1
+    std: tuple = STD
+
+    image_shape = property(lambda self: tuple(self.x_train.shape[1:]))  # (H, W, C)
 
 
-def load_cifar10(
+def load_dataset(
     data_dir: str | None = None, dataset: str = "auto", subset: int | None = None, seed: int = 42
 ) -> Dataset:
-    """Return CIFAR-10, or the synthetic stand-in, as uint8 arrays.
+    """Return the data set in a folder, or the synthetic stand-in for CIFAR-10, as uint8 arrays.
 
-    data_dir: a folder that holds `cifar-10-batches-bin/` or `cifar-10-batches-py/`, or is one of
-        them; default $CIFAR10_DIR, else ./data. What is found there is kept beside it as .npy files
-        and memory-mapped from then on.
-    dataset: "auto" reads the files, else downloads them, else falls back to the synthetic set with
-        a banner on stderr; "cifar10" never falls back; "synthetic" is generated from `seed`.
-    subset: the first N training and N // 5 test images (at least one), the proportion of the set.
+    data_dir: a folder with a prepared data set (dataset.json, as experiments/import_data.py makes
+        it), or with CIFAR-10: `cifar-10-batches-bin/`, `cifar-10-batches-py/` or one of their
+        archives, there or one level deeper. Default $CIFAR10_DIR, else ./data. What is found is
+        memory-mapped; of CIFAR-10 a copy is kept beside it as .npy files.
+    dataset: "auto" takes what is there, else downloads CIFAR-10, else, if no folder was named,
+        falls back to the synthetic set with a banner on stderr; "cifar10" takes nothing else;
+        "synthetic" is generated from `seed`.
+    subset: the first N training and N // 5 test images (at least one), the proportion of CIFAR-10.
 
     Raises InputError for missing or damaged files and for a subset that the set does not have.
     """
-    if subset is not None and not 1 <= subset <= 50_000:
-        raise InputError(f"--subset {subset}: give a number of training images from 1 to 50000")
-    folder = Path(expand_home(data_dir or os.environ.get("CIFAR10_DIR") or "data"))
+    named = data_dir or os.environ.get("CIFAR10_DIR")
+    folder = Path(expand_home(named or "data"))
+    if dataset != "synthetic" and (folder / DATASET_FILE).exists():
+        data = _open_prepared(folder)
+        if dataset not in ("auto", data.name):
+            raise InputError(f"{folder} holds {data.name}, not {dataset}: leave --dataset out")
+    else:
+        _check_subset(subset, 50_000)
+        data = None
+        if dataset != "synthetic":
+            data = _load_cifar10(folder, dataset, is_named=bool(named))
+        if data is None:
+            source = {"synthetic": 2, "seed": seed, "subset": subset}
+            arrays, fingerprint = _through_cache(
+                folder, source, lambda: make_synthetic(subset or 50_000, seed)
+            )
+            data = Dataset(*arrays, "synthetic", fingerprint)
 
-    loaded = None
-    name = "cifar10"
-    if dataset != "synthetic":
-        loaded = _load_real(folder, may_fail=dataset == "auto")
-    if loaded is None:
-        name = "synthetic"
-        source = {"synthetic": 2, "seed": seed, "subset": subset}
-        loaded = _through_cache(folder, source, lambda: make_synthetic(subset or 50_000, seed))
-
-    (x_train, y_train, x_test, y_test), fingerprint = loaded
-    if subset is not None:
-        test_subset = max(subset // 5, 1)
-        x_train = x_train[:subset]
-        y_train = y_train[:subset]
-        x_test = x_test[:test_subset]
-        y_test = y_test[:test_subset]
-    return Dataset(x_train, y_train, x_test, y_test, name, fingerprint)
+    _check_subset(subset, len(data.y_train))
+    if subset is None:
+        return data
+    test_subset = max(subset // 5, 1)
+    return data._replace(
+        x_train=data.x_train[:subset],
+        y_train=data.y_train[:subset],
+        x_test=data.x_test[:test_subset],
+        y_test=data.y_test[:test_subset],
+    )
 
 
-def _load_real(data_dir, may_fail):
-    """The arrays and fingerprint of the files in data_dir, downloaded if needed.
+load_cifar10 = load_dataset  # its name in older copies of the scripts
 
-    None if there are none and may_fail.
+
+def _check_subset(subset, most):
+    if subset is not None and not 1 <= subset <= most:
+        raise InputError(f"--subset {subset}: give a number of training images from 1 to {most}")
+
+
+def label_type(classes) -> type:
+    """The type of the labels of so many classes, a sequence."""
+    return np.uint8 if len(classes) <= 256 else np.uint16
+
+
+def dataset_option(name: str) -> str:
+    """The --dataset with which another process finds the data set of this name again."""
+    return name if name in ("cifar10", "synthetic") else "auto"
+
+
+# -- a prepared data set: experiments/import_data.py makes it from whatever form people have
+
+
+DATASET_FILE = "dataset.json"
+ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")  # each in a file of its own, .npy
+
+
+def _open_prepared(folder):
+    """The Dataset in a prepared folder; InputError if something in it does not fit together."""
+    try:
+        about = json.loads((folder / DATASET_FILE).read_text())
+        x_train, y_train, x_test, y_test = _map_arrays(folder)
+        data = Dataset(
+            *(x_train, y_train, x_test, y_test),
+            str(about["name"]),
+            str(about["fingerprint"]),
+            tuple(map(str, about["classes"])),
+            tuple(map(float, about["mean"])),
+            tuple(map(float, about["std"])),
+        )
+        for images, labels in ((x_train, y_train), (x_test, y_test)):
+            if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype.kind != "u":
+                raise ValueError("images are not (N, H, W, C) of uint8, or labels not unsigned")
+            if labels.shape != images.shape[:1] or not len(labels):
+                raise ValueError(f"{len(images)} images, but labels {labels.shape}")
+            if labels.max() >= len(data.classes):
+                raise ValueError(f"label {labels.max()}, but {len(data.classes)} classes")
+        if x_test.shape[1:] != data.image_shape:
+            raise ValueError(f"training images {data.image_shape}, test images {x_test.shape[1:]}")
+        if not len(data.mean) == len(data.std) == data.image_shape[2] or min(data.std) <= 0:
+            raise ValueError("mean and std are not one number for each channel")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: not a valid prepared data set ({error}): make it again with "
+            "experiments/import_data.py"
+        ) from None
+    return data
+
+
+# Other forms in which people have data sets, by a file or folder that they have in common.
+_OTHER_FORMS = {
+    "CIFAR-100": ("cifar-100-*",),
+    "IDX files, as of MNIST": ("*-ubyte", "*-ubyte.gz"),
+    "parquet files, as of Hugging Face": ("*.parquet",),
+    "pictures with their labels in a table, as Kaggle has them": ("trainLabels.csv",),
+    "arrays in an .npz file, as Keras keeps them": ("*.npz",),
+    "folders of pictures": ("train", "training"),
+}
+
+
+def _other_form(path):
+    """What lies in a folder that only experiments/import_data.py reads, or None."""
+    for description, patterns in _OTHER_FORMS.items():
+        for pattern in patterns:
+            if path.is_file() and path.match(pattern):
+                return description
+            if any(match for depth in ("", "*/", "*/*/") for match in path.glob(depth + pattern)):
+                return description
+    return None
+
+
+def describe_folder(folder: Path) -> str:
+    """What lies there, in words, for error messages."""
+    if not folder.is_dir():
+        return "which is a file" if folder.exists() else "which does not exist"
+    entries = sorted(
+        entry for entry in folder.iterdir() if not entry.name.startswith((".", "npy-"))
+    )
+    names = [entry.name + "/" * entry.is_dir() for entry in entries]
+    if not names:
+        return "which is empty"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"which holds {', '.join(names[:8])}{more}"
+
+
+# -- CIFAR-10 as it is published
+
+
+def _load_cifar10(data_dir, dataset, is_named):
+    """CIFAR-10 from the files in data_dir, downloaded if needed; None if synthetic images may do.
+
+    is_named: somebody has named data_dir, so that other images than those in it would be wrong.
     """
     found = _find_batches(data_dir)
+    problem = None
     if found is None:
+        holds = describe_folder(data_dir)
+        other = _other_form(data_dir) if is_named else None
+        if other:
+            raise InputError(
+                f"{data_dir} holds {other}: prepare it once with python experiments/import_data.py "
+                f"{data_dir} data/NAME, then give --data-dir data/NAME"
+            )
+        # A download into a folder that somebody keeps for something else would be a surprise.
+        if is_named and dataset == "auto" and holds.startswith(("which holds", "which is a")):
+            raise InputError(
+                f"no data set in {data_dir}, {holds}: give --data-dir or $CIFAR10_DIR a folder "
+                "with cifar-10-batches-bin/, cifar-10-batches-py/ or dataset.json, prepare what is "
+                "there with experiments/import_data.py, or add --dataset cifar10 to download "
+                "CIFAR-10 into it"
+            )
         problem = _download(data_dir)
         found = _find_batches(data_dir)
-    if found is None and may_fail:
+    if found is None and dataset == "auto" and not is_named:
         banner = _SYNTHETIC_BANNER.format(data_dir=data_dir, problem=problem)
         print(banner, file=sys.stderr, flush=True)
         return None
     if found is None:
         raise InputError(
-            f"no CIFAR-10 in {data_dir} and it cannot be downloaded ({problem}): put "
+            f"no CIFAR-10 in {data_dir}, {holds}, and it cannot be downloaded ({problem}): put "
             "cifar-10-batches-bin/ or cifar-10-batches-py/ there, or use --dataset synthetic"
         )
 
     # A file that has changed has another size or time, and so another cache.
-    folder, read = found
+    path, read = found
     source = {}
-    for file in sorted(folder.iterdir()):
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
         if file.is_file():
             source[file.name] = [file.stat().st_size, file.stat().st_mtime_ns]
-    return _through_cache(data_dir, source, lambda: read(folder))
+    cache_dir = data_dir.parent if data_dir.is_file() else data_dir
+    arrays, fingerprint = _through_cache(cache_dir, source, lambda: read(path))
+    return Dataset(*arrays, "cifar10", fingerprint)
 
 
 def _find_batches(data_dir):
-    """The folder with CIFAR-10's files and the function that reads them; None if there is none."""
-    for folder in (data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-batches-py", data_dir):
-        for suffix, read in ((".bin", _read_binary), ("", _read_python)):
-            for name in ("data_batch_1", "data_batch_2", "test_batch"):
-                if (folder / (name + suffix)).exists():
-                    return folder, read
+    """The folder or archive of CIFAR-10 and the function that reads it; None if there is none."""
+    if data_dir.is_file():
+        return (data_dir, _read_archive) if data_dir.match("cifar-10-*.tar*") else None
+    if not data_dir.is_dir():
+        return None
+    deeper = sorted(path for path in data_dir.iterdir() if path.is_dir())
+    readable = [path for path in deeper if os.access(path, os.R_OK | os.X_OK)]  # no lost+found
+    for parent in (data_dir, *readable):
+        for folder in (parent / "cifar-10-batches-bin", parent / "cifar-10-batches-py", parent):
+            for suffix, read in ((".bin", _read_binary), ("", _read_python)):
+                for name in ("data_batch_1", "data_batch_2", "test_batch"):
+                    if (folder / (name + suffix)).exists():
+                        return folder, read
+        for archive in sorted(parent.glob("cifar-10-*.tar*")):
+            return archive, _read_archive
     return None
+
+
+def _read_archive(path):
+    """Read CIFAR-10's archive, as downloaded: unpack its files for a moment, then read those."""
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    target = Path(temporary) / Path(folder).name
+                    if member.isfile() and target.name.startswith("cifar-10-batches-"):
+                        target.mkdir(exist_ok=True)
+                        with tar.extractfile(member) as source, open(target / name, "wb") as file:
+                            shutil.copyfileobj(source, file)
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise InputError(f"{path}: cut short or damaged ({error}): download it again") from None
+        found = _find_batches(Path(temporary))
+        if found is None:
+            raise InputError(f"{path}: no files of CIFAR-10 in it: download it again")
+        folder, read = found
+        return read(folder)
 
 
 def _read_binary(folder):
@@ -289,9 +454,6 @@ def _download(data_dir):
         socket.setdefaulttimeout(previous_timeout)
 
 
-_ARRAY_NAMES = ("x_train", "y_train", "x_test", "y_test")
-
-
 def _through_cache(data_dir, source, build):
     """Memory maps of the four arrays that build() makes, and their fingerprint.
 
@@ -325,15 +487,21 @@ def _through_cache(data_dir, source, build):
     return arrays, fingerprint
 
 
+def _map_arrays(folder):
+    """The four arrays in a folder of .npy files, memory-mapped."""
+    paths = [folder / f"{name}.npy" for name in ARRAY_NAMES]
+    maps = [np.lib.format.open_memmap(path, mode="r") for path in paths]
+    return [np.asarray(array) for array in maps]  # plain arrays index faster
+
+
 def _open_cache(folder):
     """The memory-mapped arrays in a cache folder and their fingerprint; None if it is not whole."""
     try:
-        paths = [folder / f"{name}.npy" for name in _ARRAY_NAMES]
-        maps = [np.lib.format.open_memmap(path, mode="r") for path in paths]
+        arrays = _map_arrays(folder)
         fingerprint = json.loads((folder / "meta.json").read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return [np.asarray(array) for array in maps], fingerprint  # plain arrays index faster
+    return arrays, fingerprint
 
 
 def _write_cache(folder, arrays, meta):
@@ -342,7 +510,7 @@ def _write_cache(folder, arrays, meta):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()
-        for name, array in zip(_ARRAY_NAMES, arrays, strict=True):
+        for name, array in zip(ARRAY_NAMES, arrays, strict=True):
             np.save(new / f"{name}.npy", array)
         (new / "meta.json").write_text(json.dumps(meta))
         try:
@@ -422,22 +590,31 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def _normalization(dtype):
-    """scale and shift (96,) of one row of pixels; pixel · scale - shift is the normalised value."""
-    scale = np.tile(1 / (255 * np.array(STD)), 32)
-    shift = np.tile(np.array(MEAN) / STD, 32)
+def _normalization(dtype, width, mean, std):
+    """scale and shift (W·C,) of a row of W pixels: pixel · scale - shift is normalised."""
+    scale = np.tile(1 / (255 * np.array(std)), width)
+    shift = np.tile(np.array(mean) / std, width)
     return scale.astype(dtype), shift.astype(dtype)
 
 
 def load_batch(
-    images: np.ndarray, labels: np.ndarray, index, dtype=np.float32
+    images: np.ndarray, labels: np.ndarray, index, dtype=np.float32, mean=MEAN, std=STD
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images (N, 32, 32, 3) and labels (N,) at `index`, normalised per channel."""
-    scale, shift = _normalization(np.dtype(dtype))
-    rows = images[index].reshape(-1, 32, 96)  # long rows make fast loops: 32 pixels of 3 channels
+    """The images (N, H, W, C) and labels (N,) at `index`, normalised per channel.
+
+    mean, std: the data set's, one number for each channel.
+    """
+    h, w, c = images.shape[1:]
+    if len(mean) != c:
+        raise ValueError(
+            f"load_batch: images of {c} channels, but a mean for {len(mean)}: give it the data "
+            "set's, mean=data.mean, std=data.std"
+        )
+    scale, shift = _normalization(np.dtype(dtype), w, tuple(mean), tuple(std))
+    rows = images[index].reshape(-1, h, w * c)  # long rows make fast loops: W pixels of C channels
     x = np.multiply(rows, scale, dtype=dtype)
     x -= shift
-    return x.reshape(-1, 32, 32, 3), labels[index]
+    return x.reshape(-1, h, w, c), labels[index]
 
 
 def draw_augmentation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -1559,67 +1736,152 @@ class Model:
         for name, array in self.state_dict().items():
             array[...] = state[name]
 
+    def layout(self) -> list[tuple[str, tuple]]:
+        """Name and shape of each parameter, in the order of `params`: "0.ConvReLUPool.W", …"""
+        layers = {id(leaf): i for i, layer in enumerate(self.layers) for leaf in layer.leaves()}
+        found = []
+        counts = {}
+        for leaf, name, _, shape in self._places:
+            full_name = f"{layers[id(leaf)]}.{type(leaf).__name__}.{name}"
+            counts[full_name] = counts.get(full_name, 0) + 1
+            if counts[full_name] > 1:  # a block has several layers of one kind
+                full_name += str(counts[full_name])
+            found.append((full_name, shape))
+        return found
+
+
+def winograd_fits(h: int, w: int) -> bool:
+    """Whether images of h × w pixels divide into the 4×4 tiles of the Winograd layers."""
+    return h % 4 == 0 and w % 4 == 0
+
+
+def check_network_size(name: str, image_shape: tuple):
+    """Raise InputError for images that are too small for the pooling of the `cnn`."""
+    h, w, _ = image_shape
+    if name == "cnn" and min(h, w) < 4:
+        raise InputError(
+            f"--model cnn: images of {h}x{w} pixels: its two MaxPool2D(2) take 4x4 pixels and more"
+        )
+
+
+def split_params(checkpoint) -> dict[str, np.ndarray]:
+    """The parameters in a checkpoint of a script without PyTorch, by name: "0.ConvReLUPool.W", …
+
+    checkpoint: what np.load() returns. Views into its flat array `params`.
+    """
+    params = checkpoint["params"]
+    found = {}
+    start = 0
+    for name, shape in json.loads(str(checkpoint["layout"])):
+        size = math.prod(shape)
+        found[name] = params[start : start + size].reshape(shape)
+        start += size
+    return found
+
 
 def make_cnn(
-    seed: int = 42, dtype=np.float32, conv1=ConvReLUPool, conv2=WinogradReLUPool, dense=Dense
+    seed: int = 42,
+    dtype=np.float32,
+    conv1=ConvReLUPool,
+    conv2=WinogradReLUPool,
+    dense=Dense,
+    *,
+    image_shape: tuple = IMAGE_SHAPE,
+    classes: int = 10,
 ) -> Model:
-    """The `cnn` of all scripts, 1,070,794 parameters: (N, 32, 32, 3) → logits (N, 10).
+    """The `cnn` of all scripts: images (N, H, W, C) → logits (N, classes).
 
-    Conv 3→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 4096→256, ReLU,
-    Dense 256→10; convolutions 3×3 with padding 1. conv1, conv2 (fused with ReLU and pooling) and
-    dense: layer classes.
+    Conv C→32, ReLU, MaxPool 2, Conv 32→64, ReLU, MaxPool 2, Flatten, Dense 64·H/4·W/4→256, ReLU,
+    Dense 256→classes; convolutions 3×3 with padding 1. Of CIFAR-10's size it has 1,070,794
+    parameters. conv1, conv2 (fused with ReLU and pooling) and dense: layer classes. Where
+    Winograd's tiles do not divide the image, ConvReLUPool takes the place of the default conv2.
     """
+    check_network_size("cnn", image_shape)
+    h, w, channels = image_shape
+    if conv2 is WinogradReLUPool and not winograd_fits(h // 2, w // 2):
+        conv2 = ConvReLUPool
     rng = np.random.default_rng(seed)
     return Model(
         [
-            conv1(3, 32, rng=rng, dtype=dtype),
+            conv1(channels, 32, rng=rng, dtype=dtype),
             conv2(32, 64, rng=rng, dtype=dtype),
             Flatten(),
-            dense(64 * 8 * 8, 256, rng=rng, dtype=dtype),
+            dense(64 * (h // 4) * (w // 4), 256, rng=rng, dtype=dtype),
             ReLU(),
-            dense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
+            dense(256, classes, std=OUTPUT_STD, rng=rng, dtype=dtype),
         ]
     )
 
 
 def make_resnet18(
-    seed: int = 42, dtype=np.float32, conv=None, stem=None, block=BasicBlock, dense=Dense
+    seed: int = 42,
+    dtype=np.float32,
+    conv=WinogradConv2D,
+    plain_conv=Conv2D,
+    stem=None,
+    block=BasicBlock,
+    dense=Dense,
+    *,
+    image_shape: tuple = IMAGE_SHAPE,
+    classes: int = 10,
 ) -> Model:
-    """`resnet18`, the CIFAR form, 11,173,962 parameters: (N, 32, 32, 3) → logits (N, 10).
+    """`resnet18`, the CIFAR form: images (N, H, W, C) → logits (N, classes).
 
     A 3×3 stem without pooling, then two BasicBlocks each of 64, 128, 256 and 512 channels, the
-    first of each stage but the first with stride 2. conv: the class of the 3×3 convolutions with
-    stride 1; stem(rng, dtype): the layers of the stem; block and dense: layer classes.
+    first of each stage but the first with stride 2. Of CIFAR-10's size it has 11,173,962
+    parameters. conv: the class of the 3×3 convolutions with stride 1, and plain_conv where
+    Winograd's tiles do not divide the image; stem(channels, rng, dtype): the layers of the stem;
+    block and dense: layer classes.
     """
+    h, w, channels = image_shape
     rng = np.random.default_rng(seed)
     if stem:
-        layers = stem(rng, dtype)
+        layers = stem(channels, rng, dtype)
     else:
         layers = [
-            Conv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+            Conv2D(channels, 64, bias=False, rng=rng, dtype=dtype),
             BatchNorm2D(64, dtype=dtype),
             ReLU(),
         ]
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
-            layers.append(block(channels, width, stride, conv=conv, rng=rng, dtype=dtype))
+            h = -(-h // stride)  # rounded up, as a 3×3 convolution with padding 1 does
+            w = -(-w // stride)
+            stage_conv = conv if winograd_fits(h, w) else plain_conv
+            layers.append(block(channels, width, stride, conv=stage_conv, rng=rng, dtype=dtype))
             channels = width
-    layers += [GlobalAvgPool(), dense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype)]
+    layers += [GlobalAvgPool(), dense(512, classes, std=OUTPUT_STD, rng=rng, dtype=dtype)]
     return Model(layers)
 
 
-def make_model(name: str, seed: int = 42, dtype=np.float32) -> Model:
-    """The network that --model names, one of MODELS."""
-    return {"cnn": make_cnn, "resnet18": make_resnet18}[name](seed, dtype)
+def make_model(
+    name: str,
+    seed: int = 42,
+    dtype=np.float32,
+    image_shape: tuple = IMAGE_SHAPE,
+    classes: int = 10,
+) -> Model:
+    """The network that --model names, one of MODELS, for images (H, W, C) and so many classes."""
+    make = {"cnn": make_cnn, "resnet18": make_resnet18}[name]
+    return make(seed, dtype, image_shape=image_shape, classes=classes)
 
 
 def evaluate(
-    model: Model, images: np.ndarray, labels: np.ndarray, batch_size: int = 100, reduce=None
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int = 100,
+    reduce=None,
+    *,
+    mean=MEAN,
+    std=STD,
+    confusion: np.ndarray | None = None,
 ) -> tuple[float, float, float, float]:
     """Mean loss, top-1 and top-5 accuracy on uint8 images, and the seconds spent loading batches.
 
-    reduce(sums): sums an array in place over the ranks that share the images.
+    reduce(sums): sums an array in place over the ranks that share the images. mean, std: the data
+    set's. confusion: (K, K) zeros, in which each image is counted at [its label, predicted class].
     """
     model.train(False)
     sums = np.zeros(4)  # loss, top-1, top-5, images
@@ -1627,14 +1889,18 @@ def evaluate(
     for start in range(0, len(labels), batch_size):
         started = time.perf_counter()
         index = slice(start, start + batch_size)
-        x, y = load_batch(images, labels, index, model.params.dtype)
+        x, y = load_batch(images, labels, index, model.params.dtype, mean, std)
         loading += time.perf_counter() - started
         logits = model.forward(x)
         loss, _ = softmax_cross_entropy(logits, y)
         sums += (loss, *count_correct(logits, y), len(y))
+        if confusion is not None:
+            np.add.at(confusion, (y, logits.argmax(axis=1)), 1)
     model.train(True)
     if reduce:
         reduce(sums)
+        if confusion is not None:
+            reduce(confusion)
     loss, top1, top5 = (sums[:3] / sums[3]).tolist()
     return loss, top1, top5, loading
 
@@ -1770,10 +2036,10 @@ SHORT_OF_CPU = 0.9
 # change what a step computes. An option that a copied script adds is compared too.
 FREE_OPTIONS = (
     "epochs data_dir dataset log save_metrics checkpoint checkpoint_every resume quiet trace "
-    "global_batch_size reduce overlap stall_timeout num_threads force_threads device graph tf32 "
-    "source s3_mode endpoint_url cache_dir retry_seconds workers load_only export compile threads "
-    "accuracy seeds cpu_default mode split forward_cores backward_cores benchmark rounds output "
-    "default_run overwrite"
+    "confusion skip_damaged global_batch_size reduce overlap stall_timeout num_threads "
+    "force_threads device graph tf32 source s3_mode endpoint_url cache_dir retry_seconds workers "
+    "load_only export compile threads accuracy seeds cpu_default mode split forward_cores "
+    "backward_cores benchmark rounds output default_run overwrite"
 ).split()
 
 
@@ -1811,7 +2077,8 @@ class RunLog:
         self.json_path = metadata_path(path)
         if rank == 0:
             outputs = [path, self.json_path, args.save_metrics, args.checkpoint]
-            check_outputs([*outputs, getattr(args, "trace", None)])
+            further = [getattr(args, name, None) for name in ("trace", "confusion")]
+            check_outputs([*outputs, *further])
             # run and run.csv are two logs with one run.json.
             is_csv = path.suffix == ".csv"
             other = path.with_suffix("") if is_csv else path.with_name(f"{path.name}.csv")
@@ -1826,6 +2093,8 @@ class RunLog:
         self.sums = {}
         self.history = {name: [] for name in METRICS}
         self.totals = {"train_seconds": 0.0, "train_images": 0, "evaluation_seconds": 0.0}
+        # Of the last validation: how many images of class i were taken for class j, at [i, j].
+        self.confusion = np.zeros((len(data.classes), len(data.classes)), np.int64)
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
         self.last_batch = None  # when the last batch ended, during an epoch's training
         self._phases = []  # those that timed() is in, the innermost last
@@ -1861,6 +2130,8 @@ class RunLog:
             "fingerprint": self.data.fingerprint,
             "train_images": len(self.data.y_train),
             "test_images": len(self.data.y_test),
+            "image_shape": self.data.image_shape,
+            "classes": self.data.classes,
             "seed": self.args.seed,
             "ranks": 1,
             "threads": 1,
@@ -2001,8 +2272,17 @@ class RunLog:
         self._write_metadata()
         if self.args.save_metrics:
             arrays = {name: np.array(values) for name, values in self.history.items()}
+            if self.confusion.any():
+                arrays["confusion"] = self.confusion
+                arrays["classes"] = np.array(self.data.classes)
             with atomic_write(self.args.save_metrics) as file:
                 np.savez(file, **arrays)
+        if getattr(self.args, "confusion", None) and self.confusion.any():
+            with atomic_write(self.args.confusion, "w") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["label \\ predicted", *self.data.classes])
+                for name, counts in zip(self.data.classes, self.confusion.tolist(), strict=True):
+                    writer.writerow([name, *counts])
 
     def _write_metadata(self):
         if self.rank == 0:
@@ -2116,6 +2396,7 @@ class RunLog:
             if self._progress:
                 self._progress.close()
         self._write_epoch_row(TRAIN, **columns)
+        self.confusion.fill(0)
         self._validation_start = time.time()
         self._validation_clock = time.perf_counter()
 
@@ -2493,8 +2774,9 @@ def in_main_thread() -> bool:
 class Checkpoint:
     """The file from which --resume continues bit for bit: model, optimizer, position, sums.
 
-    An .npz file without pickles; `params` is the flat array of all parameters. Without
-    --checkpoint, and on ranks other than 0, save() does nothing and due() is False.
+    An .npz file without pickles; `params` is the flat array of all parameters, which
+    split_params() divides. Without --checkpoint, and on ranks other than 0, save() does nothing and
+    due() is False.
     """
 
     def __init__(self, args: argparse.Namespace, log: RunLog, model, optimizer, rank: int = 0):
@@ -2553,11 +2835,14 @@ class Checkpoint:
         return {**self.model.state_dict(), **self.optimizer.state_dict()}
 
     def _write(self, file, meta):
-        np.savez(file, meta=np.array(json.dumps(meta)), **self.arrays())
+        texts = {"meta": json.dumps(meta), "layout": json.dumps(self.model.layout())}
+        texts = {name: np.array(text) for name, text in texts.items()}
+        np.savez(file, **texts, **self.arrays())
 
     def _read(self):
         with np.load(self.path, allow_pickle=False) as file:
             arrays = dict(file)
+        arrays.pop("layout", None)  # older ones have none
         return json.loads(str(arrays.pop("meta"))), arrays
 
     def _apply(self, arrays):
@@ -2971,11 +3256,11 @@ def load_data_collectively(args: argparse.Namespace, comm) -> Dataset:
     """The data on every rank. Rank 0 is first: it downloads what the others then find."""
 
     def load(dataset):
-        return load_cifar10(args.data_dir, dataset, args.subset, args.seed)
+        return load_dataset(args.data_dir, dataset, args.subset, args.seed)
 
     data = collective(comm, lambda: load(args.dataset) if comm.rank == 0 else None)
     name = comm.bcast(data.name if comm.rank == 0 else None)
-    data = collective(comm, lambda: data if comm.rank == 0 else load(name))
+    data = collective(comm, lambda: data if comm.rank == 0 else load(dataset_option(name)))
 
     found = comm.allgather((socket.gethostname(), data.fingerprint))
     for rank, (host, fingerprint) in enumerate(found):
@@ -3378,8 +3663,8 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def make_torch_resnet(name: str, cifar_stem: bool = True):
-    """torchvision's ResNet of that name: (N, 3, H, W) → logits (N, 10).
+def make_torch_resnet(name: str, cifar_stem: bool = True, channels: int = 3, classes: int = 10):
+    """torchvision's ResNet of that name: (N, channels, H, W) → logits (N, classes).
 
     The CIFAR stem is a 3×3 convolution with stride 1 and no pooling: He et al., "Deep Residual
     Learning", 2015, section 4.2. ResNet-50 starts with a scale of zero in each block's last
@@ -3389,11 +3674,14 @@ def make_torch_resnet(name: str, cifar_stem: bool = True):
     from torch import nn
 
     models = import_torchvision().models
-    model = getattr(models, name)(num_classes=10, zero_init_residual=name == "resnet50")
+    model = getattr(models, name)(num_classes=classes, zero_init_residual=name == "resnet50")
     if cifar_stem:
-        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
+    elif channels != 3:
+        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    if cifar_stem or channels != 3:
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
@@ -3477,12 +3765,17 @@ def number(kind, low, high, exclusive: bool = False) -> Callable:
 
 
 def make_parser(
-    script: str, doc: str, models: tuple = ("cnn",), batch_size: int = 32, epochs: int | None = 10
+    script: str,
+    doc: str,
+    models: tuple = ("cnn",),
+    batch_size: int = 32,
+    epochs: int | None = 10,
+    model: Callable | None = None,
 ) -> Parser:
     """The options that all training scripts share.
 
     script: its __file__. The log is named after it, so that a copy does not overwrite the
-    original's.
+    original's. model: the argparse type of --model where others than `models` are possible.
     """
     script = Path(script).stem
     parser = Parser(script, doc)
@@ -3491,7 +3784,11 @@ def make_parser(
     fraction = number(float, 0, 1)
     positive = number(float, 0, math.inf, exclusive=True)
 
-    add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
+    if model:
+        names = f"network: {', '.join(models)}, or an own one, file.py:Net (default: {models[0]})"
+        add("--model", type=model, default=models[0], help=names)
+    else:
+        add("--model", choices=models, default=models[0], help="network (default: %(default)s)")
     add("--epochs", type=count, default=epochs, help="default: %(default)s")
     add(
         "--batch-size",
@@ -3504,12 +3801,17 @@ def make_parser(
     add("--momentum", type=fraction, default=0.9, help="SGD momentum (default: %(default)s)")
     add("--weight-decay", type=fraction, default=0.0, help="default: %(default)s")
 
-    add("--data-dir", help="folder with CIFAR-10 (default: $CIFAR10_DIR, else ./data)")
+    folder = (
+        "folder with CIFAR-10, or with a data set that experiments/import_data.py has prepared "
+        "(default: $CIFAR10_DIR, else ./data)"
+    )
+    add("--data-dir", help=folder)
     dataset = (
-        "auto: CIFAR-10 from --data-dir, else downloaded, else synthetic (default: %(default)s)"
+        "auto: what is in --data-dir, else CIFAR-10 is downloaded; if neither was named and there "
+        "is no network, synthetic images (default: %(default)s)"
     )
     add("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto", help=dataset)
-    subset = number(int, 1, 50_000)
+    subset = number(int, 1, 10**9)
     add("--subset", type=subset, metavar="N", help="the first N training and N/5 test images")
     seed = number(int, 0, 2**32 - 1)
     add("--seed", type=seed, default=42, help="seed for weights and data order (default: 42)")
@@ -3520,6 +3822,8 @@ def make_parser(
     add("--log", "--log-file", metavar="FILE", default=log, help=path)
     metrics = f"results/{script}_metrics.npz"
     add("--save-metrics", metavar="FILE", default=metrics, help="default: %(default)s")
+    confusion = "write the confusion matrix of the last validation here, as CSV"
+    add("--confusion", metavar="FILE", help=confusion)
     checkpoint = "save here after each epoch, every --checkpoint-every and when interrupted"
     add("--checkpoint", metavar="FILE", help=checkpoint)
     every = "save during an epoch too, this often (default: %(default)s)"

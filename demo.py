@@ -42,10 +42,11 @@ from common import (
     Parser,
     TrainingError,
     available_cores,
+    dataset_option,
     find_mpirun,
     format_table,
     in_main_thread,
-    load_cifar10,
+    load_dataset,
     metadata_path,
     number,
     run_main,
@@ -199,7 +200,7 @@ def make_trainings(args, data, folder):
     options = [
         f"--epochs={args.epochs}",
         f"--subset={args.subset}",
-        f"--dataset={data.name}",
+        f"--dataset={dataset_option(data.name)}",
         f"--lr={args.lr}",
         f"--dtype={args.dtype}",
         f"--seed={args.seed}",
@@ -535,9 +536,10 @@ def main(argv=None):
         stopping = []
     for signum in stopping:
         signal.signal(signum, signal.default_int_handler)
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     style = Style(sys.stdout, args.ascii)
-    name = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}[data.name]
+    known_names = {"cifar10": "CIFAR-10", "synthetic": "SYNTHETIC DATA, not CIFAR-10"}
+    name = known_names.get(data.name, data.name)
     images = f"{len(data.y_train):,} images"
     title = f"{name}, {images}, {plural(args.epochs, 'epoch')}, batch {args.batch_size} in all"
 

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import (
+    IMAGE_SHAPE,
     MEAN,
     MIB,
     MODELS,
@@ -59,12 +60,13 @@ from common import (
     TrainingError,
     augment,
     blas_warning,
+    check_network_size,
     count_correct,
     draw_augmentation,
     epoch_order,
     limit_blas_threads,
     load_batch,
-    load_cifar10,
+    load_dataset,
     make_model,
     make_optimizer,
     make_parser,
@@ -72,6 +74,7 @@ from common import (
     run_main,
     save_and_stop,
     softmax_cross_entropy,
+    winograd_fits,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -105,26 +108,28 @@ typedef unsigned char byte;
 
 // === 1. Data =================================================================================
 
-// x (batch, 32, 32, 3) = the images at `index`, augmented and normalised; y (batch) = their labels.
+// x (batch, HEIGHT, WIDTH, CHANNELS) = the images at `index`, augmented and normalised; y (batch) =
+// their labels.
 // aug_params: 81 flip + 9 dy + dx for each image of the data set, or null for no augmentation.
-KERNEL load_images(int n, const byte *images, const byte *labels, const int *index,
-                   const byte *aug_params, real *x, byte *y)
+// The sizes are constants, those of the data set: dividing by a constant is a multiplication.
+KERNEL load_images(int n, const byte *images, const int *labels, const int *index,
+                   const byte *aug_params, real *x, int *y)
 {
     ELEMENT_INDEX(i, n);
-    int c = i % 3;
-    int column = i / 3 % 32;
-    int row = i / 96 % 32;
-    int image = i / 3072;
+    int c = i % CHANNELS;
+    int column = i / CHANNELS % WIDTH;
+    int row = i / (WIDTH * CHANNELS) % HEIGHT;
+    int image = i / (HEIGHT * WIDTH * CHANNELS);
     int source = index[image];
-    if (i % 3072 == 0) y[image] = labels[source];
+    if (i % (HEIGHT * WIDTH * CHANNELS) == 0) y[image] = labels[source];
     if (aug_params) {
         int params = aug_params[source];
-        column = (params / 81 ? 31 - column : column) + params % 9 - PAD;
+        column = (params / 81 ? WIDTH - 1 - column : column) + params % 9 - PAD;
         row += params / 9 % 9 - PAD;
     }
     int value = 0;  // a crop may reach beyond the image, where pixels are black
-    if (0 <= row && row < 32 && 0 <= column && column < 32)
-        value = images[((source * 32 + row) * 32 + column) * 3 + c];
+    if (0 <= row && row < HEIGHT && 0 <= column && column < WIDTH)
+        value = images[((source * HEIGHT + row) * WIDTH + column) * CHANNELS + c];
     const real scale[] = SCALE;
     const real shift[] = SHIFT;
     x[i] = value * scale[c] - shift[c];
@@ -631,7 +636,7 @@ KERNEL relu_backward(int n, real *dout, const real *out)
 // dlogits (batch, classes) = softmax - one-hot label, and in sums[3] the summed loss and how many
 // labels are the largest and among the five largest logits; `add`: added to what is there. One
 // block, a thread for each image: that is little work, and so the sums need no second launch.
-KERNEL softmax_cross_entropy(const real *logits, const byte *labels, int batch, int classes,
+KERNEL softmax_cross_entropy(const real *logits, const int *labels, int batch, int classes,
                              int add, real *dlogits, double *sums)
 {
     __shared__ double shared[3][THREADS];
@@ -704,17 +709,24 @@ KERNEL adam(int n, real *w, const real *grads, real *m, real *v, real lr, real b
 """
 
 
-def kernel_source(dtype) -> str:
-    """The kernels for float32 or float64, after the constants that they share with common.py."""
-    std = np.array(STD)
+def kernel_source(dtype, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD) -> str:
+    """The kernels for float32 or float64, after the constants that they are compiled with.
+
+    image_shape: (H, W, C); mean, std: one number for each channel. All three are the data set's.
+    """
+    std = np.array(std)
+    h, w, c = image_shape
     constants = {
         "real": {4: "float", 8: "double"}[np.dtype(dtype).itemsize],
         "PAD": PAD,
         "THREADS": THREADS,
         "COLUMNS": COLUMNS,
         "ROWS": ROWS,
+        "HEIGHT": h,
+        "WIDTH": w,
+        "CHANNELS": c,
         "SCALE": _array_literal(1 / (255 * std)),
-        "SHIFT": _array_literal(np.array(MEAN) / std),
+        "SHIFT": _array_literal(np.array(mean) / std),
     }
     source = "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
@@ -766,9 +778,17 @@ class Cpu:
 
     def __init__(self, dtype):
         self.dtype = np.dtype(dtype)
+        self.mean = MEAN
+        self.std = STD
 
-    def make_model(self, name, seed):
-        return make_model(name, seed, self.dtype)
+    def put_data(self, data):
+        """The data set on the device, which from here on loads images of its size."""
+        self.mean = data.mean
+        self.std = data.std
+        return data
+
+    def make_model(self, name, seed, image_shape=IMAGE_SHAPE, classes=10):
+        return make_model(name, seed, self.dtype, image_shape, classes)
 
     def make_optimizer(self, model, args):
         return make_optimizer(model, args)
@@ -782,14 +802,14 @@ class Cpu:
         return array
 
     def load(self, images, labels, index, aug_params=None):
-        """The batch at `index`: x (n, 32, 32, 3), normalised, and labels (n,).
+        """The batch at `index`: x (n, H, W, C), normalised, and labels (n,).
 
         aug_params: those of all images, from draw_augmentation(); None for no augmentation.
         """
         if aug_params is None:
-            return load_batch(images, labels, index, self.dtype)
-        augmented = augment(images[index], aug_params[index])
-        return load_batch(augmented, labels[index], slice(None), self.dtype)
+            return load_batch(images, labels, index, self.dtype, self.mean, self.std)
+        images = augment(images[index], aug_params[index])
+        return load_batch(images, labels[index], slice(None), self.dtype, self.mean, self.std)
 
     def loss(self, logits, labels, sums=None):
         """dlogits and [summed loss, top-1, top-5]; the latter added to `sums` if given."""
@@ -835,15 +855,35 @@ class Gpu:
         number = cupy.cuda.Device().id
         self.name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
         self.uuid = gpu_uuid(number)
-        self.module = cupy.RawModule(code=kernel_source(dtype), options=("--std=c++14",))
-        self.functions = {}
+        self.compile(IMAGE_SHAPE, MEAN, STD)
         self.gemm = Cublas(self.dtype, self.stream, tf32).gemm
 
     # -- what the training needs, as of Cpu --------------------------------------------------------
 
-    def make_model(self, name, seed):
+    def compile(self, image_shape, mean, std):
+        """Compile the kernels for a data set; CuPy does so when the first of them is called."""
+        source = kernel_source(self.dtype, image_shape, mean, std)
+        self.module = self.cupy.RawModule(code=source, options=("--std=c++14",))
+        self.functions = {}
+
+    def put_data(self, data):
+        largest = max(data.x_train.size, data.x_test.size)
+        if largest >= 2**31:
+            raise InputError(
+                f"{largest:,} values in the images, the kernels count to 2^31: use a smaller "
+                "--subset, or prepare the data with a smaller --image-size"
+            )
+        self.compile(data.image_shape, data.mean, data.std)
+        return data._replace(
+            x_train=self.put(data.x_train),
+            y_train=self.put(data.y_train.astype(np.int32)),
+            x_test=self.put(data.x_test),
+            y_test=self.put(data.y_test.astype(np.int32)),
+        )
+
+    def make_model(self, name, seed, image_shape=IMAGE_SHAPE, classes=10):
         layers = {"cnn": cnn_layers, "resnet18": resnet18_layers}[name]
-        model = GpuModel(layers(seed, self.dtype))
+        model = GpuModel(layers(seed, self.dtype, image_shape, classes))
         model.to_device(self)
         return model
 
@@ -860,7 +900,7 @@ class Gpu:
 
     def load(self, images, labels, index, aug_params=None):
         x = self.workspace("x", (len(index), *images.shape[1:]))
-        y = self.workspace("y", (len(index),), np.uint8)
+        y = self.workspace("y", (len(index),), np.int32)
         self.elementwise("load_images", x.size, images, labels, index, aug_params, x, y)
         return x, y
 
@@ -1231,11 +1271,19 @@ class GpuConv2D(GpuLayer, Conv2D):
 
 
 class GpuConvReLUPool(GpuConv2D):
-    """ConvReLUPool by im2col: bias, ReLU and pooling in one kernel after the product."""
+    """ConvReLUPool by im2col: bias, ReLU and pooling in one kernel after the product.
+
+    H and W: even.
+    """
 
     def forward(self, x):
         self.x_shape = x.shape
         n, h, w, c = self._out_shape(x.shape)
+        if h % 2 or w % 2:
+            raise InputError(
+                f"GpuConvReLUPool takes images of 2n x 2m pixels, not {h}x{w}: prepare the data "
+                "with an --image-size that is a multiple of 4"
+            )
         y = self.gpu.workspace("before pooling", (n, h, w, c))
         self._convolve(x, y)
         pooled = (n, h // 2, w // 2, c)
@@ -1373,17 +1421,27 @@ class GpuBatchNorm2D(GpuLayer, BatchNorm2D):
 class GpuBasicBlock(Layer):
     """BasicBlock. Its additions, one forward and one backward, are done by the kernel before them.
 
+    conv: the class of the 3x3 convolutions with stride 1.
     "dadd" and "dshortcut" are the gradients at the two ends of the shortcut.
     """
 
-    def __init__(self, in_channels, out_channels, stride=1, *, rng=None, dtype=np.float32):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        stride=1,
+        conv=GpuWinogradConv2D,
+        *,
+        rng=None,
+        dtype=np.float32,
+    ):
         options = {"bias": False, "rng": np.random.default_rng(rng), "dtype": dtype}
         if stride == 1:
-            self.conv1 = GpuWinogradConv2D(in_channels, out_channels, **options)
+            self.conv1 = conv(in_channels, out_channels, **options)
         else:
             self.conv1 = GpuConv2D(in_channels, out_channels, stride=stride, **options)
         self.norm1 = GpuBatchNorm2D(out_channels, relu=True, dtype=dtype)
-        self.conv2 = GpuWinogradConv2D(out_channels, out_channels, **options)
+        self.conv2 = conv(out_channels, out_channels, **options)
         self.norm2 = GpuBatchNorm2D(out_channels, relu=True, dtype=dtype)
         self.shortcut = []
         if stride != 1 or in_channels != out_channels:
@@ -1456,33 +1514,43 @@ class GpuDense(GpuLayer, Dense):
 # --------------------------------------------------------------------------------------------------
 
 
-def cnn_layers(seed, dtype):
-    """The layers of common.make_cnn(), with the same weights from the same seed."""
+def cnn_layers(seed, dtype, image_shape=IMAGE_SHAPE, classes=10):
+    """The layers of common.make_cnn(), with the same weights from the same seed.
+
+    image_shape: (H, W, C). An own network: return a list of its layers here.
+    """
+    check_network_size("cnn", image_shape)
+    h, w, channels = image_shape
+    conv2 = GpuWinogradReLUPool if winograd_fits(h // 2, w // 2) else GpuConvReLUPool
     rng = np.random.default_rng(seed)
     return [
-        GpuConvReLUPool(3, 32, rng=rng, dtype=dtype),
-        GpuWinogradReLUPool(32, 64, rng=rng, dtype=dtype),
+        GpuConvReLUPool(channels, 32, rng=rng, dtype=dtype),
+        conv2(32, 64, rng=rng, dtype=dtype),
         Flatten(),
-        GpuDense(64 * 8 * 8, 256, relu=True, rng=rng, dtype=dtype),
-        GpuDense(256, 10, std=OUTPUT_STD, rng=rng, dtype=dtype),
+        GpuDense(64 * (h // 4) * (w // 4), 256, relu=True, rng=rng, dtype=dtype),
+        GpuDense(256, classes, std=OUTPUT_STD, rng=rng, dtype=dtype),
     ]
 
 
-def resnet18_layers(seed, dtype):
+def resnet18_layers(seed, dtype, image_shape=IMAGE_SHAPE, classes=10):
     """The layers of common.make_resnet18(), with the same weights from the same seed."""
+    h, w, channels = image_shape
     rng = np.random.default_rng(seed)
     layers = [
-        GpuConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+        GpuConv2D(channels, 64, bias=False, rng=rng, dtype=dtype),
         GpuBatchNorm2D(64, relu=True, dtype=dtype),
     ]
     channels = 64
     for width in (64, 128, 256, 512):
         first_stride = 1 if width == 64 else 2
         for stride in (first_stride, 1):
-            layers.append(GpuBasicBlock(channels, width, stride, rng=rng, dtype=dtype))
+            h = -(-h // stride)  # rounded up, as a 3x3 convolution with padding 1 does
+            w = -(-w // stride)
+            conv = GpuWinogradConv2D if winograd_fits(h, w) else GpuConv2D
+            layers.append(GpuBasicBlock(channels, width, stride, conv, rng=rng, dtype=dtype))
             channels = width
     layers.append(GpuGlobalAvgPool())
-    layers.append(GpuDense(512, 10, std=OUTPUT_STD, rng=rng, dtype=dtype))
+    layers.append(GpuDense(512, classes, std=OUTPUT_STD, rng=rng, dtype=dtype))
     return layers
 
 
@@ -1712,7 +1780,9 @@ def train(device, model, optimizer, data, args, log, checkpoint, stop, steps):
         if running:
             end_batch(running, log)
         log.end_training()
-        loss, top1, top5, loading = evaluate(device, model, data, args.batch_size)
+        loss, top1, top5, loading = evaluate(
+            device, model, data, args.batch_size, confusion=log.confusion
+        )
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
@@ -1729,10 +1799,11 @@ def end_batch(batch, log):
     require_finite(loss, "loss", log)
 
 
-def evaluate(device, model, data, batch_size):
+def evaluate(device, model, data, batch_size, confusion=None):
     """Mean loss, top-1 and top-5 accuracy on the test images, and seconds spent loading batches.
 
-    Results are summed on the device and read once.
+    Results are summed on the device and read once. confusion: (K, K) zeros on the host, in which
+    each image is counted at [its label, predicted class].
     """
     model.train(False)
     n = len(data.y_test)
@@ -1740,12 +1811,18 @@ def evaluate(device, model, data, batch_size):
     sums = device.put(np.zeros(3))
     index = device.put(np.arange(n, dtype=np.int32))
     timer = PhaseTimer(device)
+    predicted = []
     for start in range(0, n, batch_size):
         with timer.timed("loading"):
             batch = index[start : start + batch_size]
             x, labels = device.load(data.x_test, data.y_test, batch)
-        device.loss(model.forward(x), labels, sums)
+        logits = model.forward(x)
+        device.loss(logits, labels, sums)
+        predicted.append(logits.argmax(axis=1))
     model.train(True)
+    if confusion is not None:
+        predicted = np.concatenate([device.get(classes) for classes in predicted])
+        np.add.at(confusion, (device.get(data.y_test), predicted), 1)
     loss, top1, top5 = device.start_read(sums)()
     loading = sum(seconds for _, seconds in timer.seconds())
     return loss / n, top1 / n, top5 / n, loading
@@ -1775,15 +1852,10 @@ def main(argv=None):
         args.graph = False
         args.tf32 = "off"
 
-    # The whole data set, 184 MB, goes to the device: no batch waits for the host.
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    data = data._replace(
-        x_train=device.put(data.x_train),
-        y_train=device.put(data.y_train),
-        x_test=device.put(data.x_test),
-        y_test=device.put(data.y_test),
-    )
-    model = device.make_model(args.model, args.seed)
+    # The whole data set, 184 MB of CIFAR-10, goes to the device: no batch waits for the host.
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
+    data = device.put_data(data)
+    model = device.make_model(args.model, args.seed, data.image_shape, len(data.classes))
     optimizer = device.make_optimizer(model, args)
     steps = make_steps(device, model, optimizer, data, args)
 

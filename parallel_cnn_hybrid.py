@@ -55,6 +55,7 @@ from numba import get_thread_id, njit, prange
 
 from common import (
     CACHE_BYTES,
+    IMAGE_SHAPE,
     MODELS,
     SGD,
     WINOGRAD_G,
@@ -67,8 +68,11 @@ from common import (
     ConvReLUPool,
     Dense,
     InputError,
+    Layer,
+    MaxPool2D,
     Model,
     OverlapReducer,
+    ReLU,
     RunLog,
     SharedMemoryReducer,
     StopSignal,
@@ -104,6 +108,7 @@ from common import (
     shard,
     softmax_cross_entropy,
     warn_if_oversubscribed,
+    winograd_fits,
 )
 
 
@@ -571,6 +576,30 @@ class ThreadedConvReLUPool(ConvReLUPool):
         conv_pool_backward(self.x, dout, self.argmax, dWs, dbs, *self.thread_buffers, products)
         dWs.sum(axis=0, out=self.dW.reshape(W_shape))
         dbs.sum(axis=0, out=self.db)
+
+
+class ThreadedConvThenPool(Layer):
+    """Convolution, ReLU and 2×2 pooling one after the other: any image size, but more traffic."""
+
+    def __init__(self, in_channels, out_channels, *, rng=None, dtype=np.float32):
+        self.conv = ThreadedConv2D(in_channels, out_channels, rng=rng, dtype=dtype)
+        self.layers = [self.conv, ReLU(), MaxPool2D(2)]
+
+    def leaves(self):
+        yield from self.layers
+
+    def forward(self, x):
+        """x (N, H, W, C_in) → (N, H // 2, W // 2, C_out)"""
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dout):
+        """dout (N, H // 2, W // 2, C_out) → dx (N, H, W, C_in), or None if nobody needs it."""
+        self.conv.requires_input_grad = self.requires_input_grad
+        for layer in reversed(self.layers):
+            dout = layer.backward(dout)
+        return dout
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1236,25 +1265,42 @@ class ThreadedBasicBlock(BasicBlock):
 # --------------------------------------------------------------------------------------------------
 
 
-def make_stem(rng, dtype):
+def make_stem(channels, rng, dtype):
     """The first layers of ResNet-18."""
     return [
-        ThreadedConv2D(3, 64, bias=False, rng=rng, dtype=dtype),
+        ThreadedConv2D(channels, 64, bias=False, rng=rng, dtype=dtype),
         ThreadedNormReLU(64, dtype=dtype),
     ]
 
 
-def make_model(name: str, seed: int, dtype) -> Model:
-    """The network that --model names, of threaded layers."""
+def make_model(name: str, seed: int, dtype, image_shape=IMAGE_SHAPE, classes: int = 10) -> Model:
+    """The network that --model names, of threaded layers, for images (H, W, C).
+
+    An own network: return Model([...]) with a list of its layers here.
+    """
+    sizes = {"image_shape": image_shape, "classes": classes}
     if name == "cnn":
+        h, w, _ = image_shape
+        is_even = h % 2 == 0 and w % 2 == 0
+        has_tiles = winograd_fits(h // 2, w // 2)
         return make_cnn(
             seed,
             dtype,
-            conv1=ThreadedConvReLUPool,
-            conv2=ThreadedWinogradReLUPool,
+            conv1=ThreadedConvReLUPool if is_even else ThreadedConvThenPool,
+            conv2=ThreadedWinogradReLUPool if has_tiles else ThreadedConvThenPool,
             dense=ThreadedDense,
+            **sizes,
         )
-    return make_resnet18(seed, dtype, stem=make_stem, block=ThreadedBasicBlock, dense=ThreadedDense)
+    return make_resnet18(
+        seed,
+        dtype,
+        conv=ThreadedWinogradConv2D,
+        plain_conv=ThreadedConv2D,
+        stem=make_stem,
+        block=ThreadedBasicBlock,
+        dense=ThreadedDense,
+        **sizes,
+    )
 
 
 def choose_threads(args: argparse.Namespace, comm) -> int:
@@ -1328,7 +1374,7 @@ def start_threads(threads: int):
     raise InputError(f"Numba's threads do not start: {problem}: unset NUMBA_THREADING_LAYER")
 
 
-def compile_kernels(name: str, dtype, comm) -> float:
+def compile_kernels(name: str, dtype, comm, image_shape=IMAGE_SHAPE, classes: int = 10) -> float:
     """Compile all kernels by using them once; returns the seconds that it took.
 
     Rank 0 first: it writes them to Numba's cache on disk, from where the others load them.
@@ -1339,8 +1385,8 @@ def compile_kernels(name: str, dtype, comm) -> float:
     started = time.perf_counter()
     for is_my_turn in (comm.rank == 0, comm.rank != 0):
         if is_my_turn:
-            model = make_model(name, 0, dtype)
-            logits = model.forward(np.zeros((2, 32, 32, 3), dtype))
+            model = make_model(name, 0, dtype, image_shape, classes)
+            logits = model.forward(np.zeros((2, *image_shape), dtype))
             _, dlogits = softmax_cross_entropy(logits, np.zeros(2, np.uint8))
             model.backward(dlogits)
             ThreadedSGD(model).step(2)
@@ -1388,7 +1434,9 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
                 # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
-                x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)
+                x, labels = load_batch(
+                    data.x_train, data.y_train, own_index, args.dtype, data.mean, data.std
+                )
 
             with log.timed("forward"):
                 logits = model.forward(x)
@@ -1432,6 +1480,9 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
             data.x_test[test],
             data.y_test[test],
             reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
+            mean=data.mean,
+            std=data.std,
+            confusion=log.confusion,
         )
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
@@ -1460,7 +1511,10 @@ def main(argv=None):
     dtype = np.dtype(args.dtype)
     threads = collective(comm, lambda: choose_threads(args, comm))
     warn_if_oversubscribed(comm, threads)
-    compile_seconds = compile_kernels(args.model, dtype, comm)
+    data = load_data_collectively(args, comm)
+    sizes = (data.image_shape, len(data.classes))
+    model = make_model(args.model, args.seed, dtype, *sizes)
+    compile_seconds = compile_kernels(args.model, dtype, comm, *sizes)
     warning = blas_warning()
     if comm.rank == 0:
         if not args.quiet:
@@ -1472,8 +1526,6 @@ def main(argv=None):
         if warning:
             print(warning, file=sys.stderr)
 
-    data = load_data_collectively(args, comm)
-    model = make_model(args.model, args.seed, dtype)
     optimizer = make_optimizer(model, args, sgd=ThreadedSGD, adam=ThreadedAdam)
     reducer = make_reducer(comm, model, optimizer, args)
 

@@ -363,6 +363,19 @@ def state_of_rank(reducer, optimizer):
 
 
 # --------------------------------------------------------------------------------------------------
+# The network, the same on every rank
+# --------------------------------------------------------------------------------------------------
+
+
+def make_network(args, image_shape, classes):
+    """The network that --model names, for images (H, W, C).
+
+    An own network: return Model([...]) with a list of its layers here.
+    """
+    return make_model(args.model, args.seed, np.dtype(args.dtype), image_shape, classes)
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 
@@ -394,7 +407,9 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
                 # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
-                x, labels = load_batch(data.x_train, data.y_train, own_index, args.dtype)
+                x, labels = load_batch(
+                    data.x_train, data.y_train, own_index, args.dtype, data.mean, data.std
+                )
 
             with log.timed("forward"):
                 logits = model.forward(x)
@@ -443,6 +458,9 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
             data.x_test[test],
             data.y_test[test],
             reduce=lambda sums: comm.Allreduce(MPI.IN_PLACE, sums),
+            mean=data.mean,
+            std=data.std,
+            confusion=log.confusion,
         )
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
@@ -499,7 +517,7 @@ def main(argv=None):
         print(warning, file=sys.stderr)
 
     data = load_data_collectively(args, comm)
-    model = make_model(args.model, args.seed, np.dtype(args.dtype))
+    model = make_network(args, data.image_shape, len(data.classes))
     optimizer = make_optimizer(model, args)
     reducer = make_reducer(comm, model, optimizer, args)
 

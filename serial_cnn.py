@@ -31,6 +31,7 @@ import sys
 import numpy as np
 
 from common import (
+    IMAGE_SHAPE,
     MODELS,
     OUTPUT_STD,
     BasicBlock,
@@ -49,18 +50,20 @@ from common import (
     WinogradConv2D,
     WinogradReLUPool,
     blas_warning,
+    check_network_size,
     count_correct,
     epoch_order,
     evaluate,
     limit_blas_threads,
     load_batch,
-    load_cifar10,
+    load_dataset,
     make_optimizer,
     make_parser,
     require_finite,
     run_main,
     save_and_stop,
     softmax_cross_entropy,
+    winograd_fits,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -171,49 +174,57 @@ class Im2colConv2D(Conv2D):
 CONV_RUNGS = ("loops", "im2col", "blocked", "fused", "winograd")
 
 
-def make_layers(model, conv, rng, dtype):
-    """The layers of --model with the convolutions of --conv; the same weights on all rungs."""
+def make_layers(model, conv, rng, dtype, image_shape=IMAGE_SHAPE, classes=10):
+    """The layers of --model with the convolutions of --conv; the same weights on all rungs.
+
+    image_shape: (H, W, C). An own network: return a list of its layers here.
+    """
+    h, w, channels = image_shape
     options = {"rng": rng, "dtype": dtype}
     plain = {"loops": LoopConv2D, "im2col": Im2colConv2D, "blocked": Conv2D, "fused": Conv2D}
 
     if model == "cnn":
+        check_network_size(model, image_shape)
         # Rungs 1 to 3 compute convolution, ReLU and pooling one after the other. Rungs 4 and 5 do
         # it in one pass, while a few images are in the cache: less traffic to memory.
-        if conv == "winograd":
-            features = [ConvReLUPool(3, 32, **options), WinogradReLUPool(32, 64, **options)]
-        elif conv == "fused":
-            features = [ConvReLUPool(3, 32, **options), ConvReLUPool(32, 64, **options)]
+        if conv == "winograd" and winograd_fits(h // 2, w // 2):
+            features = [ConvReLUPool(channels, 32, **options), WinogradReLUPool(32, 64, **options)]
+        elif conv in ("fused", "winograd"):
+            features = [ConvReLUPool(channels, 32, **options), ConvReLUPool(32, 64, **options)]
         else:
             Conv = plain[conv]
-            first = [Conv(3, 32, **options), ReLU(), MaxPool2D(2)]
+            first = [Conv(channels, 32, **options), ReLU(), MaxPool2D(2)]
             second = [Conv(32, 64, **options), ReLU(), MaxPool2D(2)]
             features = first + second
         return [
             *features,
             Flatten(),
-            Dense(64 * 8 * 8, 256, **options),
+            Dense(64 * (h // 4) * (w // 4), 256, **options),
             ReLU(),
-            Dense(256, 10, std=OUTPUT_STD, **options),
+            Dense(256, classes, std=OUTPUT_STD, **options),
         ]
 
     # ResNet-18 has no pooling after its convolutions, so "fused" is "blocked" here. Winograd's
-    # filtering needs stride 1: the few other convolutions are blocked.
-    Conv = WinogradConv2D if conv == "winograd" else plain[conv]
+    # filtering needs stride 1 and whole tiles: the other convolutions are blocked.
     OtherConv = Conv2D if conv == "winograd" else plain[conv]
-    layers = [OtherConv(3, 64, bias=False, **options), BatchNorm2D(64, dtype=dtype), ReLU()]
+    layers = [OtherConv(channels, 64, bias=False, **options), BatchNorm2D(64, dtype=dtype), ReLU()]
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
+            h = -(-h // stride)  # rounded up, as a 3×3 convolution with padding 1 does
+            w = -(-w // stride)
+            Conv = WinogradConv2D if conv == "winograd" and winograd_fits(h, w) else OtherConv
             block = BasicBlock(channels, width, stride, conv=Conv, other_conv=OtherConv, **options)
             layers.append(block)
             channels = width
-    return [*layers, GlobalAvgPool(), Dense(512, 10, std=OUTPUT_STD, **options)]
+    return [*layers, GlobalAvgPool(), Dense(512, classes, std=OUTPUT_STD, **options)]
 
 
-def make_model(args):
+def make_model(args, image_shape=IMAGE_SHAPE, classes=10):
     """The network that --model and --conv name; your own layers go into make_layers."""
     rng = np.random.default_rng(args.seed)
-    return Model(make_layers(args.model, args.conv, rng, np.dtype(args.dtype)))
+    dtype = np.dtype(args.dtype)
+    return Model(make_layers(args.model, args.conv, rng, dtype, image_shape, classes))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +243,9 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
         for batch in range(log.batch, batches):
             with log.timed("loading"):
                 index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
-                x, labels = load_batch(data.x_train, data.y_train, index, args.dtype)
+                x, labels = load_batch(
+                    data.x_train, data.y_train, index, args.dtype, data.mean, data.std
+                )
 
             with log.timed("forward"):
                 logits = model.forward(x)
@@ -252,7 +265,14 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
                 checkpoint.save()
 
         log.end_training()
-        loss, top1, top5, loading = evaluate(model, data.x_test, data.y_test)
+        loss, top1, top5, loading = evaluate(
+            model,
+            data.x_test,
+            data.y_test,
+            mean=data.mean,
+            std=data.std,
+            confusion=log.confusion,
+        )
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
@@ -276,8 +296,8 @@ def main(argv=None):
     if warning:
         print(warning, file=sys.stderr)
 
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-    model = make_model(args)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
+    model = make_model(args, data.image_shape, len(data.classes))
     optimizer = make_optimizer(model, args)
     log = RunLog(args, __file__, data)
     checkpoint = Checkpoint(args, log, model, optimizer)

@@ -4,6 +4,7 @@ The images come from memory, from a folder of pictures or from S3 (downloaded fi
 picture by picture, or read in shards of thousands). Worker threads prepare batches ahead of the
 training. The log separates waiting for data from total time, batch by batch. Every source but S3
 shards gives the same images in the same order with the same augmentation, whatever --workers is.
+--model file.py:Net trains a network of one's own.
 
     make train-cifar
     make train-cifar-s3
@@ -34,6 +35,8 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
+import inspect
 import io
 import ipaddress
 import itertools
@@ -48,6 +51,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import types
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,18 +67,20 @@ if os.environ.get("RANK"):
     # OpenMP, which PyTorch loads, would bind the threads of every process to the same cores.
     os.environ["OMP_PROC_BIND"] = "false"
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
 
 from common import (
+    CLASSES,
+    DATASET_FILE,
     FETCH_TRAIN,
     FETCH_VALIDATE,
+    IMAGE_SHAPE,
     MEAN,
     MIB,
     OUTPUT_STD,
     PAD,
-    RECORD_BYTES,
     STD,
     InputError,
     RunLog,
@@ -84,17 +90,21 @@ from common import (
     atomic_write,
     augment,
     available_cores,
+    check_network_size,
     check_outputs,
     cpu_flags,
     cpu_quota,
+    dataset_option,
+    describe_folder,
     draw_augmentation,
     epoch_order,
     expand_home,
     import_torchvision,
     keep_freed_memory,
+    label_type,
     launched_processes,
     load_batch,
-    load_cifar10,
+    load_dataset,
     make_parser,
     make_synthetic,
     make_torch_optimizer,
@@ -119,8 +129,17 @@ KEPT_SHARDS = 3 * SHUFFLED_SHARDS  # shards in memory at once
 MANIFEST = "manifest.json"
 MAX_CHECKSUM_ERRORS = 3  # times that an object may arrive damaged
 
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")  # beside train/
+# What file managers, archivers and file systems put beside pictures
+STRAY_NAMES = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini")
+MAX_CLASSES = 1000
+EXIF_ORIENTATION = 0x0112
+HAS_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # in Pillow's info
+STATISTICS_OF = 5000  # pictures from which their mean and deviation are taken
+
 RANK = os.environ.get("RANK", "")  # of this process; torchrun sets it
 RANK = int(RANK) if RANK.isdecimal() else 0
+MODELS = ("resnet50", "resnet18", "cnn")
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -134,25 +153,29 @@ class LoadingError(TrainingError):
 # --------------------------------------------------------------------------------------------------
 
 
-def make_model(name: str) -> nn.Module:
-    """The network of that name: (N, 3, 32, 32) → logits (N, 10).
+def make_model(name: str, image_shape: tuple = IMAGE_SHAPE, classes: int = 10) -> nn.Module:
+    """The network of that name for images of image_shape (H, W, C): (N, C, H, W) → (N, classes).
 
-    `cnn` is the network of common.make_cnn(), the others are torchvision's ResNets with a stem for
-    small images.
+    `cnn` is the network of common.make_cnn(), `resnet18` and `resnet50` are torchvision's with a
+    stem for small images; `file.py:Net` is an own one.
     """
+    if ":" in name:
+        return make_own_model(name, image_shape, classes)
+    h, w, channels = image_shape
     if name != "cnn":
-        return make_torch_resnet(name)
+        return make_torch_resnet(name, channels=channels, classes=classes)
+    check_network_size(name, image_shape)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
+        nn.Conv2d(channels, 32, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),  # 32 × 32 → 16 × 16
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),  # 16 × 16 → 8 × 8
         nn.Flatten(),  # 64 channels × 8 × 8 = 4096
-        nn.Linear(4096, 256),
+        nn.Linear(64 * (h // 4) * (w // 4), 256),
         nn.ReLU(),
-        nn.Linear(256, 10),
+        nn.Linear(256, classes),
     )
     for layer in model:
         if hasattr(layer, "weight"):
@@ -162,15 +185,61 @@ def make_model(name: str) -> nn.Module:
     return model
 
 
+def make_own_model(name: str, image_shape: tuple, classes: int) -> nn.Module:
+    """The network `file.py:Net`, called with num_classes if it takes that, and tried once.
+
+    Raises InputError, with the line, if it cannot be made or returns another shape than logits.
+    """
+    file, _, attribute = name.rpartition(":")
+    h, w, channels = image_shape
+    x = torch.zeros(2, channels, h, w)
+    doing = f"cannot be loaded from {file}"
+    try:
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports
+        spec.loader.exec_module(module)
+        make = getattr(module, attribute)
+        takes = inspect.signature(make).parameters.values()
+        has_classes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in takes)
+        net = make(num_classes=classes) if has_classes else make()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"it is a {type(net).__name__}, not an nn.Module")
+        doing = f"cannot take images (2, {channels}, {h}, {w})"
+        with torch.no_grad():
+            shape = tuple(net.eval()(x).shape)
+    except Exception as error:  # anything may be wrong in somebody's own file
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve() == Path(file).resolve()]
+        line = f", line {own[-1].lineno}" if own else ""
+        raise InputError(
+            f"--model {name}: {doing}{line}: {type(error).__name__}: {error}"
+        ) from None
+    if shape != (2, classes):
+        raise InputError(
+            f"--model {name}: it returns {shape} for 2 images, (2, {classes}) is needed: one logit "
+            f"for each of {classes} classes; a network that takes num_classes is told the number"
+        )
+    return net.train()
+
+
 # --------------------------------------------------------------------------------------------------
-# Sources of images: memory, a GPU's memory, one batch, a folder of pictures
+# Sources of images: memory, a GPU's memory, one batch, pictures on disk
 # --------------------------------------------------------------------------------------------------
 
 
 class ImageSource:
-    """Images that are read by index, by several threads at once. labels: (N,) uint8."""
+    """Images that are read by index, by several threads at once.
+
+    labels: (N,) uint8 or uint16. image_shape: (H, W, C). mean, std: with which a batch is
+    normalised, one number for each channel.
+    """
 
     labels: np.ndarray
+    image_shape: tuple = IMAGE_SHAPE
+    mean: tuple = MEAN
+    std: tuple = STD
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The order (N,) of the epoch's images, a function of (seed, epoch) alone."""
@@ -180,29 +249,35 @@ class ImageSource:
         """Announce the indices that read() will be asked for; a source may fetch them ahead."""
 
     def read(self, index: np.ndarray):
-        """The images (n, 32, 32, 3) and labels (n,), both uint8, with these indices (n,)."""
+        """The images (n, H, W, C) uint8 and labels (n,) with these indices (n,)."""
         raise NotImplementedError
 
 
 class InMemorySource(ImageSource):
-    """Images in memory, (N, 32, 32, 3) uint8."""
+    """Images in memory, (N, H, W, C) uint8."""
 
-    def __init__(self, images, labels):
+    def __init__(self, images, labels, mean=MEAN, std=STD):
         self.images = images
         self.labels = labels
+        self.image_shape = tuple(images.shape[1:])
+        self.mean = mean
+        self.std = std
 
     def read(self, index):
         return self.images[index], self.labels[index]
 
 
 class DeviceSource(ImageSource):
-    """Images in the memory of a GPU: CIFAR-10 takes 180 MB there, and no batch crosses the bus."""
+    """An InMemorySource in the memory of a GPU: no batch crosses the bus. CIFAR-10: 180 MB."""
 
-    def __init__(self, images, labels, device):
-        self.labels = labels
+    def __init__(self, source: InMemorySource, device):
+        self.labels = source.labels
+        self.image_shape = source.image_shape
+        self.mean = source.mean
+        self.std = source.std
         # np.array() copies: PyTorch warns of arrays that are mapped read-only.
-        self._images = torch.from_numpy(np.array(images)).to(device)
-        self._labels = torch.from_numpy(np.array(labels)).to(device)
+        self._images = torch.from_numpy(np.array(source.images)).to(device)
+        self._labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
 
     def read(self, index):
         index = torch.from_numpy(index).to(self._images.device)
@@ -222,82 +297,295 @@ class OneBatchSource(ImageSource):
 
 
 class ImageFolderSource(ImageSource):
-    """Pictures on disk, each read when it is needed.
+    """Pictures on disk, each read when it is needed. pictures: a list of Picture."""
 
-    The folder holds `<number>_<label>.png` (or jpg), or one folder for each class; `classes` are
-    the names of those. subset: take only so many, the first ones.
-    """
-
-    SUFFIXES = (".png", ".jpg", ".jpeg")
-    NUMBERED = re.compile(r"(\d+)_(\d+)\.(?:png|jpe?g)", re.IGNORECASE)
-
-    def __init__(self, folder: Path, subset: int | None = None):
-        self.classes = []
-        found = self._find_numbered(folder)
-        if not found and folder.is_dir():
-            folders = [f.name for f in folder.iterdir() if f.is_dir()]
-            self.classes = sorted(name for name in folders if not name.startswith("."))
-            found = self._find_by_class(folder)
-        found = sorted(found)[:subset]
-        if not found:
-            raise InputError(
-                f"{folder}: no pictures there: give --data-dir a folder with train/ and test/, "
-                "each with <number>_<label>.png files or a folder for each class; "
-                "--export makes one"
-            )
-        for _, label, path in found:
-            if label > 9:
-                raise InputError(f"{path}: its label is over 9: the networks have ten classes")
-        self.paths = [path for _, _, path in found]
-        self.labels = np.array([label for _, label, _ in found], np.uint8)
-
-    def _find_numbered(self, folder):
-        """[(number, label, path)] of the pictures in the folder itself."""
-        found = []
-        for entry in os.scandir(folder) if folder.is_dir() else ():
-            match = self.NUMBERED.fullmatch(entry.name)
-            if match:
-                found.append((int(match[1]), int(match[2]), entry.path))
-            elif entry.name.lower().endswith(self.SUFFIXES):
-                raise InputError(
-                    f"{entry.path}: the file name has no label: name it <number>_<label>.png"
-                )
-        return found
-
-    def _find_by_class(self, folder):
-        """The same of the pictures in class folders, numbered within each class.
-
-        Sorted by number the classes alternate, so that a subset has all of them.
-        """
-        found = []
-        for label, name in enumerate(self.classes):
-            paths = [p for p in (folder / name).iterdir() if p.suffix.lower() in self.SUFFIXES]
-            for number_in_class, path in enumerate(sorted(paths)):
-                found.append((number_in_class, label, str(path)))
-        return found
+    def __init__(self, pictures: list, image_shape: tuple = IMAGE_SHAPE, deep=(0.0, 65535.0)):
+        self.paths = [picture.path for picture in pictures]
+        labels = [picture.label for picture in pictures]
+        self.labels = np.array(labels, label_type(range(max(labels) + 1)))
+        self.image_shape = image_shape
+        self.deep = deep
 
     def read(self, index):
-        images = [self._read_picture(self.paths[i]) for i in index]
+        images = [read_picture(self.paths[i], self.image_shape, self.deep) for i in index]
         return np.stack(images), self.labels[index]
 
-    def _read_picture(self, path):
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise LoadingError(f"{path} cannot be read ({error.strerror}): put it back") from None
-        return decode_picture(data, path)
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: folders of them as people have them, in any format that Pillow reads
+#
+# experiments/import_data.py reads them in the same way, once; here each is read when it is needed.
+# --------------------------------------------------------------------------------------------------
 
 
-def decode_picture(data, name: str) -> np.ndarray:
-    """The pixels (32, 32, 3) uint8 of a PNG or JPEG file; LoadingError with its name if not."""
+class Picture(NamedTuple):
+    """A picture file and its label."""
+
+    path: str
+    label: int
+
+
+class PictureInfo(NamedTuple):
+    """What examine_picture() finds."""
+
+    size: tuple  # (H, W), upright
+    is_gray: bool
+    low: float  # the least and largest value of a picture with more than 8 bits, otherwise 0, 255
+    high: float
+
+
+def list_pictures(folder: Path, notes: list | None = None) -> list[tuple[int, str, str]]:
+    """[(number, class name, path)] of the files in a folder, in the order of the numbers.
+
+    The classes are the folders in it, with files at any depth, and the numbers count within each;
+    or, without folders, files are named <number>_<class>.<ending>. Sorted by number the classes
+    alternate, so that a subset has all of them. Hidden and stray files are left out. notes: gets a
+    sentence for each folder that is empty.
+    """
+
+    def visible(path):
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        return [e for e in entries if e.name[0] != "." and e.name.lower() not in STRAY_NAMES]
+
+    def files_below(path):
+        for entry in visible(path):
+            if entry.is_dir():
+                yield from files_below(entry.path)
+            else:
+                yield entry.path
+
+    found = []
+    class_folders = [entry for entry in visible(folder) if entry.is_dir()]
+    for entry in class_folders:
+        files = list(files_below(entry.path))
+        if any(is_picture_name(path) or examine_picture(path, decode=False) for path in files):
+            found += [(i, entry.name, path) for i, path in enumerate(files)]
+        elif notes is not None:
+            notes.append(f"{entry.path}: no pictures in it, so no class")
+    if not class_folders:
+        for entry in visible(folder):
+            # A label has no leading zeros: 20240131_000012.jpg is a date and a time.
+            match = re.fullmatch(r"(\d+)_(0|[1-9]\d*|[^\W\d][^.]*)\.\w+", entry.name)
+            if match:
+                found.append((int(match[1]), match[2], entry.path))
+            elif is_picture_name(entry.path):
+                raise InputError(
+                    f"{entry.path}: the file name has no label: name it <number>_<label>.png, or "
+                    "make a folder for each class"
+                )
+    return sorted(found)
+
+
+def array_to_picture(pixels: np.ndarray) -> Image.Image:
+    """A Pillow picture of an image (H, W, C), C = 1 for gray or 3 for red, green, blue."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def read_picture(path: str, image_shape: tuple, deep: tuple) -> np.ndarray:
+    """decode_picture() of a file, resized."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise LoadingError(f"{path} cannot be read ({error.strerror}): put it back") from None
+    return decode_picture(data, path, image_shape, resize=True, deep=deep)
+
+
+def is_picture_name(path: str) -> bool:
+    """Whether the file's ending is that of a picture."""
+    return Path(path).suffix.lower() in Image.registered_extensions()
+
+
+def label_pictures(train: list, test: list, names: tuple = ()) -> tuple[list, list, tuple]:
+    """Lists of Picture from those of list_pictures(), and the names of the classes, which are
+    `names` if given. Raises InputError for a class that has no training pictures."""
+    found = {name for _, name, _ in train}
+    are_numbers = all(name.isdecimal() for name in found)
+    in_files = all(Path(path).stem.endswith(f"_{name}") for _, name, path in train)
+    if not names and are_numbers:
+        numbers = sorted(map(int, found))
+        # A label in a file name counts from 0, and some classes may have no picture; folders are
+        # classes by themselves, whatever number is their name.
+        if in_files and numbers and numbers[-1] < MAX_CLASSES:
+            numbers = range(numbers[-1] + 1)
+        names = tuple(map(str, numbers))
+    names = names or tuple(sorted(found))
+    labels = {name: label for label, name in enumerate(names)}
+    if are_numbers and in_files:  # the files have numbers, `names` says what they mean
+        labels.update({str(label): label for label in range(len(names))})
+
+    lists = []
+    for pictures in (train, test):
+        for _, name, path in pictures:
+            if name not in labels:
+                raise InputError(
+                    f"{path}: class {name} has no training pictures: give train/ and test/ the "
+                    f"same classes (train/ has {', '.join(sorted(found)[:20])})"
+                )
+        lists.append([Picture(path, labels[name]) for _, name, path in pictures])
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise InputError(f"{len(names)} classes: 2 to {MAX_CLASSES} can be trained")
+    return *lists, names
+
+
+def examine_picture(path: str, decode: bool = True) -> PictureInfo | None:
+    """What a file has in it, whatever its ending; None if it is no picture and not named like one.
+
+    decode: look at every pixel, and not at the head of the file alone. Raises LoadingError for what
+    cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
             width, height = picture.size
-            if (width, height) == (32, 32):
-                return np.asarray(picture.convert("RGB"))
+            if picture.getexif().get(EXIF_ORIENTATION, 1) >= 5:  # EXIF: the camera was held upright
+                width, height = height, width
+            low, high = 0.0, 255.0
+            if is_deep(picture):
+                values = np.asarray(picture)
+                low, high = float(values.min()), float(values.max())
+            elif decode:
+                picture.load()
+            is_gray = picture.mode in ("1", "L", "LA", "La") or is_deep(picture)
+            return PictureInfo((height, width), is_gray, low, high)
+    except UnidentifiedImageError:
+        if is_picture_name(path):
+            raise LoadingError(f"{path} cannot be decoded: it is no picture") from None
+        return None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error …
+        if getattr(error, "strerror", None):  # the system's, not Pillow's
+            raise LoadingError(f"{path} cannot be read ({error.strerror})") from None
+        raise LoadingError(f"{path} cannot be decoded ({error})") from None
+
+
+def is_deep(picture) -> bool:
+    """Whether a Pillow picture is gray with more than 8 bits: 16 or 32, or floating point."""
+    return picture.mode[0] in "IF"
+
+
+def value_range(infos: list[PictureInfo]) -> tuple[float, float]:
+    """Which values of gray pictures with more than 8 bits become 0 and 255, the same for all.
+
+    Whole numbers: from 0 to the largest that as many bits can have as the largest value needs.
+    Floating point from 0 to 1: that range. Anything else: from the least value to the largest.
+    """
+    low = min((info.low for info in infos), default=0.0)
+    high = max((info.high for info in infos), default=255.0)
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    if low >= 0 and all(info.high == int(info.high) for info in infos):
+        return 0.0, float(max(2 ** int(high).bit_length() - 1, 255))
+    return low, high
+
+
+def decode_picture(
+    data: bytes, name: str, image_shape: tuple = IMAGE_SHAPE, resize=False, deep=(0.0, 65535.0)
+) -> np.ndarray:
+    """The pixels (H, W, C) uint8 of a picture file, turned upright as its EXIF says.
+
+    image_shape: (H, W, C), C = 1 for gray or 3 for red, green, blue; transparency is ignored.
+    resize: scale, with antialiasing, until the picture just covers H × W pixels, and take their
+    middle. deep: what becomes 0 and 255 of gray values with more than 8 bits, as value_range() has
+    it. Raises LoadingError with the name.
+    """
+    h, w, channels = image_shape
+    try:
+        with open_picture(io.BytesIO(data)) as picture:
+            picture.load()
+            if picture.format == "TIFF" or not HAS_EXIF.isdisjoint(picture.info):  # saves time
+                picture = ImageOps.exif_transpose(picture)
+            if is_deep(picture):
+                low, high = deep
+                values = (np.asarray(picture, np.float64) - low) * (255 / ((high - low) or 1))
+                picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+            if "transparency" in picture.info:  # of a palette: Pillow wants it as a channel first
+                picture = picture.convert("RGBA")
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            if resize and picture.size != (w, h):
+                picture = ImageOps.fit(picture, (w, h), Image.Resampling.BICUBIC)
+            width, height = picture.size
+            pixels = np.asarray(picture).reshape(height, width, channels)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error …
         raise LoadingError(f"{name} cannot be decoded ({error}): replace it") from None
-    raise LoadingError(f"{name} has {width}x{height} pixels, not 32x32: replace it")
+    if (height, width) != (h, w):
+        raise LoadingError(f"{name} has {width}x{height} pixels, not {w}x{h}: replace it")
+    return pixels
+
+
+def open_picture(file) -> Image.Image:
+    """Image.open(), which tries a dozen formats one after the other, with the usual ones first."""
+    try:
+        return Image.open(file, formats=("PNG", "JPEG"))
+    except UnidentifiedImageError:
+        file.seek(0)
+        return Image.open(file)
+
+
+class PictureSet(NamedTuple):
+    """Pictures that have been examined, and how to decode them: decode_picture()'s arguments."""
+
+    train: list  # of Picture
+    test: list
+    image_shape: tuple
+    deep: tuple
+    notes: list  # sentences for the user: what was left out, or changed
+
+
+def examine_pictures(
+    train: list, test: list, image_size=None, skip_damaged=False, decode=True, map=map
+) -> PictureSet:
+    """Look into the files of two lists of Picture before they are used.
+
+    image_size: side in pixels; default: the pictures' own size if all have the same, else 32.
+    skip_damaged: leave out what cannot be decoded, instead of an InputError. decode: as in
+    examine_picture(). map: a parallel one, perhaps.
+    """
+    notes = []
+    splits = []
+    infos = []
+    damaged = []
+    strays = []
+    for pictures in (train, test):
+        kept = []
+        examined = map(functools.partial(try_to_examine, decode=decode), pictures)
+        for picture, info in zip(pictures, examined, strict=True):
+            if isinstance(info, LoadingError):
+                damaged.append(str(info))
+            elif info is None:
+                strays.append(picture.path)
+            else:
+                kept.append(picture)
+                infos.append(info)
+        splits.append(kept)
+    if damaged and not skip_damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        raise InputError(f"{damaged[0]}{more}: replace it, or leave such out with --skip-damaged")
+    if damaged:
+        notes.append(f"left out, damaged: {len(damaged)}, the first: {damaged[0]}")
+    if strays:
+        notes.append(f"passed over, no pictures: {len(strays)} files, the first: {strays[0]}")
+
+    sizes = collections.Counter(info.size for info in infos)
+    h, w = next(iter(sizes)) if len(sizes) == 1 else (32, 32)
+    if image_size:
+        h, w = image_size, image_size
+    if len(sizes) > 1:
+        some = ", ".join(f"{width}x{height}" for (height, width), _ in sizes.most_common(3))
+        notes.append(f"{len(sizes)} sizes ({some}{' …' * (len(sizes) > 3)}): resized to {w}x{h}")
+    elif image_size and (h, w) not in sizes:
+        notes.append(f"resized to {w}x{h}")
+    image_shape = (h, w, 1 if all(info.is_gray for info in infos) else 3)
+    deep_infos = [info for info in infos if (info.low, info.high) != (0.0, 255.0)]
+    deep = value_range(deep_infos)
+    if deep_infos:
+        notes.append(f"{len(deep_infos)} of more than 8 bits: {deep[0]:g} to {deep[1]:g} scaled")
+    return PictureSet(*splits, image_shape, deep, notes)
+
+
+def try_to_examine(picture: Picture, decode: bool):
+    """examine_picture(), with a LoadingError returned, not raised."""
+    try:
+        return examine_picture(picture.path, decode)
+    except LoadingError as error:
+        return error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,6 +896,7 @@ class Bucket:
             )
         content = json.loads(body)
         manifest = {"dataset": content["dataset"], "fingerprint": digest.decode()}
+        manifest["about"] = describe_data(content)
         for kind, rows in content["objects"].items():
             manifest[kind] = [ManifestEntry(*row) for row in rows]
         return manifest
@@ -732,15 +1021,32 @@ def describe_answer(status: int, reason: str, text: str) -> S3Failure:
     return S3Failure(words, is_permanent or status == 507, remedy, code)
 
 
+def describe_data(content: dict) -> dict:
+    """image_shape, classes, mean and std from a manifest; older ones are of CIFAR-10's."""
+    return {
+        "image_shape": tuple(content.get("image_shape", IMAGE_SHAPE)),
+        "classes": tuple(content.get("classes", CLASSES)),
+        "mean": tuple(content.get("mean", MEAN)),
+        "std": tuple(content.get("std", STD)),
+    }
+
+
 class S3Pictures(ImageSource):
     """Pictures in a bucket, each fetched when it is needed. Nothing is kept.
 
     Each of `readers` threads that call read() may have IN_FLIGHT requests under way.
     """
 
-    def __init__(self, bucket: Bucket, entries: Sequence[ManifestEntry], readers: int = 1):
+    def __init__(
+        self,
+        bucket: Bucket,
+        entries: Sequence[ManifestEntry],
+        readers: int = 1,
+        image_shape: tuple = IMAGE_SHAPE,
+    ):
         self.bucket = bucket
         self.entries = entries
+        self.image_shape = image_shape
         self.labels = labels_of(entries)
         self._pool = ThreadPoolExecutor(IN_FLIGHT * max(readers, 1))
 
@@ -750,7 +1056,8 @@ class S3Pictures(ImageSource):
         images = []
         # map() keeps the order of the entries, whichever arrives first.
         for entry, data in zip(entries, self._pool.map(fetch, entries), strict=True):
-            images.append(decode_picture(data, self.bucket.describe(entry.name)))
+            name = self.bucket.describe(entry.name)
+            images.append(decode_picture(data, name, self.image_shape))
         return np.stack(images), self.labels[index]
 
 
@@ -761,9 +1068,20 @@ class S3Shards(ImageSource):
     shards on disk. readers: threads that fetch; with at least one, they fetch ahead of the use.
     """
 
-    def __init__(self, bucket: Bucket, entries, labels, cache_dir=None, readers: int = 0):
+    def __init__(
+        self,
+        bucket: Bucket,
+        entries,
+        labels,
+        cache_dir=None,
+        readers: int = 0,
+        image_shape: tuple = IMAGE_SHAPE,
+        classes: int = 10,
+    ):
         self.bucket = bucket
         self.labels = labels
+        self.image_shape = image_shape
+        self.classes = classes
         self.cache_dir = Path(cache_dir) if cache_dir else None
         # Shard s has the images bounds[s] to bounds[s + 1] - 1. After the last label no image is
         # wanted: a subset may end within a shard.
@@ -802,17 +1120,17 @@ class S3Shards(ImageSource):
         return np.searchsorted(self.bounds, index, side="right") - 1
 
     def read(self, index):
-        images = np.empty((len(index), 32, 32, 3), np.uint8)
-        labels = np.empty(len(index), np.uint8)
+        images = np.empty((len(index), *self.image_shape), np.uint8)
+        labels = np.empty(len(index), self.labels.dtype)
         shard_of = self._shard_of(index)
         for s in np.unique(shard_of):
             here = shard_of == s  # the places in the batch that this shard fills
             records = self._get_records(s)[index[here] - self.bounds[s]]
-            images[here], labels[here] = decode_records(records)
+            images[here], labels[here] = decode_records(records, self.image_shape)
         return images, labels
 
     def _get_records(self, s):
-        """The records (n, RECORD_BYTES) uint8 of shard s; starts to fetch the next shards too."""
+        """The records (n, bytes) uint8 of shard s; starts to fetch the next shards too."""
         with self._lock:
             # A Future takes the place of the records at once, so that several threads that need a
             # shard wait for the same request.
@@ -838,10 +1156,16 @@ class S3Shards(ImageSource):
         if data is None:
             data = self.bucket.fetch(self.bucket.client(), entry)
             self._write_cache(entry, data)
-        records = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
-        if len(records) != entry.images or records[:, 0].max() > 9:
+        record_bytes = self.labels.itemsize + math.prod(self.image_shape)
+        problem = len(data) != entry.images * record_bytes
+        if not problem:
+            records = np.frombuffer(data, np.uint8).reshape(-1, record_bytes)
+            _, labels = decode_records(records, self.image_shape)
+            problem = labels.max() >= self.classes
+        if problem:
             place = self.bucket.describe(entry.name)
-            raise LoadingError(f"{place}: not {entry.images} images with labels up to 9")
+            last = self.classes - 1
+            raise LoadingError(f"{place}: not {entry.images} images with labels up to {last}")
         return records
 
     def _read_cache(self, entry):
@@ -868,22 +1192,27 @@ class S3Shards(ImageSource):
 def labels_of(entries: Sequence[ManifestEntry]) -> np.ndarray:
     """The labels (N,) of pictures, in which their names end: "train/00012_7.png"."""
     labels = [int(re.search(r"_(\d+)\.\w+$", entry.name)[1]) for entry in entries]
-    return np.array(labels, np.uint8)
+    return np.array(labels, label_type(range(max(labels, default=0) + 1)))
 
 
 def encode_records(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Images (n, 32, 32, 3) and labels (n,) in CIFAR-10's binary layout, (n, RECORD_BYTES) uint8:
-    label, red plane, green plane, blue plane."""
-    records = np.empty((len(labels), RECORD_BYTES), np.uint8)
-    records[:, 0] = labels
-    records[:, 1:] = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
+    """Images (n, H, W, C) and labels (n,) in CIFAR-10's binary layout, (n, bytes) uint8: the label
+    in one byte (uint16: in two, the lower first), then a plane for each channel."""
+    label_bytes = labels.itemsize
+    records = np.empty((len(labels), label_bytes + math.prod(images.shape[1:])), np.uint8)
+    little_endian = np.ascontiguousarray(labels, labels.dtype.newbyteorder("<"))
+    records[:, :label_bytes] = little_endian.view(np.uint8).reshape(-1, label_bytes)
+    records[:, label_bytes:] = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
     return records
 
 
-def decode_records(records: np.ndarray):
-    """The reverse of encode_records(): images (n, 32, 32, 3) and labels (n,)."""
-    planes = records[:, 1:].reshape(-1, 3, 32, 32)
-    return planes.transpose(0, 2, 3, 1), records[:, 0]
+def decode_records(records: np.ndarray, image_shape: tuple = IMAGE_SHAPE):
+    """The reverse of encode_records(): images (n, H, W, C) and labels (n,)."""
+    h, w, channels = image_shape
+    label_bytes = records.shape[1] - math.prod(image_shape)
+    planes = records[:, label_bytes:].reshape(-1, channels, h, w)
+    labels = np.ascontiguousarray(records[:, :label_bytes]).view(f"<u{label_bytes}")
+    return planes.transpose(0, 2, 3, 1), labels[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1032,7 +1361,7 @@ def autocast(context: TrainContext):
 def load_batches(
     source: ImageSource, indices: list, augmentation, context: TrainContext, waiting=None
 ) -> Iterator:
-    """Yield x (n, 3, 32, 32) float32, normalised, and labels (n,) int64 for each index (n,).
+    """Yield x (n, C, H, W) float32, normalised, and labels (n,) int64 for each index (n,).
 
     augmentation: (seed, epoch), None for none. waiting: as in WorkerPool.map().
     """
@@ -1047,13 +1376,13 @@ def load_batches(
 
 
 class TorchvisionImages(torch.utils.data.Dataset):
-    """Image i, transformed, (3, 32, 32) float32, and its label."""
+    """Image i, transformed, (C, H, W) float32, and its label."""
 
     def __init__(self, source: InMemorySource, augment: bool):
         transforms = import_torchvision().transforms
-        steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        steps = [transforms.ToTensor(), transforms.Normalize(source.mean, source.std)]
         if augment:
-            crop = transforms.RandomCrop(32, padding=PAD)
+            crop = transforms.RandomCrop(source.image_shape[:2], padding=PAD)
             steps = [crop, transforms.RandomHorizontalFlip(), *steps]
         self.transform = transforms.Compose(steps)
         self.source = source
@@ -1062,7 +1391,7 @@ class TorchvisionImages(torch.utils.data.Dataset):
         return len(self.source.labels)
 
     def __getitem__(self, i):
-        image = Image.fromarray(self.source.images[i])
+        image = array_to_picture(self.source.images[i])
         return self.transform(image), int(self.source.labels[i])
 
 
@@ -1092,7 +1421,8 @@ def torchvision_batches(source, indices, augmentation, context) -> Iterator:
 def whole_batches(source, indices, augmentation, context, waiting=None) -> Iterator:
     """load_batches() with whole arrays, by threads ahead of the training."""
     if isinstance(source, OneBatchSource):  # made once, given again and again
-        x, labels = finish_batch(*prepare_batch(source, None, context, indices[0]), context)
+        batch = prepare_batch(source, None, context, indices[0])
+        x, labels = finish_batch(*batch, context, source.mean, source.std)
         for index in indices:
             yield x[: len(index)], labels[: len(index)]
         return
@@ -1103,7 +1433,7 @@ def whole_batches(source, indices, augmentation, context, waiting=None) -> Itera
         source.set_read_order(np.concatenate(indices))
     prepare = functools.partial(prepare_batch, source, aug_params, context)
     for batch in context.workers.map(prepare, indices, waiting):
-        yield finish_batch(*batch, context)
+        yield finish_batch(*batch, context, source.mean, source.std)
 
 
 def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
@@ -1118,16 +1448,16 @@ def prepare_batch(source: ImageSource, aug_params, context, index: np.ndarray):
         return images, labels, aug_params
     if aug_params is not None:
         images = augment(images, aug_params)
-    x, labels = load_batch(images, labels, slice(None))
+    x, labels = load_batch(images, labels, slice(None), mean=source.mean, std=source.std)
     return x, labels, None
 
 
-def finish_batch(images, labels, aug_params, context):
-    """The consumer's part: images (n, 32, 32, 3) to the device, and there from uint8 to float32."""
+def finish_batch(images, labels, aug_params, context, mean=MEAN, std=STD):
+    """The consumer's part: images (n, H, W, C) to the device, and there from uint8 to float32."""
     x = torch.as_tensor(images).to(context.device, non_blocking=True)
     labels = torch.as_tensor(labels).to(context.device, non_blocking=True)
     if x.dtype is torch.uint8:
-        x = augment_and_normalize(x, aug_params)
+        x = augment_and_normalize(x, aug_params, mean, std)
     x = x.permute(0, 3, 1, 2)  # a view: NHWC in memory is what PyTorch calls channels_last
     x = x.contiguous(memory_format=context.memory_format)
     labels = labels.long()
@@ -1136,26 +1466,28 @@ def finish_batch(images, labels, aug_params, context):
     return x, labels
 
 
-def augment_and_normalize(images: torch.Tensor, aug_params=None) -> torch.Tensor:
-    """common.augment() and normalisation with PyTorch: (n, 32, 32, 3) uint8 → float32."""
+def augment_and_normalize(
+    images: torch.Tensor, aug_params=None, mean=MEAN, std=STD
+) -> torch.Tensor:
+    """common.augment() and normalisation with PyTorch: (n, H, W, C) uint8 → float32."""
     if aug_params is not None:
         images = augment_tensor(images, torch.from_numpy(aug_params).to(images.device))
-    # (images / 255 - MEAN) / STD as one multiplication and one addition
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    # (images / 255 - mean) / std as one multiplication and one addition
+    mean = torch.tensor(mean, device=images.device)
+    std = torch.tensor(std, device=images.device)
     return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
 def augment_tensor(images: torch.Tensor, aug_params: torch.Tensor) -> torch.Tensor:
-    """common.augment() for tensors: images (n, 32, 32, 3) and aug_params (n,), both uint8.
+    """common.augment() for tensors: images (n, H, W, C) and aug_params (n,), both uint8.
 
     A parameter is flip · 81 + dy · 9 + dx: whether to mirror, and the corner of the crop.
     """
     aug_params = aug_params.long()
-    size = images.shape[1]
-    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))  # (n, 40, 40, 3)
-    # A view with all 9 × 9 crops of each image, (n, 9, 9, 32, 32, 3), from which one is taken.
-    crops = padded.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
+    _, h, w, _ = images.shape
+    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))  # (n, H + 8, W + 8, C)
+    # A view with all 9 × 9 crops of each image, (n, 9, 9, H, W, C), from which one is taken.
+    crops = padded.unfold(1, h, 1).unfold(2, w, 1).permute(0, 1, 2, 4, 5, 3)
     image = torch.arange(len(images), device=images.device)
     out = crops[image, aug_params // 9 % 9, aug_params % 9]
     flip = (aug_params // 81 == 1)[:, None, None, None]
@@ -1174,11 +1506,13 @@ class Data(NamedTuple):
     test: ImageSource
     name: str
     fingerprint: str
+    classes: tuple = CLASSES
     bucket: Bucket | None = None  # where the images come from, if it is one
     fetch_rows: tuple = ()  # (type, columns) of the log's rows about downloading
 
     y_train = property(lambda self: self.train.labels)  # as a common.Dataset has them
     y_test = property(lambda self: self.test.labels)
+    image_shape = property(lambda self: self.train.image_shape)
 
 
 def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
@@ -1191,10 +1525,14 @@ def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
     elif args.source == "disk":
         data = open_folder(args)
     elif args.source == "builtin":
-        dataset = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
-        train = InMemorySource(dataset.x_train, dataset.y_train)
-        test = InMemorySource(dataset.x_test, dataset.y_test)
-        data = Data(train, test, dataset.name, dataset.fingerprint)
+        if args.cpu_default and (data_folder(args) / DATASET_FILE).exists():
+            everything = load_dataset(args.data_dir, args.dataset)  # mapped, not read
+            args.subset = min(args.subset, len(everything.y_train))
+        dataset = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
+        statistics = (dataset.mean, dataset.std)
+        train = InMemorySource(dataset.x_train, dataset.y_train, *statistics)
+        test = InMemorySource(dataset.x_test, dataset.y_test, *statistics)
+        data = Data(train, test, dataset.name, dataset.fingerprint, dataset.classes)
     else:
         data = open_bucket(args, context.workers)
 
@@ -1207,8 +1545,8 @@ def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
         args.subset = available
     in_memory = isinstance(data.train, InMemorySource)
     if context.device.type == "cuda" and in_memory and context.loader == "batched":
-        train = DeviceSource(data.train.images, data.y_train, context.device)
-        test = DeviceSource(data.test.images, data.y_test, context.device)
+        train = DeviceSource(data.train, context.device)
+        test = DeviceSource(data.test, context.device)
         data = data._replace(train=train, test=test)
     return data
 
@@ -1220,18 +1558,91 @@ def split_sizes(args):
     return (("train", args.subset), ("test", max(args.subset // 5, 1)))
 
 
+def data_folder(args) -> Path:
+    """The folder that --data-dir or $CIFAR10_DIR names."""
+    return Path(expand_home(args.data_dir or os.environ.get("CIFAR10_DIR") or "data"))
+
+
 def open_folder(args):
     """The Data in the folders train/ and test/ of --data-dir."""
-    root = Path(expand_home(args.data_dir or os.environ.get("CIFAR10_DIR") or "data"))
-    train, test = (ImageFolderSource(root / split, n) for split, n in split_sizes(args))
-    if train.classes != test.classes:  # a label is a place in these lists
+    root = data_folder(args)
+    test_folders = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not test_folders:
         raise InputError(
-            f"{root}: train/ has the classes {', '.join(train.classes) or 'in the names'}, test/ "
-            f"{', '.join(test.classes) or 'in the names'}: give both the same"
+            f"no pictures in {root}, {describe_folder(root)}: give --data-dir a folder with train/ "
+            "and test/, each with <number>_<label>.png files or a folder for each class; --export "
+            "makes one"
         )
-    names = "\n".join(os.path.relpath(path, root) for path in train.paths + test.paths)
-    fingerprint = hashlib.sha256(names.encode()).hexdigest()
-    return Data(train, test, f"pictures in {root}", fingerprint)
+    about = read_local_manifest(root)
+    names = about["classes"] if about else read_class_names(root)
+    notes = []
+    lists = [list_pictures(folder, notes) for folder in (root / "train", test_folders[0])]
+    if not all(lists):
+        raise InputError(f"no pictures in {root}: train/ or test/ is empty")
+    train, test, classes = label_pictures(*lists, names)
+    if not args.skip_damaged:  # otherwise it is not known yet which are the first ones
+        train, test = cut_to_subset(args, train, test)
+    with ThreadPoolExecutor(len(available_cores())) as pool:
+        pictures = examine_pictures(
+            train, test, args.image_size, args.skip_damaged, not args.load_only, pool.map
+        )
+        train, test = cut_to_subset(args, pictures.train, pictures.test)
+        if not train or not test:
+            raise InputError(f"no pictures in {root}: none is left in train/ or in test/")
+        sources = [ImageFolderSource(p, pictures.image_shape, pictures.deep) for p in (train, test)]
+        mean, std = (about["mean"], about["std"]) if about else statistics_of(sources[0], pool.map)
+    for source in sources:
+        source.mean = mean
+        source.std = std
+    if RANK == 0:
+        for note in (*notes, *pictures.notes):
+            print(f"pictures in {root}: {note}", flush=True)
+
+    paths = [os.path.relpath(picture.path, root) for picture in (*train, *test)]
+    fingerprint = hashlib.sha256("\n".join(paths).encode()).hexdigest()
+    return Data(*sources, f"pictures in {root}", fingerprint, classes)
+
+
+def cut_to_subset(args, *lists):
+    """The lists of the training and of the test set, as --subset says."""
+    return [pictures[:n] for pictures, (_, n) in zip(lists, split_sizes(args), strict=True)]
+
+
+def read_local_manifest(root: Path) -> dict | None:
+    """describe_data() of a folder that --export has made; None if it is another folder."""
+    try:
+        _, _, body = (root / MANIFEST).read_bytes().partition(b"\n")
+        return describe_data(json.loads(body))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def read_class_names(root: Path) -> tuple:
+    """The lines of labels.txt or its like; () if there is none: the folders have the names."""
+    for name in ("labels.txt", "classes.txt", "batches.meta.txt"):
+        if (root / name).is_file():
+            lines = (root / name).read_text(errors="replace").splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    return ()
+
+
+def statistics_of(source: ImageFolderSource, map=map) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of each channel, on a scale from 0 to 1, of at most
+    STATISTICS_OF pictures that are spread over the source."""
+    n = len(source.labels)
+    count = min(n, STATISTICS_OF)
+    index = np.arange(count) * n // count
+    sums = np.zeros(source.image_shape[2])
+    squares = np.zeros_like(sums)
+    for images, _ in map(source.read, np.array_split(index, -(-count // 64))):
+        values = images.reshape(-1, source.image_shape[2]) / 255
+        sums += values.sum(axis=0)
+        squares += np.square(values).sum(axis=0)
+    values = count * math.prod(source.image_shape[:2])
+    mean = sums / values
+    deviation = np.sqrt(np.maximum(squares / values - mean**2, 0))
+    deviation[deviation < 1e-3] = 1  # a channel that is the same everywhere
+    return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
 def open_bucket(args, workers):
@@ -1243,17 +1654,23 @@ def open_bucket(args, workers):
     fetch_rows = []
     try:
         manifest = bucket.manifest()
+        about = manifest["about"]
+        classes = about["classes"]
+        image_shape = about["image_shape"]
         for split, n in split_sizes(args):
             pictures = manifest[split][:n]
             shards = manifest[f"{split}_shards"]
             if args.s3_mode == "stream":
-                source = S3Pictures(bucket, pictures, args.workers)
+                source = S3Pictures(bucket, pictures, args.workers, image_shape)
             else:
-                labels = labels_of(pictures)
-                source = S3Shards(bucket, shards, labels, args.cache_dir, args.workers)
+                labels = labels_of(pictures).astype(label_type(classes))
+                sizes = (image_shape, len(classes))
+                source = S3Shards(bucket, shards, labels, args.cache_dir, args.workers, *sizes)
             if args.s3_mode == "download":
                 source, row = download(source, workers)
                 fetch_rows.append((FETCH_TRAIN if split == "train" else FETCH_VALIDATE, row))
+            source.mean = about["mean"]
+            source.std = about["std"]
             sources.append(source)
     except BaseException:
         bucket.stop()  # no thread goes on retrying
@@ -1261,7 +1678,7 @@ def open_bucket(args, workers):
     # Shards have an order of their own, which --resume needs again.
     order = "-shards" if args.s3_mode == "shards" else ""
     fingerprint = manifest["fingerprint"] + order
-    return Data(*sources, manifest["dataset"], fingerprint, bucket, tuple(fetch_rows))
+    return Data(*sources, manifest["dataset"], fingerprint, classes, bucket, tuple(fetch_rows))
 
 
 def download(source: S3Shards, workers: WorkerPool) -> tuple[InMemorySource, dict]:
@@ -1269,7 +1686,7 @@ def download(source: S3Shards, workers: WorkerPool) -> tuple[InMemorySource, dic
     start = time.time()
     clock = time.perf_counter()
     waiting = 0.0
-    images = np.empty((len(source.labels), 32, 32, 3), np.uint8)
+    images = np.empty((len(source.labels), *source.image_shape), np.uint8)
     labels = np.empty_like(source.labels)
     shards = [np.arange(first, end) for first, end in itertools.pairwise(source.bounds)]
     arriving = workers.map(source.read, shards)
@@ -1293,7 +1710,7 @@ def open_data_on_all(args: argparse.Namespace, context: TrainContext) -> Data:
     torch.distributed.broadcast_object_list(name, 0)  # the others wait here
     if group.rank:
         if args.source == "builtin":
-            args.dataset = name[0]  # no second download, no second warning
+            args.dataset = dataset_option(name[0])  # no second download, no second warning
         data = open_data(args, context)
     return data
 
@@ -1406,7 +1823,7 @@ def train(model, net, optimizer, scaler, data, args, context, log, checkpoint, s
         position = copy.deepcopy(log.state_dict())
         log.end_training()
         with saved_if_loading_fails(checkpoint, position):
-            loss, top1, top5, loading = evaluate(net, data.test, context)
+            loss, top1, top5, loading = evaluate(net, data.test, context, confusion=log.confusion)
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
@@ -1444,14 +1861,20 @@ def saved_if_loading_fails(checkpoint, position: dict | None = None):
 
 
 def count_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
-    """How many labels (n,) have the largest, and one of the five largest, logits (n, 10)."""
-    hits = logits.detach().float().topk(5).indices == labels[:, None]  # (n, 5)
+    """How many labels (n,) have the largest, and one of the five largest, logits (n, classes)."""
+    best = min(5, logits.shape[1])  # there may be fewer classes
+    hits = logits.detach().float().topk(best).indices == labels[:, None]  # (n, 5)
     return hits[:, 0].sum().item(), hits.sum().item()  # .item() waits for the GPU
 
 
 @torch.inference_mode()
-def evaluate(net, source: ImageSource, context: TrainContext, batch_size: int = TEST_BATCH):
-    """Mean loss, top-1 and top-5 accuracy over all processes, and seconds spent loading."""
+def evaluate(
+    net, source: ImageSource, context: TrainContext, batch_size: int = TEST_BATCH, confusion=None
+):
+    """Mean loss, top-1 and top-5 accuracy over all processes, and seconds spent loading.
+
+    confusion: (K, K) zeros, in which each image is counted at [its label, predicted class].
+    """
     group = context.group
     net.eval()  # batch normalisation with running statistics, not with those of the batch
     if group.size > 1:
@@ -1477,8 +1900,12 @@ def evaluate(net, source: ImageSource, context: TrainContext, batch_size: int = 
             logits = net(x).float()
         loss = F.cross_entropy(logits, labels, reduction="sum").item()
         sums += (loss, *count_correct(logits, labels))
+        if confusion is not None:
+            np.add.at(confusion, (labels.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()), 1)
     net.train()
     loss, top1, top5 = group.sum(*sums.tolist())
+    if confusion is not None and group.size > 1:
+        confusion[...] = np.reshape(group.sum(*confusion.ravel().tolist()), confusion.shape)
     return loss / n, top1 / n, top5 / n, loading
 
 
@@ -1522,7 +1949,8 @@ def train_once(args, data, context) -> dict:
     # Rung "--memory-format channels_last": the channels of a pixel lie side by side, as the fastest
     # convolutions of oneDNN and cuDNN read them; nchw tensors they reorder first, each time. It
     # costs nothing, but an operation that does not know the format reorders the tensor back.
-    net = make_model(args.model).to(device, memory_format=context.memory_format)
+    net = make_model(args.model, data.image_shape, len(data.classes))
+    net = net.to(device, memory_format=context.memory_format)
     optimizer = make_torch_optimizer(net, args)
     scaler = torch.amp.GradScaler(device.type, enabled=context.amp is torch.float16)
 
@@ -1539,7 +1967,7 @@ def train_once(args, data, context) -> dict:
         model = nn.parallel.DistributedDataParallel(model, device_ids)
     batches = global_batches(len(data.y_train), args.global_batch_size, group.size)
     sizes = {len(group.shard(range(start, end))) for start, end in batches}
-    warm_up(model, net, sorted(sizes), context)
+    warm_up(model, net, sorted(sizes), context, data.image_shape)
 
     log = make_log(args, data, context)
     parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -1559,15 +1987,18 @@ def train_once(args, data, context) -> dict:
     return log.metadata["totals"]
 
 
-def warm_up(model, net, sizes: Iterable[int], context: TrainContext) -> None:
+def warm_up(
+    model, net, sizes: Iterable[int], context: TrainContext, image_shape=IMAGE_SHAPE
+) -> None:
     """Let the libraries choose and build their kernels for batches of these sizes.
 
     That is not training time; a compiled network is compiled here. net stays as it was.
     """
     # Running statistics of batch normalisation change in each forward pass.
     buffers = [buffer.clone() for buffer in net.buffers()]
+    h, w, channels = image_shape
     for size in sizes:
-        x = torch.zeros(size, 3, 32, 32, device=context.device)
+        x = torch.zeros(size, channels, h, w, device=context.device)
         x = x.contiguous(memory_format=context.memory_format)
         with autocast(context):
             model(x).float().sum().backward()
@@ -1625,7 +2056,7 @@ def train_seeds(args, data, context) -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         own_args = argparse.Namespace(**vars(args))  # a copy
         own_args.seed = seed
-        for name in ("log", "save_metrics", "checkpoint"):
+        for name in ("log", "save_metrics", "checkpoint", "confusion"):
             path = getattr(args, name)
             if path:
                 setattr(own_args, name, path_for_seed(path, seed, name))
@@ -1687,7 +2118,7 @@ def export(args: argparse.Namespace) -> None:
             f"{args.export}/{MANIFEST} is there already, and not of an export: choose another "
             "place, or replace it with --overwrite"
         )
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     present = retry("", lambda: list_objects(client))
     put = functools.partial(put_object, client, retry, present)
     pool = ThreadPoolExecutor(IN_FLIGHT)
@@ -1701,7 +2132,8 @@ def export(args: argparse.Namespace) -> None:
         pool.shutdown(cancel_futures=True)
 
     # The manifest comes last: where it is, everything else is too.
-    content = {"dataset": data.name, "fingerprint": data.fingerprint, "objects": objects}
+    about = {name: getattr(data, name) for name in ("image_shape", "classes", "mean", "std")}
+    content = {"dataset": data.name, "fingerprint": data.fingerprint, **about, "objects": objects}
     body = json.dumps(content).encode()
     digest = hashlib.sha256(body).hexdigest().encode()
     put_object(client, retry, {}, (MANIFEST, digest + b"\n" + body, 0))
@@ -1739,7 +2171,7 @@ def encode_pictures(split: str, first: int, images, labels) -> list[tuple]:
     pictures = []
     for i, (pixels, label) in enumerate(zip(images, labels, strict=True), first):
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
+        array_to_picture(pixels).save(file, "PNG")
         pictures.append((f"{split}/{i:05}_{label}.png", file.getvalue(), 1))
     return pictures
 
@@ -1798,8 +2230,9 @@ def name_failure(key: str, action: Callable):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, checked, with the defaults that depend on the machine filled in."""
-    models = ("resnet50", "resnet18", "cnn")
-    parser = make_parser("train_cifar", __doc__, models, batch_size=64, epochs=None)
+    parser = make_parser(
+        "train_cifar", __doc__, MODELS, batch_size=64, epochs=None, model=own_or_named
+    )
     add_data_options(parser.add_argument_group("where the images come from"))
     add_training_options(parser.add_argument_group("training"))
     args = parser.parse_args(argv)
@@ -1822,6 +2255,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scheduled = args.schedule != "constant" or args.warmup
     args.schedule_epochs = args.epochs if scheduled else None
     return args
+
+
+def own_or_named(name: str) -> str:
+    """An argparse type: one of MODELS, or an own network, file.py:Net."""
+    file, colon, attribute = name.rpartition(":")
+    if name not in MODELS and not (colon and attribute.isidentifier()):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {name!r}: {', '.join(MODELS)}, or an own network, file.py:Net"
+        )
+    if colon and not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{name!r}: there is no file {file}")
+    return name
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -1881,6 +2326,13 @@ def add_data_options(group) -> None:
         "their own; batched: whole batches at once (default: %(default)s)"
     )
     add("--loader", choices=("torchvision", "batched"), default="batched", help=loader)
+    size = (
+        "with --source disk: scale pictures to N x N pixels, with antialiasing (default: their own "
+        "size if all have the same, else 32)"
+    )
+    add("--image-size", type=number(int, 4, 4096), metavar="N", help=size)
+    damaged = "with --source disk: leave out pictures that cannot be decoded, and say how many"
+    add("--skip-damaged", action="store_true", help=damaged)
     workers = "threads, with --loader torchvision processes, that load ahead (default: %(default)s)"
     add("--workers", type=number(int, 0, 256), default=1, help=workers)
     augment = "random crops and flips (default: %(default)s)"

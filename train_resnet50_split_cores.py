@@ -68,7 +68,7 @@ from common import (
     epoch_order,
     format_table,
     keep_freed_memory,
-    load_cifar10,
+    load_dataset,
     make_parser,
     make_torch_optimizer,
     make_torch_resnet,
@@ -762,33 +762,37 @@ def last_core(thread) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-def make_model(image_size=32):
-    """torchvision's ResNet-50: (N, 3, S, S) → logits (N, 10); the CIFAR stem for S = 32."""
-    return make_torch_resnet("resnet50", cifar_stem=image_size == 32)
+def make_model(image_size=32, channels=3, classes=10):
+    """torchvision's ResNet-50: (N, C, S, S) → logits (N, classes); the CIFAR stem for S = 32."""
+    return make_torch_resnet("resnet50", image_size == 32, channels, classes)
 
 
-def make_trainer(placement, args, **changes) -> Trainer:
-    """A Trainer with a new model from --seed. changes: options that differ from args."""
+def make_trainer(placement, args, data, **changes) -> Trainer:
+    """A Trainer with a new model from --seed for the data's channels and classes.
+
+    changes: options that differ from args.
+    """
     args = argparse.Namespace(**{**vars(args), **changes})  # a copy
     torch.manual_seed(args.seed)
-    model = make_model(args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
+    model = make_model(args.image_size, data.image_shape[2], len(data.classes))
+    model = model.to(memory_format=MEMORY_FORMATS[args.memory_format])
     optimizer = make_torch_optimizer(model, args)
     return Trainer(placement, model, optimizer, DTYPES[args.dtype], args.micro_batches)
 
 
-def load_batch(images, labels, index, args):
+def load_batch(images, labels, index, args, mean=MEAN, std=STD):
     """The images at `index`, normalised and resized, and their labels.
 
-    images (n, 32, 32, 3) uint8 → (N, 3, S, S) float32 in --memory-format; labels (N,) int64.
+    images (n, H, W, C) uint8 → (N, C, S, S) float32 in --memory-format; labels (N,) int64.
     """
     # (pixel / 255 - mean) / std in one pass: shift + pixel · scale
-    std = torch.tensor(STD)
-    shift = -torch.tensor(MEAN) / std
+    std = torch.tensor(std)
+    shift = -torch.tensor(mean) / std
     scale = 1 / (255 * std)
     x = torch.addcmul(shift, torch.from_numpy(images[index]).float(), scale)
 
-    x = x.permute(0, 3, 1, 2)  # (N, 32, 32, 3) → (N, 3, 32, 32); the memory stays NHWC
-    if args.image_size != 32:
+    x = x.permute(0, 3, 1, 2)  # (N, H, W, C) → (N, C, H, W); the memory stays NHWC
+    if x.shape[2:] != (args.image_size, args.image_size):
         x = F.interpolate(x, size=args.image_size, mode="bilinear")
     x = x.contiguous(memory_format=MEMORY_FORMATS[args.memory_format])
     return x, torch.from_numpy(labels[index]).long()
@@ -796,13 +800,18 @@ def load_batch(images, labels, index, args):
 
 def count_correct(logits, labels) -> tuple[int, int]:
     """How many labels are the best of the logits, and how many are among the best five."""
-    hits = logits.topk(5).indices == labels[:, None]  # (N, 5)
+    best = min(5, logits.shape[1])  # there may be fewer classes
+    hits = logits.topk(best).indices == labels[:, None]  # (N, 5)
     return hits[:, 0].sum().item(), hits.sum().item()
 
 
 @torch.inference_mode()
-def evaluate(model, images, labels, args, batch_size=100):
-    """Mean loss, top-1 and top-5 accuracy, and the seconds spent on loading batches."""
+def evaluate(model, data, args, confusion, batch_size=100):
+    """Mean loss, top-1 and top-5 accuracy on the test images, and seconds spent loading batches.
+
+    confusion: (K, K) zeros, in which each image is counted at [its label, predicted class].
+    """
+    images, labels = data.x_test, data.y_test
     model.eval()
     loss = 0.0
     top1 = 0
@@ -812,7 +821,7 @@ def evaluate(model, images, labels, args, batch_size=100):
     for start in range(0, n, batch_size):
         started = time.perf_counter()
         index = np.arange(start, min(start + batch_size, n))
-        x, y = load_batch(images, labels, index, args)
+        x, y = load_batch(images, labels, index, args, data.mean, data.std)
         loading += time.perf_counter() - started
 
         with autocast(DTYPES[args.dtype]):
@@ -821,6 +830,7 @@ def evaluate(model, images, labels, args, batch_size=100):
         correct1, correct5 = count_correct(logits, y)
         top1 += correct1
         top5 += correct5
+        np.add.at(confusion, (labels[index], logits.argmax(dim=1).numpy()), 1)
     model.train()
     return loss / n, top1 / n, top5 / n, loading
 
@@ -834,10 +844,10 @@ def find_split(args, data) -> CoreSplit:
     # No phase scales perfectly with the cores, so the first answer is not yet the best one:
     # measure again on the new groups, until they stay.
     index = np.arange(args.batch_size) % len(data.y_train)
-    x, labels = load_batch(data.x_train, data.y_train, index, args)
+    x, labels = load_batch(data.x_train, data.y_train, index, args, data.mean, data.std)
     for _ in range(3):
         with Placement(split) as placement:
-            trainer = make_trainer(placement, args)
+            trainer = make_trainer(placement, args, data)
             trainer.step("split", x, labels)  # warm-up
             steps = [trainer.step("split", x, labels) for _ in range(2)]
         forward = min(step.forward for step in steps)
@@ -870,7 +880,7 @@ def train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor)
         for batch in range(log.batch, batches):
             with log.timed("loading"):
                 index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
-                x, labels = load_batch(data.x_train, data.y_train, index, args)
+                x, labels = load_batch(data.x_train, data.y_train, index, args, data.mean, data.std)
 
             # Forward, backward and update. The threads of the groups measure their phases, which
             # may overlap: their seconds can add up to more than the step takes.
@@ -895,7 +905,7 @@ def train_epochs(trainer, data, args, log, checkpoint, stop, placement, monitor)
 
         # Only the groups have OpenMP pools of a useful size: evaluate on all cores.
         evaluation = placement.groups["all"].submit(
-            evaluate, trainer.model, data.x_test, data.y_test, args
+            evaluate, trainer.model, data, args, log.confusion
         )
         loss, top1, top5, loading = evaluation.result()
         log.end_epoch(loss, top1, top5, loading)
@@ -921,7 +931,7 @@ def run_training(args, data) -> dict[str, list[float]]:
             flush=True,
         )
     with Placement(split) as placement, CoreMonitor(placement) as monitor:
-        trainer = make_trainer(placement, args)
+        trainer = make_trainer(placement, args, data)
         log = RunLog(args, "train_resnet50_split_cores", data, run_info(split, args.mode))
         checkpoint = TorchCheckpoint(args, log, model=trainer.model, optimizer=trainer.optimizer)
         if args.resume:
@@ -946,8 +956,8 @@ def run_training(args, data) -> dict[str, list[float]]:
 def warm_up(placement, data, args):
     """One step with a model that is then discarded: the libraries build kernels for its shapes."""
     index = np.arange(min(args.batch_size, len(data.y_train)))
-    x, labels = load_batch(data.x_train, data.y_train, index, args)
-    make_trainer(placement, args).step(args.mode, x, labels)
+    x, labels = load_batch(data.x_train, data.y_train, index, args, data.mean, data.std)
+    make_trainer(placement, args, data).step(args.mode, x, labels)
 
 
 def run_info(split, mode) -> dict:
@@ -983,7 +993,7 @@ def train(
         elif value is not None and value is not False:
             argv += [option, str(value)]
     args = parse_args(argv)
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     return run_training(args, data)
 
 
@@ -1014,14 +1024,14 @@ FORWARD_ALONE = "forward alone on its group"
 BACKWARD_ALONE = "backward alone on its group"
 
 
-def make_variants(placement, args) -> dict:
+def make_variants(placement, args, data) -> dict:
     """{name: function of (x, labels) that does one step and returns a Step}."""
     # With a learning rate of 0 the weights stay equal, and with them the losses.
     fixed = {"lr": 0.0, "weight_decay": 0.0}
     stock_options = {"dtype": "float32", "memory_format": "contiguous", "micro_batches": 1}
-    trainer = make_trainer(placement, args, **fixed)
+    trainer = make_trainer(placement, args, data, **fixed)
     whole = Trainer(placement, trainer.model, trainer.optimizer, trainer.dtype, micro_batches=1)
-    stock = make_trainer(placement, args, **fixed, **stock_options)
+    stock = make_trainer(placement, args, data, **fixed, **stock_options)
 
     def stock_step(x, labels):
         return stock.step("all", x.contiguous(), labels)
@@ -1059,14 +1069,14 @@ def measure(args, split, data) -> dict[str, list[Sample]]:
     from tqdm import tqdm
 
     with Placement(split) as placement, CoreMonitor(placement) as monitor:
-        variants = make_variants(placement, args)
+        variants = make_variants(placement, args, data)
         samples = {name: [] for name in variants}
         total = (args.rounds + 1) * len(variants)
         with tqdm(total=total, leave=False, disable=None) as progress:  # None: only on a terminal
             for number in range(args.rounds + 1):
                 index = np.arange(args.batch_size) + number * args.batch_size
                 index %= len(data.y_train)
-                x, labels = load_batch(data.x_train, data.y_train, index, args)
+                x, labels = load_batch(data.x_train, data.y_train, index, args, data.mean, data.std)
                 losses = {}
                 for name, step in variants.items():
                     progress.set_description(f"round {number}/{args.rounds}: {name}")
@@ -1414,7 +1424,7 @@ def main(argv=None):
     benchmark = args.benchmark or (args.default_run and len(available_cores()) > 1 and can_pin())
     if benchmark:
         check_outputs([args.output])
-    data = load_cifar10(args.data_dir, args.dataset, args.subset, args.seed)
+    data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:
         print(
             f"A small run first: {args.subset} images, {args.epochs} epoch. The full one: "

@@ -10,7 +10,8 @@ and *.svg, and analysis.json, which has all of these numbers.
     python experiments/analyze_results.py results/serial.ckpt.npz results/mpi.ckpt.npz
     python experiments/analyze_results.py --style slides --output-dir results/slides
 
-Logs are compared with the first, loss by loss, and so are two checkpoints (compare_runs.py).
+Logs are compared with the first, loss by loss, and so are two checkpoints (compare_runs.py). Of
+each log that is named, the confusion matrix of its last validation is shown (confusion.py).
 
 What the numbers are (read_runs.py reads runs, metrics.py computes, plots.py draws):
 
@@ -48,6 +49,7 @@ os.environ.pop("MPLBACKEND", None)
 
 from common import TRAIN, VALIDATE, InputError, Parser, atomic_write, format_table, run_main
 from compare_runs import batch_losses, compare_checkpoints, compare_logs, is_checkpoint
+from confusion import describe_confusion, find_confusion, plot_confusion, write_confusion
 from figures import STYLES, Plot, figure_style, save_plot
 from metrics import (
     METRICS,
@@ -309,6 +311,25 @@ def plot_traces(suite: str, groups: list[RunGroup], warn: Warn) -> list[Plot]:
         for number, plot in enumerate(plots, 1):
             plot.name += f"_{number}"
     return plots
+
+
+def show_confusions(
+    paths: list[Path], runs: list[Run], machines, output_dir: Path, style: str
+) -> list[dict]:
+    """Print and write the confusion matrix of each log that has one; returns its figures."""
+    entries = []
+    for path, run in zip(dict.fromkeys(paths), runs, strict=True):
+        confusion = find_confusion(path)
+        if confusion is None:
+            continue
+        confusion = confusion._replace(name=run.name.replace("/", "_"))
+        print(f"\n{describe_confusion(confusion)}")
+        write_confusion(confusion, output_dir / "tables" / f"confusion_{confusion.name}.csv")
+        with figure_style(style):
+            notes = figure_notes(make_groups([run], machines), machines, False)
+            figure = save_plot(plot_confusion(confusion), "files", notes, output_dir / "figures")
+            entries.append(figure)
+    return entries
 
 
 def figure_notes(groups: list[RunGroup], machines: list[Machine], has_whiskers: bool) -> str:
@@ -704,6 +725,8 @@ def main(argv=None):
         "facts": collect_metrics(groups),
     }
 
+    if args.logs:
+        analysis["figures"] += show_confusions(paths, runs, machines, output_dir, args.style)
     for content in analysis["tables"]:
         write_table(content, output_dir / "tables" / f"{content['name']}.csv")
         print_table(content)

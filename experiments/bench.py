@@ -40,6 +40,7 @@ import gpu_scratch
 import train_cifar
 from bench_worker import Work
 from common import (
+    IMAGE_SHAPE,
     TRAIN,
     InputError,
     Parser,
@@ -52,7 +53,7 @@ from common import (
     find_mpirun,
     format_table,
     limit_blas_threads,
-    load_cifar10,
+    load_dataset,
     number,
     run_main,
 )
@@ -452,7 +453,10 @@ def main(argv=None):
         if args.data_dir:
             os.environ["CIFAR10_DIR"] = args.data_dir  # for the workers
         # Workers find the data when this process has downloaded and prepared it.
-        dataset = load_cifar10(args.data_dir, args.dataset, subset=2048).name
+        data = load_dataset(args.data_dir, args.dataset, subset=2048)
+        if (data.image_shape, len(data.classes)) != (IMAGE_SHAPE, 10):
+            raise InputError(f"{data.name}: the benchmark is for images and classes as CIFAR-10's")
+        dataset = data.name
         print(describe_machine(env), flush=True)
         warning = blas_warning()
         if warning:

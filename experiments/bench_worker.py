@@ -30,7 +30,7 @@ from common import (
     keep_freed_memory,
     limit_blas_threads,
     load_batch,
-    load_cifar10,
+    load_dataset,
     make_model,
     make_optimizer,
     make_torch_optimizer,
@@ -278,9 +278,8 @@ def gpu_step(work, data, comm):
     args = gpu_scratch.parse_args([*work.options, *options, *LEARNING_RATE])
     device = gpu_scratch.Gpu("float32")
     # A graph is captured for one batch, which stays where it is on the GPU.
-    data = data._replace(
-        x_train=device.put(data.x_train[: work.images]),
-        y_train=device.put(data.y_train[: work.images]),
+    data = device.put_data(
+        data._replace(x_train=data.x_train[: work.images], y_train=data.y_train[: work.images])
     )
     model = device.make_model(args.model, args.seed)
     optimizer = device.make_optimizer(model, args)
@@ -388,7 +387,7 @@ def main(argv=None):
     parser.add_argument("work", type=json.loads, help="the fields of a Work, as a JSON array")
     parser.add_argument("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto")
     args = parser.parse_args(argv)
-    data = load_cifar10(dataset=args.dataset, subset=2048)
+    data = load_dataset(dataset=args.dataset, subset=2048)
     run_worker(Work(*args.work), data, MPI.COMM_WORLD)
 
 

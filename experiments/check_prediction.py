@@ -365,7 +365,8 @@ def accuracy_cell(by_seed: dict) -> str:
 
 def draw(content: dict, path: Path):
     """Step time over the rate, measured points over predicted lines; errors below."""
-    from plots import COLORS, LINES, MARKERS, figure_style, make_figure
+    from figures import figure_style, make_figure
+    from plots import COLORS, LINES, MARKERS
     from predict_scaling import save_figure
 
     with figure_style():

@@ -131,7 +131,7 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, of NumPy (.npz) or PyTorch; InputError if it is neither."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "meta"}
+            return {name: file[name] for name in file.files if name not in ("meta", "layout")}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, OSError, KeyError):

@@ -169,7 +169,8 @@ def draw(rows: list[dict], measured: list[dict], profile: Profile, path: Path):
     """Weak scaling above, strong below, a column for each network; path without suffix."""
     from matplotlib.patches import Patch
 
-    from plots import COLORS, LINES, MARKERS, figure_style, make_figure
+    from figures import figure_style, make_figure
+    from plots import COLORS, LINES, MARKERS
 
     networks = list(dict.fromkeys(row["network"] for row in rows))
     with figure_style():

@@ -44,9 +44,10 @@ from common import (
     available_cores,
     check_outputs,
     cpu_model,
+    dataset_option,
     find_mpirun,
     in_main_thread,
-    load_cifar10,
+    load_dataset,
     number,
     run_main,
     stop_processes,
@@ -392,7 +393,7 @@ class Index:
 
 def data_options(args, data):
     """Options that make a script use the same images as this one."""
-    options = ["--subset", args.subset, "--dataset", data.name]
+    options = ["--subset", args.subset, "--dataset", dataset_option(data.name)]
     if args.data_dir:
         options += ["--data-dir", args.data_dir]
     return options
@@ -702,7 +703,7 @@ def main(argv=None):
     if not experiments:
         raise InputError(f"--suite {args.suite}: nothing of it can run here: use another suite")
 
-    data = load_cifar10(args.data_dir, args.dataset, args.subset)
+    data = load_dataset(args.data_dir, args.dataset, args.subset)
     settings = {
         "epochs": args.epochs,
         "subset": args.subset,

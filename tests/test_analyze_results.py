@@ -15,6 +15,7 @@ from helpers import COLUMNS, assert_one_error_line, finish, refused, start
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import analyze_results
+import confusion
 from common import metadata_path
 from metrics import PHASES, amdahl_fit, estimate, karp_flatt, ratio, readable_name
 from plot_trace import read_trace
@@ -885,3 +886,25 @@ def test_real_experiment(tmp_path, cache):
     assert value(content, "parallel.mpi-2-strong.loss_difference") < 0.02  # the same computation
     shares = [value(content, f"parallel.mpi-2-strong.{phase}_share") for phase in PHASES]
     assert sum(shares) == pytest.approx(100)
+
+
+def test_confusion_matrices_of_logs(tmp_path, cache):
+    """As table, CSV and figure; of a metrics file that another run has overwritten, none."""
+    options = ("--dataset", "synthetic", "--epochs", 1, "--subset", 40, "--quiet")
+    finish(start(tmp_path, "serial_cnn.py", *options, env=cache))
+    out, _ = finish(start(tmp_path, "experiments/analyze_results.py", "results/serial_cnn.csv"))
+    assert "confusion matrix of serial_cnn" in out
+    assert re.search(r"airplane +automobile .* +found", out)
+    folder = tmp_path / "results/analysis_of_logs"
+    header, *rows = (folder / "tables/confusion_serial_cnn.csv").read_text().splitlines()
+    assert header.startswith("label \\ predicted,airplane,")
+    assert sum(int(count) for row in rows for count in row.split(",")[1:]) == 8
+    assert (folder / "figures/files_confusion_serial_cnn.svg").exists()
+
+    counts = np.zeros((30, 30), int)
+    counts[3, 4] = 5
+    counts[0, 0] = 9
+    matrix = confusion.Confusion("run", [f"c{i}" for i in range(30)], counts)
+    assert re.search(r"c3 +c4 +5 of 5", confusion.describe_confusion(matrix))
+    np.savez(tmp_path / "results/serial_cnn_metrics.npz", confusion=counts, classes=matrix.classes)
+    assert confusion.find_confusion(tmp_path / "results/serial_cnn.csv") is None

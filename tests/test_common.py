@@ -58,6 +58,7 @@ from common import (
     evaluate,
     load_batch,
     load_cifar10,
+    load_dataset,
     make_cnn,
     make_optimizer,
     make_parser,
@@ -1543,7 +1544,8 @@ def test_a_download_without_torch_is_given_up_in_one_line(tmp_path, serve, monke
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match="torchvision"):
         load_cifar10(tmp_path / "data", "cifar10")
-    assert load_cifar10(tmp_path / "data", "auto", 10).name == "synthetic"
+    monkeypatch.chdir(tmp_path)  # without a folder that somebody has named
+    assert load_cifar10(None, "auto", 10).name == "synthetic"
     assert "SYNTHETIC DATA" in capsys.readouterr().err
 
 
@@ -1615,12 +1617,13 @@ def test_cifar10_without_files_and_network_is_an_error(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_auto_without_files_and_network_is_synthetic_with_a_banner(tmp_path, capsys):
-    data = load_cifar10(tmp_path, "auto", 50)
+def test_auto_without_files_and_network_is_synthetic_with_a_banner(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = load_cifar10(None, "auto", 50)
     stderr = capsys.readouterr().err
     assert data.name == "synthetic"
     assert "SYNTHETIC DATA: these are NOT the CIFAR-10 images" in stderr
-    assert str(tmp_path) in stderr
+    assert "No CIFAR-10 in data" in stderr
     np.testing.assert_array_equal(data.x_train, make_synthetic(50)[0])
 
 
@@ -1650,6 +1653,39 @@ def test_subset_is_a_prefix(binary_files, data_dir):
 def test_impossible_subsets(tmp_path, subset, dataset):
     with pytest.raises(InputError, match=f"--subset {subset}"):
         load_cifar10(tmp_path, dataset, subset)
+
+
+# -- archives, and folders a level deeper
+
+
+def test_the_archive_as_downloaded(binary_files, tmp_path):
+    """In a folder, or as --data-dir itself; the second time from the cache."""
+    (tmp_path / "data").mkdir()
+    archive = tmp_path / "data" / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(binary_files, "cifar-10-batches-bin")
+    data = load_dataset(str(tmp_path / "data"))
+    image, label = record(binary_files, "data_batch_3.bin", 77)
+    np.testing.assert_array_equal(data.x_train[20_077], image)
+    assert (data.y_train[20_077], data.name) == (label, "cifar10")
+    archive_itself = load_dataset(str(archive), "cifar10")
+    assert archive_itself.fingerprint == data.fingerprint
+    assert len(caches(tmp_path / "data")) == 1
+
+
+def test_an_archive_that_was_cut_short(tmp_path):
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        (tmp_path / "data_batch_1").write_bytes(os.urandom(50_000))
+        tar.add(tmp_path / "data_batch_1", "cifar-10-batches-py/data_batch_1")
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(InputError, match=r"cifar-10-python.tar.gz: cut short or damaged"):
+        load_dataset(str(path))
+
+
+def test_a_folder_one_level_deeper(binary_files, data_dir):
+    link(binary_files, data_dir / "downloads" / "cifar-10-batches-bin")
+    assert load_dataset(str(data_dir)).name == "cifar10"
 
 
 # -- the synthetic set
@@ -2455,7 +2491,7 @@ def test_check_outputs(tmp_path):
         ("--momentum 1.1", "'1.1' is not a number from 0 to 1"),
         ("--checkpoint-every -1", "'-1' is not a number from 0 to 1000000000"),
         ("--checkpoint-every inf", "'inf' is not a number from 0 to 1000000000"),
-        ("--subset 50001", "'50001' is not a whole number from 1 to 50000"),
+        ("--subset 0", "'0' is not a whole number from 1"),
         ("--seed -1", "'-1' is not a whole number from 0"),
         ("--dataset mnist", "invalid choice: 'mnist'"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
@@ -2570,3 +2606,46 @@ def test_import_torchvision_beside_operators_of_its_own(torch, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "torchvision.py")
+
+
+# --------------------------------------------------------------------------------------------------
+# Other sizes, channels and classes
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_shape", [(28, 28, 1), (9, 14, 3), (4, 4, 2)])
+@pytest.mark.parametrize("make", [make_cnn, make_resnet18])
+def test_networks_of_other_sizes(make, image_shape):
+    model = make(image_shape=image_shape, classes=3)
+    images = np.random.default_rng(0).integers(256, size=(3, *image_shape), dtype=np.uint8)
+    statistics = {"mean": (0.5,) * image_shape[2], "std": (0.2,) * image_shape[2]}
+    x, labels = load_batch(images, np.arange(3), slice(3), **statistics)
+    expected = (images / 255 - 0.5) / 0.2
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    _, dlogits = softmax_cross_entropy(model.forward(x), labels)
+    model.backward(dlogits)
+    assert model.grads.any()
+    confusion = np.zeros((3, 3), int)
+    _, top1, top5, _ = evaluate(model, images, labels, **statistics, confusion=confusion)
+    assert top5 == 1
+    assert confusion.trace() / 3 == pytest.approx(top1)
+
+
+def test_images_too_small_for_the_network_are_refused():
+    with pytest.raises(InputError, match=r"images of 3x8 pixels: its two MaxPool2D\(2\) take 4x4"):
+        make_cnn(image_shape=(3, 8, 1))
+
+
+def test_the_mean_of_other_data_is_asked_for():
+    with pytest.raises(ValueError, match=r"1 channels, but a mean for 3.*mean=data\.mean"):
+        load_batch(np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, int), slice(2))
+
+
+def test_a_checkpoint_names_its_parameters():
+    model = make_resnet18()
+    layout = np.array(json.dumps(model.layout()))
+    found = common.split_params({"params": model.params, "layout": layout})
+    assert found["0.Conv2D.W"].shape == (3, 3, 3, 64)
+    assert np.shares_memory(found["0.Conv2D.W"], model.layers[0].W)
+    assert sum(array.size for array in found.values()) == model.params.size
+    assert list(found)[-2:] == ["12.Dense.W", "12.Dense.b"]

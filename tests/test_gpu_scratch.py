@@ -129,9 +129,12 @@ def parameters(name):
 
 
 @functools.cache
-def compiled(dtype, folder):
-    """The kernels as a shared library; kernel `k` is its function run_k(dims, ...)."""
-    source = SHIM + gpu_scratch.kernel_source(dtype)
+def compiled(dtype, folder, *of_data):
+    """The kernels as a shared library; kernel `k` is its function run_k(dims, ...).
+
+    of_data: image_shape, mean and std, if not those of CIFAR-10.
+    """
+    source = SHIM + gpu_scratch.kernel_source(dtype, *of_data)
     bodies = re.split(r"^KERNEL (\w+)", gpu_scratch.KERNELS, flags=re.M)
     for name, body in zip(bodies[1::2], bodies[2::2], strict=True):
         body = body.partition("\n}")[0]
@@ -141,7 +144,7 @@ def compiled(dtype, folder):
             f'extern "C" void run_{name}(const unsigned *dims, {SIGNATURES[name]})\n'
             f"{{ run({int(waits)}, dims, [=] {{ {name}({names}); }}); }}\n"
         )
-    file = folder / f"kernels_{dtype}.cpp"
+    file = folder / f"kernels_{dtype}_{abs(hash(of_data))}.cpp"
     library = file.with_suffix(".so")
     file.write_text(source)
     options = "-O2 -std=c++14 -Wall -Werror -Wno-unknown-pragmas -shared -fPIC".split()
@@ -162,7 +165,14 @@ class CxxGpu(gpu_scratch.Gpu):
     def __init__(self, dtype, folder):
         self.dtype = np.dtype(dtype)
         self.workspaces = {}
+        self.folder = folder
         self.library = compiled(self.dtype.name, folder)
+
+    def compile(self, image_shape, mean, std):
+        of_data = (image_shape, mean, std)
+        if of_data == (common.IMAGE_SHAPE, common.MEAN, common.STD):
+            of_data = ()
+        self.library = compiled(self.dtype.name, self.folder, *of_data)
 
     def allocate(self, size, dtype):
         """What no kernel writes stays NaN."""
@@ -441,7 +451,7 @@ def test_a_value_that_is_not_a_number_passes_the_relu(gpu):
 def test_loss_gradient_and_counts(gpu, n):
     rng = np.random.default_rng(n)
     logits = (20 * normal(gpu, n, n, 10)).round(0)  # with ties
-    labels = rng.integers(10, size=n, dtype=np.uint8)
+    labels = rng.integers(10, size=n, dtype=np.int32)
     logits[0] = 0
     loss, wanted = common.softmax_cross_entropy(logits, labels)
     dlogits, sums = gpu.loss(gpu.put(logits), gpu.put(labels))
@@ -457,6 +467,7 @@ def test_loss_gradient_and_counts(gpu, n):
 
 def test_images_are_loaded_augmented_and_normalised(gpu):
     images, labels, *_ = common.make_synthetic(60)
+    labels = labels.astype(np.int32)
     drawn = common.draw_augmentation(60, 1, 1)
     index = np.random.default_rng(0).permutation(60)[:41].astype(np.int32)
     cpu = gpu_scratch.Cpu(gpu.dtype)
@@ -533,18 +544,26 @@ def test_a_state_goes_to_the_host_and_back(gpu):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "batch", "n_test"),
-    [("cnn", 8, 9, 3), pytest.param("resnet18", 1, 2, 1, marks=pytest.mark.slow)],
+    ("name", "steps", "batch", "n_test", "image_shape", "classes"),
+    [
+        ("cnn", 8, 9, 3, (32, 32, 3), 10),
+        ("cnn", 2, 9, 3, (28, 28, 1), 10),  # MNIST's size, which Winograd's tiles do not divide
+        ("cnn", 2, 4, 3, (16, 24, 3), 300),  # more classes than a byte counts
+        pytest.param("resnet18", 1, 2, 1, (32, 32, 3), 10, marks=pytest.mark.slow),
+        pytest.param("resnet18", 1, 2, 1, (28, 28, 1), 3, marks=pytest.mark.slow),
+    ],
 )
-def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_test):
+def test_networks_train_as_those_of_common(
+    make_kernels, name, steps, batch, n_test, image_shape, classes
+):
     """In float64: the same initial weights, losses, counts, final weights and evaluation."""
-    data = common.Dataset(*common.make_synthetic(50, n_test=n_test), "synthetic", "")
+    data = other_data(50, n_test, image_shape, classes)
     results = []
     for device in (gpu_scratch.Cpu("float64"), make_kernels("float64")):
-        model = device.make_model(name, 0)
+        on_device = device.put_data(data)
+        model = device.make_model(name, 0, data.image_shape, len(data.classes))
         optimizer = device.make_optimizer(model, gpu_scratch.parse_args(["--lr", "0.001"]))
         before = device.get(model.params).copy()
-        on_device = put_data(device, data)
         aug_params = device.put(common.draw_augmentation(50, 0, 1))
         sums = []
         for step in range(steps):
@@ -553,23 +572,40 @@ def test_networks_train_as_those_of_common(make_kernels, name, steps, batch, n_t
             x, labels = device.load(*images, device.put(index), aug_params)
             result = gpu_scratch.train_step(device, model, optimizer, x, labels)
             sums.append(device.start_read(result)())
-        evaluated = gpu_scratch.evaluate(device, model, on_device, 2)[:3]
+        confusion = np.zeros((classes, classes), int)
+        evaluated = gpu_scratch.evaluate(device, model, on_device, 2, confusion)[:3]
+        labels = np.bincount(data.y_test, minlength=classes)
+        assert confusion.sum(axis=1).tolist() == labels.tolist()
+        assert confusion.trace() == round(evaluated[1] * n_test)
         buffers = np.concatenate([[0.0], *(device.get(array) for array in model.buffers())])
         results.append((before, sums, evaluated, device.get(model.params), buffers))
     for ours, theirs in zip(*results, strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-9, atol=1e-10)
 
 
-def put_data(device, data):
-    names = ("x_train", "y_train", "x_test", "y_test")
-    return data._replace(**{name: device.put(getattr(data, name)) for name in names})
+def other_data(n, n_test, image_shape, classes):
+    """A Dataset of random images of another size, with a mean and deviation of its own."""
+    data = common.Dataset(*common.make_synthetic(n, n_test=n_test), "synthetic", "")
+    if image_shape == common.IMAGE_SHAPE:
+        return data
+    rng = np.random.default_rng(0)
+    channels = image_shape[2]
+    return data._replace(
+        x_train=rng.integers(256, size=(n, *image_shape), dtype=np.uint8),
+        y_train=rng.integers(classes, size=n, dtype=np.uint16),
+        x_test=rng.integers(256, size=(n_test, *image_shape), dtype=np.uint8),
+        y_test=rng.integers(classes, size=n_test, dtype=np.uint16),
+        classes=tuple(f"class {k}" for k in range(classes)),
+        mean=tuple(0.5 + 0.01 * c for c in range(channels)),
+        std=tuple(0.3 - 0.02 * c for c in range(channels)),
+    )
 
 
 def test_the_warm_up_changes_nothing(make_kernels):
     """It trains, which reserves memory; a second one of the same sizes needs no more."""
     device = make_kernels("float32")
     args = gpu_scratch.parse_args(["--batch-size", "4", "--optimizer", "adam"])
-    data = put_data(device, common.Dataset(*common.make_synthetic(10), "synthetic", ""))
+    data = device.put_data(common.Dataset(*common.make_synthetic(10), "synthetic", ""))
     model = device.make_model("cnn", 0)
     optimizer = device.make_optimizer(model, args)
     states = []

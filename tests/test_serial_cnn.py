@@ -47,7 +47,14 @@ from helpers import (
 )
 
 import serial_cnn
-from common import Conv2D, load_batch, make_optimizer, make_synthetic, softmax_cross_entropy
+from common import (
+    CLASSES,
+    Conv2D,
+    load_batch,
+    make_optimizer,
+    make_synthetic,
+    softmax_cross_entropy,
+)
 
 SCRIPT = "serial_cnn.py"
 LOG, SIDECAR, METRICS = (
@@ -217,7 +224,11 @@ def test_metrics_agree_with_the_log(normal):
         "epoch_time": (0, "duration"),
         "images_per_s": (0, "images_per_s"),
     }
-    assert metrics.keys() == columns.keys()
+    assert metrics.keys() == {*columns, "confusion", "classes"}
+    confusion = metrics["confusion"]  # images of class i taken for class j, at [i, j]
+    assert confusion.shape == (10, 10)
+    assert confusion.trace() / confusion.sum() == pytest.approx(metrics["test_acc"][-1])
+    assert metrics["classes"].tolist() == list(CLASSES)
     for name, (kind, column) in columns.items():
         assert metrics[name] == pytest.approx(numbers(rows, column, kind), abs=1e-6), name
 
@@ -334,10 +345,23 @@ def test_a_batch_may_be_larger_than_the_set(run, tmp_path):
 
 
 def test_auto_without_data_says_that_it_is_synthetic(run, tmp_path):
-    done = run("--data-dir", "nowhere", "--subset", 40, "--epochs", 1, "--quiet")
+    done = run("--subset", 40, "--epochs", 1, "--quiet", env={"CIFAR10_DIR": None})
     assert "SYNTHETIC DATA: these are NOT the CIFAR-10 images" in done.stderr
     assert "SYNTHETIC DATA, not CIFAR-10" in done.stdout
     assert json.loads((tmp_path / SIDECAR).read_text())["dataset"] == "synthetic"
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_a_named_folder_without_data_is_never_replaced_by_synthetic_images(refused, tmp_path, how):
+    """Its contents are in the message, so that a wrong path shows."""
+    (tmp_path / "pets" / "holiday").mkdir(parents=True)
+    (tmp_path / "pets" / "notes.txt").touch()
+    if how == "option":
+        refused("--data-dir", "pets", about="no data set in pets, which holds holiday/, notes.txt")
+        refused("--data-dir", "nowhere", about="no CIFAR-10 in nowhere, which does not exist")
+    else:
+        env = {"CIFAR10_DIR": tmp_path / "pets"}
+        refused(about="which holds holiday/, notes.txt", env=env)
 
 
 @pytest.mark.real_data

@@ -160,7 +160,10 @@ def test_batches_for_a_gpu_are_those_for_a_cpu():
     aug_params = common.draw_augmentation(50, 1, 1)
     x, y = load(images, labels, index, aug_params)
     gpu = CONTEXT._replace(group=ProcessGroup(device=torch.device("cuda")))
-    for source in (InMemorySource(images, labels), DeviceSource(images, labels, CPU)):
+    for source in (
+        InMemorySource(images, labels),
+        DeviceSource(InMemorySource(images, labels), CPU),
+    ):
         batch = train_cifar.prepare_batch(source, aug_params, gpu, index)
         assert batch[0].dtype in (np.uint8, torch.uint8)
         other_x, other_y = train_cifar.finish_batch(*batch, CONTEXT)
@@ -262,7 +265,7 @@ def test_training_is_the_plain_pytorch_loop(run_here, monkeypatch, model, option
     monkeypatch.setattr(
         train_cifar,
         "load_batch",
-        lambda images, labels, index: common.load_batch(images, labels, index, np.float64),
+        lambda *batch, **statistics: common.load_batch(*batch, np.float64, **statistics),
     )
     torch.set_default_dtype(torch.float64)  # so that rounding does not matter
     try:
@@ -578,23 +581,35 @@ def save(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
 
 
+BLACK = np.zeros((32, 32, 3), np.uint8)
+
+
+def read_all(folder):
+    """All images and labels of a folder, and the names of its classes."""
+    pictures, _, classes = train_cifar.label_pictures(train_cifar.list_pictures(folder), [])
+    examined = train_cifar.examine_pictures(pictures, [])
+    source = ImageFolderSource(examined.train, examined.image_shape, examined.deep)
+    return *source.read(np.arange(len(examined.train))), classes
+
+
 def test_folder_in_the_order_of_the_numbers(tmp_path):
     images = make_synthetic(12)[0]
     for i in range(12):
         save(tmp_path / f"{i}_{i % 10}.png", images[i])  # "10_0.png" sorts before "2_2.png"
     (tmp_path / "notes.txt").write_text("no picture")
-    found, labels = ImageFolderSource(tmp_path, subset=11).read(np.arange(11))
-    np.testing.assert_array_equal(found, images[:11])
-    assert labels.tolist() == [*range(10), 0]
+    found, labels, _ = read_all(tmp_path)
+    np.testing.assert_array_equal(found, images)
+    assert labels.tolist() == [*range(10), 0, 1]
 
 
 def test_class_folders_alternate(tmp_path):
     images = make_synthetic(6)[0]
     for i in range(6):
         save(tmp_path / ("airplane", "bird")[i % 2] / f"{i}.png", images[i])
-    found, labels = ImageFolderSource(tmp_path).read(np.arange(6))
+    found, labels, classes = read_all(tmp_path)
     np.testing.assert_array_equal(found, images)
     assert labels.tolist() == [0, 1] * 3
+    assert classes == ("airplane", "bird")
 
 
 def test_jpeg_and_grey_pictures(tmp_path):
@@ -602,13 +617,103 @@ def test_jpeg_and_grey_pictures(tmp_path):
     pixels = np.repeat(ramp, 3, axis=2)
     save(tmp_path / "0_3.jpg", pixels, quality=95)
     save(tmp_path / "1_4.png", pixels[..., 0])
-    found, labels = ImageFolderSource(tmp_path).read(np.arange(2))
+    found, labels, _ = read_all(tmp_path)
     assert np.abs(found[0].astype(int) - pixels).max() < 5
     np.testing.assert_array_equal(found[1], pixels)
     assert labels.tolist() == [3, 4]
 
 
-BLACK = np.zeros((32, 32, 3), np.uint8)
+def test_gray_pictures_alone_have_one_channel(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}_{i}.png", np.full((9, 7), 40 * i, np.uint8))
+    found, _, _ = read_all(tmp_path)
+    assert found.shape == (2, 9, 7, 1)
+    assert found[1].max() == 40
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([0, 32768, 65535], np.uint16), [0, 128, 255]),
+        (np.array([0, 2048, 4095], np.uint16), [0, 128, 255]),  # a camera of 12 bits
+        (np.array([0, 0.5, 1], np.float32), [0, 128, 255]),
+        (np.array([-10, 0, 10], np.float32), [0, 128, 255]),
+    ],
+)
+def test_more_than_8_bits_are_scaled_not_clipped(tmp_path, values, expected):
+    for i in range(2):
+        save(tmp_path / f"{i}_{i}.tif", values.repeat(4).reshape(3, 4))
+    found, _, _ = read_all(tmp_path)
+    assert found[0, :, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "form"),
+    [
+        ("bmp", "BMP"),
+        ("webp", "WEBP"),
+        ("jfif", "JPEG"),
+        ("jpe", "JPEG"),
+        ("tif", "TIFF"),
+        ("gif", "GIF"),
+        ("PNG", "PNG"),
+        ("jpg", "WEBP"),  # the content counts
+        ("png", "GIF"),
+    ],
+)
+def test_every_format_that_pillow_reads(tmp_path, ending, form):
+    for i, name in enumerate(("cat", "dog")):
+        save(tmp_path / name / "deeper" / f"1.{ending}", BLACK + 100 * i, format=form)
+    found, labels, _ = read_all(tmp_path)
+    assert np.abs(found[1].astype(int) - 100).max() < 4
+    assert labels.tolist() == [0, 1]
+
+
+def test_exif_turns_a_picture_upright(tmp_path):
+    pixels = np.zeros((40, 20, 3), np.uint8)
+    pixels[:20] = 255  # white above black
+    lying = Image.fromarray(np.rot90(pixels))  # as the camera stored it
+    exif = Image.Exif()
+    exif[train_cifar.EXIF_ORIENTATION] = 6  # to be turned to the right by 90°
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lying.save(tmp_path / name / "0.jpg", exif=exif, quality=95)
+    found, _, _ = read_all(tmp_path)
+    assert found.shape == (2, 40, 20, 3)
+    assert np.abs(found[0].astype(int) - pixels).mean() < 3
+
+
+def test_sizes_that_differ_are_made_one(run_here, tmp_path, capsys):
+    """To 32 × 32, or --image-size: the middle of the picture, antialiased."""
+    stripes = np.zeros((64, 96, 3), np.uint8)
+    stripes[::2] = 255  # finer than the small picture can show: gray
+    for split in ("train", "test"):
+        save(tmp_path / split / "0_0.png", stripes)
+        save(tmp_path / split / "1_1.png", BLACK)
+    found, _, _ = read_all(tmp_path / "train")
+    assert found.shape == (2, 32, 32, 3)
+    assert np.abs(found[0].astype(int) - 127).max() < 20
+    disk = ("--source", "disk", "--data-dir", tmp_path, "--device", "cpu", "--model", "cnn")
+    run_here(*disk, "--epochs", 1, "--image-size", 16)
+    assert "2 sizes (96x64, 32x32): resized to 16x16" in capsys.readouterr().out
+    assert read_metadata()["image_shape"] == [16, 16, 3]
+
+
+def test_what_is_no_picture_is_passed_over(tmp_path):
+    for name in ("cat", "dog"):
+        save(tmp_path / name / "0.png", BLACK)
+        (tmp_path / name / "._0.png").write_bytes(b"\0\5\x16\7")  # macOS, on other file systems
+        (tmp_path / name / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    for name in ("@eaDir", "__MACOSX", "lost+found", ".hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cat" / "readme.txt").write_text("about cats")
+    pictures, _, classes = train_cifar.label_pictures(train_cifar.list_pictures(tmp_path), [])
+    assert classes == ("cat", "dog")
+    examined = train_cifar.examine_pictures(pictures, [])
+    assert [picture.label for picture in examined.train] == [0, 1]
+    (note,) = examined.notes
+    assert note.startswith("passed over, no pictures: 1 files, the first: ")
+    assert note.endswith("readme.txt")
 
 
 def empty(folder):
@@ -617,30 +722,53 @@ def empty(folder):
 
 def unnamed(folder):
     save(folder / "train/cat.png", BLACK)
+    (folder / "test").mkdir()
 
 
-def eleven(folder):
-    save(folder / "train/0_10.png", BLACK)
+def dated(folder):
+    """A camera's names: a date and a time are no label."""
+    save(folder / "train/20240131_000012.png", BLACK)
+    (folder / "test").mkdir()
 
 
-def unequal(folder):
-    for place in ("train/bird", "train/cat", "train/.hidden", "test/cat"):
+def only_in_test(folder):
+    for place in ("train/bird", "train/cat", "train/.hidden", "test/cat", "test/dog"):
+        save(folder / place / "0.png", BLACK)
+
+
+def one_class(folder):
+    for place in ("train/bird", "test/bird"):
         save(folder / place / "0.png", BLACK)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (empty, "no pictures there"),
-        (unnamed, "cat.png"),
-        (eleven, "over 9"),
-        (unequal, "train/ has the classes bird, cat, test/ cat"),
+        (empty, "which is empty: give --data-dir a folder with train/ and test/"),
+        (unnamed, "cat.png: the file name has no label"),
+        (dated, "20240131_000012.png: the file name has no label"),
+        (only_in_test, "class dog has no training pictures"),
+        (one_class, "1 classes"),
     ],
 )
 def test_bad_folder_is_one_line(run_here, tmp_path, make, words):
     make(tmp_path)
     argv = ("--source", "disk", "--data-dir", tmp_path, "--epochs", 1)
     assert words in refused(train_cifar.main, *argv)
+
+
+def test_three_classes_train(run_here, tmp_path):
+    """Fewer than five: the top 5 are all of them. Their names are in the metadata."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog", "狗"):
+            save(tmp_path / split / name / "0.png", BLACK)
+    disk = ("--source", "disk", "--data-dir", tmp_path, "--device", "cpu", "--model", "cnn")
+    run_here(*disk, "--epochs", 1, "--confusion", "confusion.csv")
+    assert read_metadata()["classes"] == ["cat", "dog", "狗"]
+    header, *rows = Path("confusion.csv").read_text().splitlines()
+    assert header == "label \\ predicted,cat,dog,狗"
+    assert [row.split(",")[0] for row in rows] == ["cat", "dog", "狗"]
+    assert sum(int(count) for row in rows for count in row.split(",")[1:]) == 3
 
 
 def test_subset_larger_than_the_folder(run_here, tmp_path):
@@ -665,8 +793,8 @@ def missing(path):
     path.symlink_to("nowhere")
 
 
-def large(path):
-    save(path, np.zeros((64, 48, 3), np.uint8))
+def zero(path):
+    path.write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -674,21 +802,78 @@ def large(path):
     [
         (truncated, "decoded"),
         (foreign, "decoded"),
+        (zero, "decoded"),
         (missing, "cannot be read"),
-        (large, "48x64 pixels"),
     ],
 )
-def test_picture_that_cannot_be_used_is_named(run_here, tmp_path, damage, words):
+def test_picture_that_cannot_be_used_is_named(run_here, tmp_path, capsys, damage, words):
+    """Before training starts; --skip-damaged leaves it out and says so."""
     images = make_synthetic(4)[0]
     for i in range(4):
         for split in ("train", "test"):
             save(tmp_path / split / f"{i}_{i}.png", images[i])
     damage(tmp_path / "train/2_2.png")
     argv = ("--source", "disk", "--data-dir", tmp_path, "--epochs", 1, "--model", "cnn")
-    with pytest.raises(TrainingError, match=words) as error:
-        run_here(*argv)
-    assert "train/2_2.png" in str(error.value)
-    assert "\n" not in str(error.value)
+    line = refused(train_cifar.main, *argv)
+    assert words in line
+    assert "train/2_2.png" in line
+    assert "--skip-damaged" in line
+    assert not Path("results").exists()
+    run_here(*argv, "--skip-damaged")
+    assert "left out, damaged: 1" in capsys.readouterr().out
+    assert read_metadata()["train_images"] == 3
+
+
+# -- networks of one's own -------------------------------------------------------------------------
+
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+def make_fixed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
+
+def make_wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(999, 10))
+
+def make_broken():
+    return undefined
+
+number = 3
+"""
+
+
+def test_an_own_network(run_here, tmp_path):
+    (tmp_path / "own.py").write_text(NET)
+    run_here("--device", "cpu", *TINY, "--model", "own.py:Net", "--checkpoint", "own.pt")
+    state = torch.load("own.pt", weights_only=True)["model"]
+    assert state["head.weight"].shape == (10, 3072)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own.py:make_fixed", "it returns (2, 7) for 2 images, (2, 10) is needed"),
+        ("own.py:make_wide", "cannot take images (2, 3, 32, 32): RuntimeError"),
+        ("own.py:make_broken", "cannot be loaded from own.py, line 20: NameError"),
+        ("own.py:number", "TypeError"),
+        ("own.py:Absent", "has no attribute 'Absent'"),
+        ("absent.py:Net", "there is no file absent.py"),
+        ("vgg", "invalid choice: 'vgg': resnet50, resnet18, cnn, or an own network, file.py:Net"),
+    ],
+)
+def test_an_own_network_that_cannot_be_used(run_here, tmp_path, name, words):
+    (tmp_path / "own.py").write_text(NET)
+    assert words in refused(train_cifar.main, "--device", "cpu", *TINY, "--model", name)
 
 
 @pytest.mark.parametrize("batch_size", [16, 48])

@@ -35,12 +35,11 @@ from helpers import (
 
 import s3_server
 import train_cifar
-from common import InputError, make_synthetic
+from common import RECORD_BYTES, InputError, make_synthetic
 from train_cifar import (
     AHEAD,
     KEPT_SHARDS,
     MAX_CHECKSUM_ERRORS,
-    RECORD_BYTES,
     Bucket,
     ChecksumError,
     ImageFolderSource,
@@ -53,8 +52,10 @@ from train_cifar import (
     TrainContext,
     WorkerPool,
     download,
+    label_pictures,
     labels_of,
     list_objects,
+    list_pictures,
     load_batches,
     put_object,
 )
@@ -266,7 +267,8 @@ def test_every_source_gives_the_same_batches(aws, tmp_path, workers):
     train_cifar.main(["--export", str(tmp_path), *data])
     downloaded, row = download(shards(), WorkerPool(workers))
     assert row["value1"] == N
-    for source in (images(), ImageFolderSource(tmp_path / "train"), pictures(), downloaded):
+    on_disk, _, _ = label_pictures(list_pictures(tmp_path / "train"), [])
+    for source in (images(), ImageFolderSource(on_disk), pictures(), downloaded):
         assert_equal_batches(epoch(source, workers), reference)
 
 

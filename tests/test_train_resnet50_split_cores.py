@@ -29,7 +29,15 @@ from helpers import (
 from torch.nn import functional as F
 
 import train_resnet50_split_cores as split_cores
-from common import InputError, Interrupted, RunLog, TrainingError, available_cores, make_synthetic
+from common import (
+    Dataset,
+    InputError,
+    Interrupted,
+    RunLog,
+    TrainingError,
+    available_cores,
+    make_synthetic,
+)
 from train_resnet50_split_cores import CoreSplit, Sample
 
 SCRIPT = "train_resnet50_split_cores.py"
@@ -531,7 +539,7 @@ def test_split_auto_measures_until_the_phases_are_balanced(
     measured = []
 
     class Trainer:
-        def __init__(self, placement, _):
+        def __init__(self, placement, *_):
             self.split = placement.split
             measured.append(self.split)
 
@@ -544,9 +552,9 @@ def test_split_auto_measures_until_the_phases_are_balanced(
         split_cores, "Placement", lambda split: contextlib.nullcontext(SimpleNamespace(split=split))
     )
     monkeypatch.setattr(split_cores, "make_trainer", Trainer)
-    data = SimpleNamespace(
-        x_train=np.zeros((4, 32, 32, 3), np.uint8), y_train=np.zeros(4, np.uint8)
-    )
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    labels = np.zeros(4, np.uint8)
+    data = Dataset(images, labels, images, labels, "synthetic", "")
     args = SimpleNamespace(split="auto", batch_size=4, image_size=32, memory_format="channels_last")
     split = split_cores.find_split(args, data)
     assert (len(split.forward), len(split.backward)) == sizes
@@ -675,7 +683,7 @@ def test_no_options_mean_a_small_run_and_the_comparison(monkeypatch, options, do
     monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(split_cores, "choose_split", lambda args: CoreSplit((0,), (1,)))
     monkeypatch.setattr(split_cores, "available_cores", lambda: [0, 1])
-    monkeypatch.setattr(split_cores, "load_cifar10", lambda data_dir, dataset, subset, seed: subset)
+    monkeypatch.setattr(split_cores, "load_dataset", lambda data_dir, dataset, subset, seed: subset)
     monkeypatch.setattr(
         split_cores, "run_training", lambda args, data: calls.append(("training", args, data))
     )

@@ -19,7 +19,7 @@ S3_DATA = # options of train_cifar.py --export
 OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: EPOCHS=2 SUBSET=5000 ARGS='--batch-size 64', PYTHON=python3 (use its packages, make no .venv)"
 
 setup: $(READY)  ## install everything into .venv; CuPy too where there is an NVIDIA driver

@@ -61,7 +61,7 @@ def start_command(folder, command, env=None, **options):
 
 
 STOPPING = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import common, zipfile
@@ -71,6 +71,7 @@ def stopping(*args, **options):
     if {when}:
         for _ in range({times}):
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.1)  # Python handles what came meanwhile, before the next stop
     return real(*args, **options)
 {at} = stopping
 runpy.run_path(sys.argv[0], run_name="__main__")

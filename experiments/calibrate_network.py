@@ -20,6 +20,7 @@ from scaling_model import Network, communication_cost, mpi_allreduce
 SIZES = [2**k for k in range(3, 25)]  # 8 B … 16 MiB
 SECONDS_PER_SIZE = 0.1  # at least MIN_REPEATS even if they take longer
 MIN_REPEATS = 5
+QUANTILE = 0.25  # of the repeats: what disturbs a message only ever makes it longer
 SHORT = 1024  # bytes, up to which messages have the latency α
 LONG = 64 * 1024  # bytes, from which the seconds per byte β count
 LONGEST = 0.3  # seconds of one message, above which no larger one is sent
@@ -76,7 +77,7 @@ def fit_gamma(points: list, ranks: int, network: Network) -> float:
 
 
 def measure(comm, action) -> list:
-    """[(size, median seconds)] of action(buffer), which all ranks of comm call together."""
+    """[(size, seconds)] of action(buffer), which all ranks of comm call together."""
     points = []
     for size in SIZES:
         buffer = np.zeros(size // 4, np.float32)
@@ -92,7 +93,7 @@ def measure(comm, action) -> list:
             spent = time.perf_counter() - started
             if comm.bcast(enough and (spent > SECONDS_PER_SIZE or len(samples) >= 200)):
                 break
-        seconds = comm.bcast(statistics.median(samples))
+        seconds = comm.bcast(float(np.quantile(samples, QUANTILE)))
         points.append((size, seconds))
         if seconds > LONGEST:
             break

@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     BATCH,
@@ -49,6 +51,8 @@ IMAGES = 32  # of a step on each rank
 PROFILE_STEPS = 150  # of the one-rank runs before and after
 DRIFT = 0.05  # their difference, of the measured step, above which all are measured again
 ATTEMPTS = 3
+IDLE = 15  # percent of all processors that others may use when a measurement begins
+IDLE_PATIENCE = 20  # seconds to wait for that
 STEP_SECONDS = 6  # of each measured training, about
 MIN_STEPS = 8
 MAX_STEPS = 1000
@@ -175,6 +179,7 @@ class Measurement:
         drift = float("inf")
         while drift > DRIFT and attempts < ATTEMPTS:
             attempts += 1
+            wait_until_idle()
             before = self.profile(hosts, folder, local_options)
             expected = predict(
                 before, network, ALGORITHMS[algorithm], hosts.count, local_steps=local_steps
@@ -233,6 +238,13 @@ class Measurement:
                 }
                 self.save()
                 print(f"{name}, seed {seed}: {accuracies[seed]:.2%}", flush=True)
+
+
+def wait_until_idle():
+    """Wait until nothing else keeps the processors busy, for IDLE_PATIENCE seconds at most."""
+    deadline = time.monotonic() + IDLE_PATIENCE
+    while psutil.cpu_percent(interval=0.5) > IDLE and time.monotonic() < deadline:
+        pass
 
 
 def mean_step(log: Path, settle: int) -> tuple[float, int]:

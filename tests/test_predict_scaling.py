@@ -537,6 +537,7 @@ def hosts_allowed():
 def test_training_between_two_hosts(hosts_allowed, tmp_path, capsys, monkeypatch, cache):
     """Measured and predicted steps are as long as the link needs; a second start does nothing."""
     monkeypatch.setenv("CIFAR10_DIR", str(cache["CIFAR10_DIR"]))
+    monkeypatch.setattr(check_prediction, "ATTEMPTS", 1)
     output = str(tmp_path / "check.json")
     argv = ["--output", output, "--dataset", "synthetic", "--step-seconds", "1"]
     argv += ["--profile-steps", "40", "--rates", "200", "--slow-rates", "--more-hosts"]

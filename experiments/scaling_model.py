@@ -47,7 +47,7 @@ class Network(NamedTuple):
     long_offset: float = 0.0  # s
 
     def message_time(self, size: float) -> float:
-        """Seconds of a message between machines while another one goes the other way."""
+        """Seconds of a message between machines."""
         if self.long_from and size >= self.long_from:
             return self.long_offset + size * self.beta
         if self.points:

@@ -28,7 +28,7 @@ import predict_scaling
 import published_scaling
 import scaling_tables
 from common import InputError
-from scaling_inputs import read_network, read_profile
+from scaling_inputs import read_network, read_profile, write_profile
 from scaling_model import (
     ALGORITHMS,
     PRESETS,
@@ -261,9 +261,6 @@ class SyntheticLink:
     def Recv(self, buffer, *_):
         self.message(buffer.nbytes)
 
-    def Sendrecv(self, buffer, *_, **__):
-        self.message(buffer.nbytes)
-
     def Allreduce(self, _, buffer):
         for each in mpi_allreduce(buffer.nbytes, 2, 1):
             self.message(each.size)
@@ -300,7 +297,7 @@ def test_calibration_finds_the_parameters_of_a_link(monkeypatch, rate, burst):
     assert network.beta == pytest.approx(1 / rate, rel=0.05)
     assert network.gamma == pytest.approx(3e-10, rel=0.1)
     assert network.ranks_per_machine == 1
-    long = [residual for size, _, residual in content["exchange"] if size >= 2**16]
+    long = [residual for size, _, residual in content["ping_pong"] if size >= 2**16]
     assert max(map(abs, long)) < 1e-6
     assert max(abs(residual) for *_, residual in content["allreduce"]) < 0.01
     assert "link, 2 ranks: α" in calibrate_network.describe(content)
@@ -471,8 +468,11 @@ def test_report_of_a_file(tmp_path, capsys):
     for rate in (20, 100):
         for i, name in enumerate((*check_prediction.REDUCERS, *check_prediction.SLOW)):
             point = make_point(0.05, configuration=name, rate=rate, measured=1 / (i + 1))
+            point["profile"] = write_profile(make_profile())
             points[f"2 hosts, {rate} Mbit/s, {name}"] = point
+    networks = {f"2 hosts, {rate} Mbit/s": {"network": SIMPLE._asdict()} for rate in (20, 100)}
     content = {"points": points, "accuracy": {"topk": {"42": 0.65, "43": 0.66}}}
+    content["networks"] = networks
     (tmp_path / "check.json").write_text(json.dumps(content))
     figure = str(tmp_path / "check.png")
     check_prediction.main(["--report", str(tmp_path / "check.json"), "--figure", figure])
@@ -543,9 +543,10 @@ def test_training_between_two_hosts(hosts_allowed, tmp_path, capsys, monkeypatch
     argv += ["--profile-steps", "40", "--rates", "200", "--slow-rates", "--more-hosts"]
     check_prediction.main(argv)
     assert "predictions are within" in capsys.readouterr().out
-    points = json.loads(Path(output).read_text())["points"]
-    assert list(points) == [f"2 hosts, 200 Mbit/s, {name}" for name in check_prediction.REDUCERS]
-    for point in points.values():
+    content = json.loads(Path(output).read_text())
+    names = [f"2 hosts, 200 Mbit/s, {name}" for name in check_prediction.REDUCERS]
+    assert list(content["points"]) == names
+    for point in check_prediction.all_points(content):
         on_the_link = 4 * 1_070_794 * 8 / 200e6
         assert point["measured"] > 0.95 * on_the_link
         assert point["predicted"] > 0.95 * on_the_link

@@ -19,7 +19,7 @@ S3_DATA = # options of train_cifar.py --export
 OPTIONS = $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SUBSET),--subset $(SUBSET)) $(ARGS)
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: EPOCHS=2 SUBSET=5000 ARGS='--batch-size 64', PYTHON=python3 (use its packages, make no .venv)"
 
 setup: $(READY)  ## install everything into .venv; CuPy too where there is an NVIDIA driver
@@ -56,17 +56,17 @@ experiments: $(READY)  ## run a suite of the scripts for analysis; ARGS="--suite
 analyze: $(READY)  ## tables and plots of the results of make experiments, into results/analysis
 	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
+BEYOND = $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
+  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
-	$(PYTHON) experiments/make_report.py --pdf \
-	  $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
-	  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
+	$(PYTHON) experiments/make_report.py --pdf $(BEYOND)
 
 bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
 
+ONE_RANK = --epochs 1 --subset 30000 --log results/one_rank.csv --trace results/one_rank.trace
 predict: $(READY)  ## predict the scaling to 1,024 ranks from a run of one rank
-	$(PYTHON) parallel_cnn_mpi.py --epochs 1 --subset 30000 --log results/one_rank.csv \
-	  --trace results/one_rank.trace $(OPTIONS)
+	$(PYTHON) parallel_cnn_mpi.py $(ONE_RANK) $(OPTIONS)
 	$(PYTHON) experiments/predict_scaling.py --run results/one_rank.csv
 
 LADDER = experiments/run_experiments.py --results-dir $(MEASURED)/ladder --suite ladder --batch-size 32 \

@@ -59,17 +59,17 @@ experiments: $(READY)  ## run a suite of the scripts for analysis; ARGS="--suite
 analyze: $(READY)  ## tables and plots of the results of make experiments, into results/analysis
 	$(PYTHON) experiments/analyze_results.py $(ARGS)
 
+BEYOND = $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
+  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
 report: analyze  ## the technical report: report/report.html, .md, .tex, and .pdf where LaTeX is installed
-	$(PYTHON) experiments/make_report.py --pdf \
-	  $(addprefix --prediction ,$(wildcard results/prediction/prediction.json)) \
-	  $(addprefix --check ,$(wildcard $(MEASURED)/check_prediction.json))
+	$(PYTHON) experiments/make_report.py --pdf $(BEYOND)
 
 bench: $(READY)  ## compare speeds with PyTorch on the same work; ARGS=--quick measures less
 	$(PYTHON) experiments/bench.py $(ARGS)
 
+ONE_RANK = --epochs 1 --subset 30000 --log results/one_rank.csv --trace results/one_rank.trace
 predict: $(READY)  ## predict the scaling to 1,024 ranks from a run of one rank
-	$(PYTHON) parallel_cnn_mpi.py --epochs 1 --subset 30000 --log results/one_rank.csv \
-	  --trace results/one_rank.trace $(OPTIONS)
+	$(PYTHON) parallel_cnn_mpi.py $(ONE_RANK) $(OPTIONS)
 	$(PYTHON) experiments/predict_scaling.py --run results/one_rank.csv
 
 LADDER = experiments/run_experiments.py --results-dir $(MEASURED)/ladder --suite ladder --batch-size 32 \

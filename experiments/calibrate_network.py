@@ -1,9 +1,8 @@
 """Measure a network: latency α, seconds per byte β and γ of a sum, by ping-pong and allreduce.
 
 predict_scaling.py --calibrate calls it on every rank. Between two machines the network is measured,
-within one its shared memory, each between one pair of ranks while the others wait. In the ping-pong
-one rank sends while the other waits; in the exchange both send at once, as in every round of an
-allreduce: the prediction takes its times.
+within one its shared memory, each by a ping-pong of one pair of ranks while the others wait. In an
+allreduce both send at once; what that costs beyond the ping-pong, and the sums, is γ.
 """
 
 import statistics
@@ -20,6 +19,7 @@ from scaling_model import Network, communication_cost, mpi_allreduce
 SIZES = [2**k for k in range(3, 25)]  # 8 B … 16 MiB
 SECONDS_PER_SIZE = 0.1  # at least MIN_REPEATS even if they take longer
 MIN_REPEATS = 5
+QUANTILE = 0.25  # of the repeats: what disturbs a message only ever makes it longer
 SHORT = 1024  # bytes, up to which messages have the latency α
 LONG = 64 * 1024  # bytes, from which the seconds per byte β count
 LONGEST = 0.3  # seconds of one message, above which no larger one is sent
@@ -76,7 +76,7 @@ def fit_gamma(points: list, ranks: int, network: Network) -> float:
 
 
 def measure(comm, action) -> list:
-    """[(size, median seconds)] of action(buffer), which all ranks of comm call together."""
+    """[(size, seconds)] of action(buffer), which all ranks of comm call together."""
     points = []
     for size in SIZES:
         buffer = np.zeros(size // 4, np.float32)
@@ -92,35 +92,28 @@ def measure(comm, action) -> list:
             spent = time.perf_counter() - started
             if comm.bcast(enough and (spent > SECONDS_PER_SIZE or len(samples) >= 200)):
                 break
-        seconds = comm.bcast(statistics.median(samples))
+        seconds = comm.bcast(float(np.quantile(samples, QUANTILE)))
         points.append((size, seconds))
         if seconds > LONGEST:
             break
     return points
 
 
-def between_ranks(comm, other: int, both_at_once: bool) -> list:
-    """[(size, seconds one way)] of ranks 0 and `other`: exchange or ping-pong, known on all."""
+def ping_pong(comm, other: int) -> list:
+    """[(size, seconds one way)] between ranks 0 and `other`, known on all ranks of comm."""
     pair = comm.Split(comm.rank in (0, other))
     points = None
     if comm.rank in (0, other):
-        partner = 1 - pair.rank
 
         def there_and_back(buffer):
             if pair.rank == 0:
-                pair.Send(buffer, partner)
-                pair.Recv(buffer, partner)
+                pair.Send(buffer, 1)
+                pair.Recv(buffer, 1)
             else:
-                pair.Recv(buffer, partner)
-                pair.Send(buffer, partner)
+                pair.Recv(buffer, 0)
+                pair.Send(buffer, 0)
 
-        def exchange(buffer):
-            pair.Sendrecv(buffer, partner, recvbuf=np.empty_like(buffer), source=partner)
-
-        if both_at_once:
-            points = measure(pair, exchange)
-        else:
-            points = [(size, seconds / 2) for size, seconds in measure(pair, there_and_back)]
+        points = [(size, seconds / 2) for size, seconds in measure(pair, there_and_back)]
     pair.Free()
     return comm.bcast(points)
 
@@ -128,9 +121,8 @@ def between_ranks(comm, other: int, both_at_once: bool) -> list:
 def calibrate(comm, name: str) -> dict:
     """Measure and fit; the content of the calibration file, the same on all ranks.
 
-    "network": the fields of a Network; "ping_pong", "exchange" and "allreduce": [size, seconds,
-    relative residual], of the fit or, for allreduce, of the formula. On a single machine the
-    network is its shared memory.
+    "network": the fields of a Network; "ping_pong" and "allreduce": [size, seconds, relative
+    residual], of the fit and of the formula. On a single machine the network is its shared memory.
     """
     from mpi4py import MPI
 
@@ -140,13 +132,12 @@ def calibrate(comm, name: str) -> dict:
     far = [rank for rank in range(1, comm.size) if here[rank] != here[0]]
 
     other = far[0] if far else near[0]
-    one_way = between_ranks(comm, other, both_at_once=False)
-    exchange = between_ranks(comm, other, both_at_once=True)
+    messages = ping_pong(comm, other)
     summed = measure(comm, lambda buffer: comm.Allreduce(MPI.IN_PLACE, buffer))
 
-    network = fit_network(name, exchange)
+    network = fit_network(name, messages)
     if far and near:
-        memory = between_ranks(comm, near[0], both_at_once=True)
+        memory = ping_pong(comm, near[0])
         inside = fit_network(name, memory)
         network = network._replace(
             ranks_per_machine=len(near) + 1, memory_alpha=inside.alpha, memory_beta=inside.beta
@@ -160,8 +151,7 @@ def calibrate(comm, name: str) -> dict:
     return {
         "network": network._asdict(),
         "ranks": comm.size,
-        "ping_pong": with_residuals(one_way, fitted(fit_network(name, one_way), one_way)),
-        "exchange": with_residuals(exchange, fitted(network, exchange)),
+        "ping_pong": with_residuals(messages, fitted(network, messages)),
         "allreduce": with_residuals(summed, formula),
     }
 
@@ -186,10 +176,10 @@ def describe(content: dict) -> str:
         f"β {network.beta * 1e9:.4g} ns/B ({1e-6 / network.beta:,.1f} MB/s), "
         f"γ {network.gamma * 1e9:.3g} ns/B",
         "milliseconds; how much α (from 64 KiB on the line, for allreduce the formula) is off:",
-        "       bytes           ping-pong            exchange           allreduce",
+        "       bytes           ping-pong           allreduce",
     ]
     # A slow network takes too long for the largest sizes.
-    columns = [content[name] for name in ("ping_pong", "exchange", "allreduce")]
+    columns = [content[name] for name in ("ping_pong", "allreduce")]
     by_size = [{size: rest for size, *rest in points} for points in columns]
     for size in SIZES:
         cells = [f"{size:>12,}"]

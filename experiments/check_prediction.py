@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # common.py is at the top level
 from common import (
     BATCH,
@@ -39,8 +41,15 @@ from common import (
     run_main,
 )
 from network_hosts import Hosts, finish, start, why_not
-from scaling_inputs import merge_profiles, network_from_json, read_json, read_profile
-from scaling_model import ALGORITHMS, PARTS, predict
+from scaling_inputs import (
+    merge_profiles,
+    network_from_json,
+    profile_from_json,
+    read_json,
+    read_profile,
+    write_profile,
+)
+from scaling_model import ALGORITHMS, predict
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parent / "parallel_cnn_mpi.py"
@@ -49,6 +58,8 @@ IMAGES = 32  # of a step on each rank
 PROFILE_STEPS = 150  # of the one-rank runs before and after
 DRIFT = 0.05  # their difference, of the measured step, above which all are measured again
 ATTEMPTS = 3
+IDLE = 15  # percent of all processors that others may use when a measurement begins
+IDLE_PATIENCE = 5  # seconds to wait for that
 STEP_SECONDS = 6  # of each measured training, about
 MIN_STEPS = 8
 MAX_STEPS = 1000
@@ -132,7 +143,7 @@ class Measurement:
                 point = self.measure_point(hosts, folder, network, name, options)
                 self.content["points"][f"{place}, {name}"] = point
                 self.save()
-                print(describe_point(f"{place}, {name}", point), flush=True)
+                print(describe_point(add_prediction(self.content, point)), flush=True)
                 if self.is_late():
                     return False
         return True
@@ -175,6 +186,7 @@ class Measurement:
         drift = float("inf")
         while drift > DRIFT and attempts < ATTEMPTS:
             attempts += 1
+            wait_until_idle()
             before = self.profile(hosts, folder, local_options)
             expected = predict(
                 before, network, ALGORITHMS[algorithm], hosts.count, local_steps=local_steps
@@ -189,22 +201,15 @@ class Measurement:
 
             after = self.profile(hosts, folder, local_options)
             drift = abs(after.mean - before.mean) / measured
-        profile = merge_profiles(before, after)
-        predicted = predict(
-            profile, network, ALGORITHMS[algorithm], hosts.count, local_steps=local_steps
-        )
         return {
             "hosts": hosts.count,
             "rate": hosts.rate,
             "configuration": name,
-            "one_rank": profile.mean,
-            "drift": drift,
-            "attempts": attempts,
             "measured": measured,
             "steps": counted,
-            "predicted": predicted.step,
-            "parts": {part: getattr(predicted, part) for part in PARTS},
-            "phases": profile.phases,
+            "drift": drift,
+            "attempts": attempts,
+            "profile": write_profile(merge_profiles(before, after)),
         }
 
     def measure_accuracy(self, name: str, options: list):
@@ -235,6 +240,13 @@ class Measurement:
                 print(f"{name}, seed {seed}: {accuracies[seed]:.2%}", flush=True)
 
 
+def wait_until_idle():
+    """Wait until nothing else keeps the processors busy, for IDLE_PATIENCE seconds at most."""
+    deadline = time.monotonic() + IDLE_PATIENCE
+    while psutil.cpu_percent(interval=0.5) > IDLE and time.monotonic() < deadline:
+        pass
+
+
 def mean_step(log: Path, settle: int) -> tuple[float, int]:
     """The mean seconds of a step after the first `settle`, and how many steps that are."""
     with open(log, newline="") as file:
@@ -248,6 +260,29 @@ def mean_step(log: Path, settle: int) -> tuple[float, int]:
 # --------------------------------------------------------------------------------------------------
 
 
+def place_of(point: dict) -> str:
+    return f"{point['hosts']} hosts, {point['rate']:g} Mbit/s"
+
+
+def add_prediction(content: dict, point: dict) -> dict:
+    """The point with "one_rank" and "predicted", seconds of a step: of its profile and network.
+
+    The file has what was measured alone, so that a better model needs no other measurement.
+    """
+    profile = profile_from_json(point["profile"])
+    network = network_from_json(content["networks"][place_of(point)]["network"])
+    algorithm, local_steps = algorithm_of(point["configuration"])
+    predicted = predict(
+        profile, network, ALGORITHMS[algorithm], point["hosts"], local_steps=local_steps
+    )
+    return {**point, "one_rank": profile.mean, "predicted": predicted.step}
+
+
+def all_points(content: dict) -> list[dict]:
+    """All points with their predictions."""
+    return [add_prediction(content, point) for point in content["points"].values()]
+
+
 def share_of_communication(point: dict) -> float:
     """How much of the measured step one rank alone does not have."""
     return max(0.0, 1 - point["one_rank"] / point["measured"])
@@ -257,10 +292,10 @@ def error_of(point: dict) -> float:
     return point["predicted"] / point["measured"] - 1
 
 
-def describe_point(name: str, point: dict) -> str:
+def describe_point(point: dict) -> str:
     return (
-        f"{name}: {1e3 * point['measured']:.1f} ms a step, predicted "
-        f"{1e3 * point['predicted']:.1f} ({error_of(point):+.1%}), communication "
+        f"{place_of(point)}, {point['configuration']}: {1e3 * point['measured']:.1f} ms a step, "
+        f"predicted {1e3 * point['predicted']:.1f} ({error_of(point):+.1%}), communication "
         f"{share_of_communication(point):.0%}"
     )
 
@@ -289,7 +324,7 @@ def verdict_line(points: list[dict]) -> str:
 
 def rungs(content: dict) -> list[dict]:
     """The points of --reduce, which all compute the serial run."""
-    return [point for point in content["points"].values() if point["configuration"] in REDUCERS]
+    return [point for point in all_points(content) if point["configuration"] in REDUCERS]
 
 
 POINT_HEADER = (
@@ -334,11 +369,14 @@ SLOW_HEADER = (
 def slow_rows(content: dict) -> list[list[str]]:
     """Images/s on both slow links and the accuracy of each configuration."""
     rows = []
+    points = {
+        f"{place_of(point)}, {point['configuration']}": point for point in all_points(content)
+    }
     for name in ("allreduce", *SLOW):
         cells = [name]
         for rate in SLOW_RATES:
-            point = content["points"].get(f"2 hosts, {rate} Mbit/s, {name}")
-            plain = content["points"].get(f"2 hosts, {rate} Mbit/s, allreduce")
+            point = points.get(f"2 hosts, {rate} Mbit/s, {name}")
+            plain = points.get(f"2 hosts, {rate} Mbit/s, allreduce")
             if point is None or plain is None:
                 cells += ["–", "–", "–"]
                 continue
@@ -378,7 +416,7 @@ def draw(content: dict, path: Path):
             for i, name in enumerate(names):
                 points = [
                     point
-                    for point in content["points"].values()
+                    for point in all_points(content)
                     if point["configuration"] == name and point["hosts"] == 2
                 ]
                 points.sort(key=lambda point: point["rate"])
@@ -401,7 +439,7 @@ def draw(content: dict, path: Path):
 
 def report(content: dict, figure: str | None):
     """Print the tables; draw the figure if its path is given."""
-    print(format_table(POINT_HEADER, point_rows(content["points"].values())))
+    print(format_table(POINT_HEADER, point_rows(all_points(content))))
     print(f"\n{verdict_line(rungs(content))}\n")
     print(format_table(SLOW_HEADER, slow_rows(content)))
     if figure:

@@ -7,7 +7,6 @@ left out and named among the limits.
 
     make report
     python experiments/make_report.py --analysis results/analysis --output-dir report
-    python experiments/make_report.py --prediction results/prediction/prediction.json
     python experiments/make_report.py --pdf              # needs latexmk, pdflatex or tectonic
 
 Result: report.md, report.html, report.tex and figures/ in --output-dir; with --pdf report.pdf too.

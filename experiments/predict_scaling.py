@@ -193,7 +193,7 @@ def draw(rows: list[dict], measured: list[dict], profile: Profile, path: Path):
                             label = f"{algorithm}, measured"
                             ax.plot(point["ranks"], point["efficiency"], label=label, **style)
                 ax.set_xscale("log", base=2)
-                ax.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1k"])
+                ax.set_xticks([1, 8, 64, 1024], ["1", "8", "64", "1,024"])
                 ax.set_ylim(0, 1.05)
                 if row == 0:
                     ax.set_title(network)

@@ -47,12 +47,17 @@ class Network(NamedTuple):
     long_offset: float = 0.0  # s
 
     def message_time(self, size: float) -> float:
-        """Seconds of a message between machines while another one goes the other way."""
+        """Seconds of a message between machines.
+
+        Never less than the rate of long messages allows: links let a short burst pass faster, but
+        not one message after another.
+        """
+        seconds = self.alpha + size * self.beta
         if self.long_from and size >= self.long_from:
-            return self.long_offset + size * self.beta
-        if self.points:
-            return float(np.interp(size, *zip(*self.points, strict=True)))
-        return self.alpha + size * self.beta
+            seconds = self.long_offset + size * self.beta
+        elif self.points:
+            seconds = float(np.interp(size, *zip(*self.points, strict=True)))
+        return max(seconds, size * self.beta)
 
 
 PRESETS = {

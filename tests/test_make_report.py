@@ -573,6 +573,10 @@ def test_every_sentence_can_appear(analysis):
 
     analyses = (analysis, other, slow, once, without_loading)
     texts = [make_report.Report(each).to_markdown() for each in analyses]
+    measured = [str(REPO / "measurements" / f"{name}prediction.json") for name in ("", "check_")]
+    options = make_report.parse_args(["--prediction", measured[0], "--check", measured[1]])
+    beyond = make_report.read_beyond(options)
+    texts.append(make_report.Report(analysis, beyond).to_markdown())
     for pieces in sentences():
         longest = max(map(str.strip, pieces), key=len, default="")
         assert any(longest in text for text in texts), longest

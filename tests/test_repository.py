@@ -79,9 +79,6 @@ NEEDED = {  # {script: {file that it reads: the command that writes it}}
         "results/mpi.ckpt.npz": "python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz",
     },
     "make_report.py": {
-        "results/one_rank.csv": "python parallel_cnn_mpi.py --batch-size 1 "
-        "--log results/one_rank.csv --trace results/one_rank.trace",
-        "results/prediction/prediction.json": "python experiments/predict_scaling.py",
         "results/index.json": "python experiments/run_experiments.py --only serial",
         "results/analysis/analysis.json": "python experiments/analyze_results.py",
     },

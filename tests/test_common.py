@@ -1860,6 +1860,9 @@ class FakeModel:
     def __init__(self, name):
         self.arrays = {name: np.zeros(3)}
 
+    def layout(self):
+        return []
+
     def state_dict(self):
         return self.arrays
 

@@ -76,7 +76,7 @@ def tiny_script(monkeypatch, tmp_path):
     """tiny_script([option, …]): the script in this process and a new folder; a small network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    monkeypatch.setattr(split_cores, "make_model", lambda image_size=32: tiny_model())
+    monkeypatch.setattr(split_cores, "make_model", lambda *_: tiny_model())
     monkeypatch.setattr(split_cores, "keep_freed_memory", lambda: None)
 
     def main(argv):

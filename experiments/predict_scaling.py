@@ -203,7 +203,7 @@ def draw(rows: list[dict], measured: list[dict], profile: Profile, path: Path):
         for part in PARTS:
             handles.append(Patch(color=BAND_COLORS[part]))
             labels.append(f"bound by {part}")
-        figure.legend(handles, labels, loc="outside upper center", ncols=5)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
         save_figure(figure, path)
 
 

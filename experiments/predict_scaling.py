@@ -358,6 +358,8 @@ def main(argv=None):
         return
 
     profile, networks, measured = read_input(args)
+    # Rounded as prediction.json has it, so that the same numbers come out of that file.
+    profile = profile_from_json(write_profile(profile))
     if args.ranks_per_machine:
         networks = [net._replace(ranks_per_machine=args.ranks_per_machine) for net in networks]
     folder = Path(args.output_dir)

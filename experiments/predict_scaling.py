@@ -204,7 +204,7 @@ def draw(rows: list[dict], measured: list[dict], profile: Profile, path: Path):
         for part in PARTS:
             handles.append(Patch(color=BAND_COLORS[part]))
             labels.append(f"bound by {part}")
-        figure.legend(handles, labels, loc="outside upper center", ncols=5)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
         save_figure(figure, path)
 
 
@@ -359,6 +359,8 @@ def main(argv=None):
         return
 
     profile, networks, measured = read_input(args)
+    # Rounded as prediction.json has it, so that the same numbers come out of that file.
+    profile = profile_from_json(write_profile(profile))
     if args.ranks_per_machine:
         networks = [net._replace(ranks_per_machine=args.ranks_per_machine) for net in networks]
     folder = Path(args.output_dir)

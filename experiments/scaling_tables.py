@@ -85,8 +85,8 @@ def check_tables(path: Path) -> list[Table]:
             seeds = max(len(found) for found in content["accuracy"].values())
             note = (
                 f"Accuracy after {run['epochs']} epochs of {run['images']:,} images "
-                f"({run['dataset']}), {run['global_batch_size']} a step on two ranks: the mean "
-                f"(range) of {seeds} seeds."
+                f"({run['dataset']}), {run['global_batch_size']} a step on two ranks: "
+                + ("one seed." if seeds == 1 else f"the mean (range) of {seeds} seeds.")
             )
         slow = Table(
             "slow",

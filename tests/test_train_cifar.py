@@ -877,8 +877,13 @@ def test_an_own_network_that_cannot_be_used(run_here, tmp_path, name, words):
 
 
 @pytest.mark.parametrize("batch_size", [16, 48])
-def test_damage_in_the_test_set_leaves_a_checkpoint_of_the_training(run_here, tmp_path, batch_size):
-    """Repaired, the run goes on with that validation, and ends as one without damage."""
+def test_damage_in_the_test_set_leaves_a_checkpoint_of_the_training(
+    run_here, tmp_path, monkeypatch, batch_size
+):
+    """Repaired, the run goes on with that validation, and ends as one without damage.
+
+    Damage from before the start is found before training: this one comes while the run trains.
+    """
     run_here("--export", tmp_path / "data", *TINY[:4], "--quiet")
     options = ("--source", "disk", "--data-dir", "data", "--model", "cnn", "--epochs", 2)
     options = (*options, "--batch-size", batch_size, "--quiet")
@@ -887,12 +892,20 @@ def test_damage_in_the_test_set_leaves_a_checkpoint_of_the_training(run_here, tm
 
     (victim,) = Path("data/test").glob("00003_*.png")
     good = victim.read_bytes()
-    truncated(victim)
+    examine = train_cifar.examine_pictures
+
+    def examine_then_damage(*arguments, **options):
+        pictures = examine(*arguments, **options)
+        truncated(victim)
+        return pictures
+
     resumable = (*options, "--checkpoint", "run.pt", "--resume")
     for _ in range(2):  # the second time nothing is left to train in this epoch
-        with pytest.raises(TrainingError, match=r"00003_.*--checkpoint run.pt --resume"):
-            run_here(*resumable)
-    victim.write_bytes(good)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_cifar, "examine_pictures", examine_then_damage)
+            with pytest.raises(TrainingError, match=r"00003_.*--checkpoint run.pt --resume"):
+                run_here(*resumable)
+        victim.write_bytes(good)
     run_here(*resumable)
     ours, theirs = read_checkpoint("run.pt"), read_checkpoint("reference.pt")
     for name, weights in theirs["model"].items():

@@ -1,12 +1,17 @@
 """Measure the speed of each script beside PyTorch on the same work, and beside itself on one core.
 
-Both sides of a benchmark train the same network with the same batch size on as many cores. They run
-in processes of their own and take samples in turn, A B A B …, after a warm-up, so that a machine
-whose speed drifts drifts for both. A row has the medians, and of the ratio of each pair of samples
-the median, the least and the greatest. "of sgemm" is the rate of a training step relative to that
-of a large matrix product on the same cores, sampled in the same turns. It counts the
-multiplications of the plain algorithm: one that needs fewer (Winograd's) may pass 100 %. Where
-there is a GPU, gpu_scratch.py is measured on it beside PyTorch with cuDNN.
+Both sides of a row train the same network with the same batch size on as many cores. Each kind of
+work runs in processes of its own. Rows of the same network and batch size are a group, in which all
+kinds of work take their samples in turn, A B C A B C …, after a warm-up: a machine whose speed
+drifts drifts for all of them, and what stands in several rows is one measurement. A row has the
+medians, and of the ratios of each turn the median, the least and the greatest.
+
+"of sgemm" is the rate of a training step relative to that of a large matrix product on the same
+cores, sampled in the same turns. It counts the multiplications of the plain algorithm: one that
+needs fewer (Winograd's) may pass 100 %. "of the bound" is the rate of parallel work relative to
+that of as many copies on one core each, with the same batch per core, that share nothing but the
+machine: what they lose, no method can avoid. Where there is a GPU, gpu_scratch.py is measured on it
+beside PyTorch with cuDNN.
 
 --loading measures instead what loading costs train_cifar.py: each source with 0, 1 and 2 workers,
 alone and while ResNet-18 trains. The S3 server runs on this machine and shares its cores.
@@ -74,10 +79,15 @@ TRAINING_IMAGES = 1600
 class Benchmark(NamedTuple):
     """A row: two kinds of work to compare."""
 
+    group: str  # rows of a group are measured together
     ours: Work
     baseline: Work
     model: str | None = None  # network whose operations are compared with sgemm
     cores: int = 0  # of ours, if the baseline is our own work on one core; 0: it is PyTorch
+    bound: Work | None = None  # copies that share nothing, on as many cores
+
+    def works(self) -> list[Work]:
+        return [work for work in (self.ours, self.baseline, self.bound) if work]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,16 +105,16 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
         ours = Work("serial", images, options=("--model", model))
         baseline = Work("pytorch", images, options=(model,))
         name = f"serial_cnn.py, {shown}, batch {images}, 1 core"
-        rows[name] = Benchmark(ours, baseline, model)
+        rows[name] = Benchmark(group_name(model, images), ours, baseline, model)
     for model, shown, images in networks:
         for threads in sorted({1, cores}):
             ours = Work("hybrid", images, threads=threads, options=("--model", model))
             baseline = Work("pytorch", images, threads=threads, options=(model,))
             name = f"parallel_cnn_hybrid.py, {shown}, batch {images}, {count_cores(threads)}"
-            rows[name] = Benchmark(ours, baseline, model)
+            rows[name] = Benchmark(group_name(model, images), ours, baseline, model)
     for ranks in (2, 4, 8, 16):
         if ranks <= cores:
-            rows.update(scaling_benchmarks(ranks))
+            rows.update(scaling_benchmarks(ranks, cores))
 
     # PyTorch as train_cifar.py uses it against PyTorch as tutorials use it: its first rung.
     trainings = [("cnn", 32), ("resnet18", 32 if quick else 64)]
@@ -115,48 +125,63 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
         ours = Work("train_cifar", images, threads=cores, options=options)
         baseline = ours._replace(options=(*options, *TUTORIAL))
         name = f"train_cifar.py, {model}, batch {images}, {count_cores(cores)}"
-        rows[name] = Benchmark(ours, baseline, model)
+        rows[name] = Benchmark(group_name(model, images), ours, baseline, model)
     if not missing_for_gpu():
         for (model, shown, _), images in itertools.product(networks[1:], (64, 512)):
             ours = Work("gpu", images, options=("--model", model))
             baseline = Work("pytorch_gpu", images, options=(model,))
-            rows[f"gpu_scratch.py, {shown}, batch {images}, GPU"] = Benchmark(ours, baseline)
+            name = f"gpu_scratch.py, {shown}, batch {images}, GPU"
+            rows[name] = Benchmark(name, ours, baseline)
     ours = Work("loading", 64, options=("--workers", "0"))
     baseline = Work("loading", 64, options=TUTORIAL)
-    rows["train_cifar.py --load-only, batch 64, 1 core"] = Benchmark(ours, baseline)
+    rows["train_cifar.py --load-only, batch 64, 1 core"] = Benchmark("loading", ours, baseline)
     return rows
 
 
-def scaling_benchmarks(ranks) -> dict[str, Benchmark]:
+def group_name(model, images):
+    return f"{model}, batch {images}"
+
+
+def scaling_benchmarks(ranks, cores) -> dict[str, Benchmark]:
     """Rows of several ranks or threads beside our own work on one core, and beside DDP."""
     # Weak scaling: each rank has the batch of the serial run, so the ranks train as many times more
     # images in a step. Strong scaling: they share the batch of the serial run.
-    serial_32 = Work("serial", 32)
+    cnn = ("--model", "cnn")
+    serial_32 = Work("serial", 32, options=cnn)
+    serial_64 = Work("serial", 64, options=cnn)
     mpi = Work("mpi", 32 * ranks, ranks)
     overlap = mpi._replace(options=("--reduce", "overlap"))
     no_overlap = mpi._replace(options=(*overlap.options, "--no-overlap"))
     strong = Work("mpi", 64, ranks)
     ddp = Work("ddp", 32 * ranks, ranks, options=("cnn",))
     # What independent copies lose, because they share memory, cache and clock, no method can avoid.
-    copies = Work("serial", 32 * ranks, ranks)
+    copies_weak = Work("serial", 32 * ranks, ranks, options=cnn)
+    copies_strong = Work("serial", 64, ranks, options=cnn)
 
     script = "parallel_cnn_mpi.py"
     weak = f"32 per rank, {ranks} ranks"
+    copies = f"serial_cnn.py, {ranks} independent copies, batch 32 each"
     rows = {
-        f"serial_cnn.py, {ranks} independent copies, batch 32 each": (copies, serial_32),
-        f"{script}, weak scaling: {weak}": (mpi, serial_32),
-        f"{script} --reduce overlap, {weak}": (overlap, serial_32),
-        f"{script} --reduce overlap --no-overlap, {weak}": (no_overlap, serial_32),
-        f"{script}, strong scaling: 64 in all, {ranks} ranks": (strong, Work("serial", 64)),
+        copies: (copies_weak, serial_32, None),
+        f"{script}, weak scaling: {weak}": (mpi, serial_32, copies_weak),
+        f"{script} --reduce overlap, {weak}": (overlap, serial_32, copies_weak),
+        f"{script} --reduce overlap --no-overlap, {weak}": (no_overlap, serial_32, copies_weak),
+        f"{script}, strong scaling: 64 in all, {ranks} ranks": (strong, serial_64, copies_strong),
     }
-    for images in (32, 128):
-        one_thread = Work("hybrid", images)
-        several_threads = Work("hybrid", images, threads=ranks)
-        name = f"parallel_cnn_hybrid.py, batch {images}, {ranks} threads"
-        rows[name] = (several_threads, one_thread)
+    # All ranks of a group wait in memory: the rows of fewer ranks than cores have their own.
+    group = group_name("cnn", 32) if ranks == cores else f"{ranks} cores"
+    benchmarks = {}
+    for name, (ours, baseline, bound) in rows.items():
+        benchmarks[name] = Benchmark(group, ours, baseline, cores=ranks, bound=bound)
+    benchmarks[f"{script}, beside DDP (gloo), {weak}"] = Benchmark(group, mpi, ddp)
 
-    benchmarks = {name: Benchmark(*works, cores=ranks) for name, works in rows.items()}
-    benchmarks[f"{script}, beside DDP (gloo), {weak}"] = Benchmark(mpi, ddp)
+    for images in (32, 128):
+        one_thread = Work("hybrid", images, options=cnn)
+        several_threads = one_thread._replace(threads=ranks)
+        bound = Work("hybrid_copies", images, ranks, options=cnn)
+        name = f"parallel_cnn_hybrid.py, batch {images}, {ranks} threads"
+        row = Benchmark(group_name("cnn", images), several_threads, one_thread, None, ranks, bound)
+        benchmarks[name] = row
     return benchmarks
 
 
@@ -205,44 +230,59 @@ class Worker:
         self.process.wait()
 
 
-def measure(name: str, benchmark: Benchmark, pairs: int, seconds: float, dataset: str) -> dict:
-    """Take paired samples of `seconds` each, after one pair as warm-up; returns the row."""
-    # Both start at the same time, because each takes seconds to import its libraries.
-    workers = [Worker(work, dataset) for work in (benchmark.ours, benchmark.baseline)]
+def measure_all(benchmarks: dict[str, Benchmark], turns, seconds, dataset) -> list[dict]:
+    """Measure one group after the other; returns the rows in the order of benchmarks."""
+    groups = {}
+    for name, benchmark in benchmarks.items():
+        groups.setdefault(benchmark.group, {})[name] = benchmark
+    measured = {}
+    for group, rows in groups.items():
+        for row in measure_group(group, rows, turns, seconds, dataset):
+            measured[row["name"]] = row
+    return [measured[name] for name in benchmarks]
+
+
+def measure_group(group: str, rows: dict[str, Benchmark], turns, seconds, dataset) -> list[dict]:
+    """Measure all work of a group in turns, after one turn as warm-up; returns its rows."""
+    works = list(dict.fromkeys(work for row in rows.values() for work in row.works()))
+    workers = {}
     try:
-        for worker in workers:
-            worker.wait_until_ready()
-        samples = take_paired_samples(name, benchmark, workers, pairs, seconds)
+        for work in tqdm(works, desc=f"{group}: starting", leave=False, disable=None):
+            workers[work] = Worker(work, dataset)
+            workers[work].wait_until_ready()
+        samples = take_turns(group, workers, turns, seconds)
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.close()
-    return make_row(name, benchmark, samples)
+    return [make_row(name, benchmark, samples) for name, benchmark in rows.items()]
 
 
-class PairedSample(NamedTuple):
-    """Samples that were taken one right after the other."""
+class Samples(NamedTuple):
+    """What the turns of a group have measured, one number for each turn."""
 
-    ours: float  # images/s
-    baseline: float  # images/s
-    sgemm: float  # products/s
-    communication: float | None  # its share of the time in ours
+    rates: dict[Work, list]  # images/s
+    communication: dict[Work, list]  # its share of the time, or None
+    sgemm: dict[int, list]  # products/s, by the number of threads
 
 
-def take_paired_samples(name, benchmark, workers, pairs, seconds) -> list[PairedSample]:
-    ours, baseline = workers
-    limit_blas_threads(benchmark.ours.threads)  # those of sgemm, in this process
-    samples = []
-    for _ in tqdm(range(pairs + 1), desc=name, leave=False, disable=None):
-        our_rate, communication = ours.sample(seconds)
-        baseline_rate, _ = baseline.sample(seconds)
-        sample = PairedSample(
-            our_rate * benchmark.ours.images,
-            baseline_rate * benchmark.baseline.images,
-            sgemm_rate(seconds / 5),
-            communication,
-        )
-        samples.append(sample)
-    return samples[1:]  # the first pair is the warm-up
+def take_turns(group, workers: dict[Work, Worker], turns, seconds) -> Samples:
+    threads = sorted({work.threads for work in workers})
+    samples = Samples({w: [] for w in workers}, {w: [] for w in workers}, {n: [] for n in threads})
+    with tqdm(total=(turns + 1) * len(workers), desc=group, leave=False, disable=None) as progress:
+        for turn in range(turns + 1):
+            is_warm_up = turn == 0
+            for work, worker in workers.items():
+                rate, communication = worker.sample(seconds)
+                progress.update()
+                if not is_warm_up:
+                    samples.rates[work].append(rate * work.images)
+                    samples.communication[work].append(communication)
+            for n in threads:
+                limit_blas_threads(n)  # those of sgemm, in this process
+                rate = sgemm_rate(seconds / 5)
+                if not is_warm_up:
+                    samples.sgemm[n].append(rate)
+    return samples
 
 
 def sgemm_rate(seconds):
@@ -256,30 +296,40 @@ def sgemm_rate(seconds):
     return products / (time.perf_counter() - started)
 
 
-def make_row(name, benchmark, samples) -> dict:
+def make_row(name, benchmark, samples: Samples) -> dict:
     """The row for bench.json."""
-    # The ratio of each pair, not that of the medians: both samples of a pair met the same machine.
-    ratios = [sample.ours / sample.baseline for sample in samples]
+    ours = samples.rates[benchmark.ours]
+    baseline = samples.rates[benchmark.baseline]
+    # The ratio of each turn, not that of the medians: all samples of a turn met the same machine.
+    ratios = [a / b for a, b in zip(ours, baseline, strict=True)]
     row = {
         "name": name,
-        "ours": statistics.median(sample.ours for sample in samples),
-        "baseline": statistics.median(sample.baseline for sample in samples),
+        "ours": statistics.median(ours),
+        "baseline": statistics.median(baseline),
         "unit": "images/s",
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "n": len(samples),
+        "n": len(ratios),
     }
     if benchmark.model:
         # An image needs as many operations as this fraction of a matrix product.
         products_per_image = count_flops(benchmark.model) / (2 * GEMM_SIZE**3)
-        shares = [sample.ours * products_per_image / sample.sgemm for sample in samples]
+        sgemm = samples.sgemm[benchmark.ours.threads]
+        shares = [a * products_per_image / b for a, b in zip(ours, sgemm, strict=True)]
         row["of_sgemm"] = statistics.median(shares)
     if benchmark.cores:
         row["cores"] = benchmark.cores
         row["efficiency"] = row["ratio"] / benchmark.cores
-    if samples[0].communication is not None:
-        row["communication"] = statistics.median(sample.communication for sample in samples)
+    if benchmark.bound:
+        bound = samples.rates[benchmark.bound]
+        shares = [a / b for a, b in zip(ours, bound, strict=True)]
+        row["of_bound"] = statistics.median(shares)
+        row["of_bound_min"] = min(shares)
+        row["of_bound_max"] = max(shares)
+    communication = samples.communication[benchmark.ours]
+    if communication[0] is not None:
+        row["communication"] = statistics.median(communication)
     return row
 
 
@@ -300,11 +350,12 @@ def print_rows(rows):
     for row in rows:
         ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
         line = [row["name"], f"{row['ours']:,.0f}", f"{row['baseline']:,.0f}", ratio, str(row["n"])]
-        for share in ("of_sgemm", "efficiency", "communication"):
+        for share in ("of_sgemm", "efficiency", "of_bound", "communication"):
             line.append(f"{row[share]:.1%}" if share in row else "-")
         lines.append(line)
     header = ("training, images/s", "ours", "baseline", "ratio (min–max)", "n")
-    print(format_table((*header, "of sgemm", "efficiency", "communication"), lines))
+    shares = ("of sgemm", "efficiency", "of the bound", "communication")
+    print(format_table((*header, *shares), lines))
     print("Baseline: PyTorch; where there is an efficiency, our own work on one core.")
 
 
@@ -429,7 +480,7 @@ def parse_args(argv=None):
     parser = Parser("bench", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer networks and shorter samples")
-    pairs = "paired samples of each row (default: %(default)s)"
+    pairs = "samples of each kind of work, taken in turns (default: %(default)s)"
     add("--pairs", type=number(int, 7, 1000), default=11, help=pairs)
     add("--only", metavar="TEXT", default="", help="only rows with TEXT in their name")
     loading = "measure loading instead, of the sources of train_cifar.py with TEXT in their name"
@@ -463,7 +514,7 @@ def main(argv=None):
             print(warning, flush=True)
         pairs = QUICK_PAIRS if args.quick else args.pairs
         seconds = QUICK_SAMPLE_SECONDS if args.quick else SAMPLE_SECONDS
-        rows = [measure(name, row, pairs, seconds, dataset) for name, row in chosen.items()]
+        rows = measure_all(chosen, pairs, seconds, dataset)
         print_rows(rows)
 
     with atomic_write(args.output, "w") as file:

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -130,6 +131,11 @@ def hybrid_step(work, data, comm):
     optimizer = make_optimizer(model, args, sgd=script.ThreadedSGD, adam=script.ThreadedAdam)
     reducer = script.make_reducer(comm, model, optimizer, args)
     return data_parallel_step(work, data, comm, model, optimizer, reducer)
+
+
+def hybrid_copies_step(work, data, comm):
+    """parallel_cnn_hybrid.py on one thread, as copies that share nothing but the machine."""
+    return hybrid_step(work._replace(images=work.images // comm.size), data, MPI.COMM_SELF)
 
 
 def data_parallel_step(work, data, comm, model, optimizer, reducer):
@@ -313,6 +319,7 @@ STEPS = {
     "serial": serial_step,
     "mpi": mpi_step,
     "hybrid": hybrid_step,
+    "hybrid_copies": hybrid_copies_step,
     "pytorch": pytorch_step,
     "ddp": ddp_step,
     "train_cifar": train_cifar_step,
@@ -331,12 +338,15 @@ def run_worker(work: Work, data, comm):
     """Make the step, then take a sample whenever bench.py asks for one."""
     # BLAS would take all cores, also those on which other ranks compute.
     limit_blas_threads(work.threads)
+    # Before a library starts threads, which take this over: receive_request() waits for the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    pids = comm.allgather(os.getpid())
     step = STEPS[work.kind](work, data, comm)
     take_sample(step, 3, comm)  # warm-up
     rate, _ = take_sample(step, 5, comm)
     send_answer("ready", comm)
     while True:
-        seconds = receive_request(comm)
+        seconds = receive_request(comm, pids)
         if seconds is None:
             return
         # All ranks have the same rate. If they took different numbers of steps, those with more
@@ -369,15 +379,17 @@ def send_answer(answer, comm):
         print(json.dumps(answer), flush=True)
 
 
-def receive_request(comm):
+def receive_request(comm, pids):
     """Sleep until bench.py wants a sample. Returns its seconds on all ranks, None at the end."""
     line = None
+    # A rank that waits inside MPI keeps its core busy, on which other work is measured now. So only
+    # rank 0 waits for the line, and wakes the others.
     if comm.rank == 0:
         line = sys.stdin.readline()
-    # A rank that waits inside MPI keeps its core busy, on which the other side is measured now.
-    arrived = comm.Ibarrier()
-    while not arrived.Test():
-        time.sleep(0.005)
+        for pid in pids[1:]:
+            os.kill(pid, signal.SIGUSR1)
+    else:
+        signal.sigwait({signal.SIGUSR1})
     line = comm.bcast(line)
     return float(line) if line else None
 

@@ -232,10 +232,14 @@ def scaling_table(measurements):
     cells = []
     for row in bench_rows(measurements, scaling=True):
         efficiency = f"{row['efficiency']:.0%}"
+        bound = "–"
+        if "of_bound" in row:
+            bound = f"{row['of_bound']:.0%} ({row['of_bound_min']:.0%}–{row['of_bound_max']:.0%})"
         communication = f"{row['communication']:.1%}"
-        cells.append([*rate_cells(row), efficiency, communication, str(row["n"])])
+        cells.append([*rate_cells(row), efficiency, bound, communication, str(row["n"])])
     rates = "training, images/s | ours | on one core"
-    header = f"{rates} | speed-up (min–max) | efficiency | communication | n"
+    shares = "efficiency | of the bound (min–max) | communication"
+    header = f"{rates} | speed-up (min–max) | {shares} | n"
     return markdown_table(header, cells)
 
 
@@ -330,8 +334,6 @@ def recipes_table(measurements):
     cells = []
     for run in read_trainings(measurements, "recipes").values():
         options = run["options"]
-        if "augment" not in run["configuration"]:
-            options = [word for word in options if word not in ("--augment", "off")]
         cells.append(
             [
                 f"`{' '.join(options)}`" if options else "defaults",

@@ -17,6 +17,7 @@ from bench_worker import Step, Stopwatch, Work
 from common import Dataset, available_cores, make_synthetic
 
 KEYS = {"name", "ours", "baseline", "unit", "ratio", "ratio_min", "ratio_max", "n"}
+BOUND = {"of_bound", "of_bound_min", "of_bound_max"}
 two_cores = pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
 
 
@@ -71,7 +72,8 @@ def test_quick_run_writes_table_and_json(run_quick):
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("weak scaling: 32 per rank, 2 ranks", {"cores", "efficiency", "communication"}),
+        ("weak scaling: 32 per rank, 2 ranks", {"cores", "efficiency", "communication", *BOUND}),
+        ("batch 32, 2 threads", {"cores", "efficiency", "communication", *BOUND}),
         ("2 independent copies", {"cores", "efficiency", "communication"}),
         ("beside DDP (gloo), 32 per rank, 2 ranks", {"communication"}),
         ("parallel_cnn_hybrid.py, CNN, batch 32, 1 core", {"of_sgemm", "communication"}),
@@ -93,13 +95,14 @@ def test_the_scripts_accept_the_options_of_every_row():
         "serial": "serial_cnn",
         "mpi": "parallel_cnn_mpi",
         "hybrid": "parallel_cnn_hybrid",
+        "hybrid_copies": "parallel_cnn_hybrid",
         "train_cifar": "train_cifar",
         "loading": "train_cifar",
         "gpu": "gpu_scratch",
     }
     kinds = set()
     for benchmark in bench.list_benchmarks(quick=False).values():
-        for work in benchmark.ours, benchmark.baseline:
+        for work in benchmark.works():
             kinds.add(work.kind)
             assert Work(*json.loads(json.dumps(work))).images == work.images  # as a worker gets it
             if work.kind in modules:
@@ -121,24 +124,51 @@ class FakeWorker:
         return self.answer
 
 
-def test_samples_alternate_and_ratios_are_taken_pair_by_pair(monkeypatch):
+def test_work_takes_turns_and_ratios_are_taken_turn_by_turn(monkeypatch):
     calls = []
-    ours = FakeWorker("a", 1000, 0.25, calls)
-    baseline = FakeWorker("b", 500, None, calls)
     monkeypatch.setattr(bench, "sgemm_rate", lambda seconds: 1000)
     monkeypatch.setattr(bench, "count_flops", lambda model: 1e5)
-    benchmark = bench.Benchmark(Work("mpi", 20, 2), Work("serial", 10), model="cnn", cores=2)
-    samples = bench.take_paired_samples("test", benchmark, [ours, baseline], 7, 0.01)
-    assert "".join(calls) == "ab" * 8  # a warm-up and seven pairs
-    assert samples == [(20_000, 5_000, 1000, 0.25)] * 7
+    ours = Work("mpi", 20, 2)
+    baseline = Work("serial", 10)
+    copies = Work("serial", 20, 2)
+    workers = {
+        ours: FakeWorker("a", 1000, 0.25, calls),
+        baseline: FakeWorker("b", 500, None, calls),
+        copies: FakeWorker("c", 1250, 0.0, calls),
+    }
+    samples = bench.take_turns("test", workers, 7, 0.01)
+    assert "".join(calls) == "abc" * 8  # a warm-up and seven turns
+    assert samples.rates == {ours: [20_000] * 7, baseline: [5_000] * 7, copies: [25_000] * 7}
+    assert samples.sgemm == {1: [1000] * 7}
 
-    samples[0] = samples[0]._replace(baseline=2_000)
+    samples.rates[baseline][0] = 2_000
+    benchmark = bench.Benchmark("group", ours, baseline, model="cnn", cores=2, bound=copies)
     row = bench.make_row("test", benchmark, samples)
     assert (row["ours"], row["baseline"]) == (20_000, 5_000)
     assert (row["ratio_min"], row["ratio"], row["ratio_max"]) == (4, 4, 10)
     assert row["n"] == 7
     assert row["of_sgemm"] == pytest.approx(20 * 1e5 / (2 * 1024**3))
     assert (row["cores"], row["efficiency"], row["communication"]) == (2, 2, 0.25)
+    assert (row["of_bound_min"], row["of_bound"], row["of_bound_max"]) == (0.8, 0.8, 0.8)
+
+
+def test_work_of_one_configuration_is_measured_once():
+    """Equal works are in one group, so that rows do not disagree about a configuration."""
+    groups = {}
+    for benchmark in bench.list_benchmarks(quick=False).values():
+        for work in benchmark.works():
+            groups.setdefault(work, set()).add(benchmark.group)
+    cores = len(available_cores())
+    several = {work for work, names in groups.items() if len(names) > 1}
+    # On more than two cores the groups of fewer ranks have their own serial baseline.
+    assert all(work.kind == "serial" and cores > 2 for work in several)
+
+
+def test_the_bound_has_as_many_images_per_core():
+    for benchmark in bench.list_benchmarks(quick=False).values():
+        if benchmark.bound:
+            assert benchmark.bound.images == benchmark.ours.images
+            assert benchmark.bound.ranks == benchmark.ours.ranks * benchmark.ours.threads
 
 
 def test_sgemm_rate_counts_whole_products(monkeypatch):
@@ -167,7 +197,9 @@ def test_both_sides_do_the_same_training_step(data):
     assert losses[-1] < first / 2  # it trains, it does not only run
 
 
-@pytest.mark.parametrize("kind", ["mpi", pytest.param("hybrid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["mpi", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hybrid", "hybrid_copies"))]
+)
 def test_parallel_steps_are_the_serial_step(data, kind):
     """From the same weights, on the same batch, the same losses. The hybrid is compiled first."""
     serial = make_step(Work("serial", 32), data)

@@ -8,7 +8,7 @@ Contents, in this order (search for the name):
     Data             Dataset, load_dataset, make_synthetic, load_batch, augment
     Layers           Layer, Conv2D, ConvReLUPool, WinogradConv2D, BatchNorm2D, Dense, check_gradient
     Models           Model, make_cnn, make_resnet18, evaluate
-    Optimizers       SGD, Adam
+    Optimizers       SGD, Adam, learning_rate
     Run log          RunLog, ResourceMonitor, Progress
     Checkpoints      Checkpoint, TorchCheckpoint, StopSignal
     Machine          available_cores, limit_blas_threads, environment
@@ -598,11 +598,18 @@ def _normalization(dtype, width, mean, std):
 
 
 def load_batch(
-    images: np.ndarray, labels: np.ndarray, index, dtype=np.float32, mean=MEAN, std=STD
+    images: np.ndarray,
+    labels: np.ndarray,
+    index,
+    dtype=np.float32,
+    mean=MEAN,
+    std=STD,
+    aug_params: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images (N, H, W, C) and labels (N,) at `index`, normalised per channel.
 
-    mean, std: the data set's, one number for each channel.
+    mean, std: the data set's, one number for each channel. aug_params: those of all images, from
+    draw_augmentation(); None for no augmentation.
     """
     h, w, c = images.shape[1:]
     if len(mean) != c:
@@ -611,7 +618,10 @@ def load_batch(
             "set's, mean=data.mean, std=data.std"
         )
     scale, shift = _normalization(np.dtype(dtype), w, tuple(mean), tuple(std))
-    rows = images[index].reshape(-1, h, w * c)  # long rows make fast loops: W pixels of C channels
+    batch = images[index]
+    if aug_params is not None:
+        batch = augment(batch, aug_params[index])
+    rows = batch.reshape(-1, h, w * c)  # long rows make fast loops: W pixels of C channels
     x = np.multiply(rows, scale, dtype=dtype)
     x -= shift
     return x.reshape(-1, h, w, c), labels[index]
@@ -2003,6 +2013,29 @@ def make_optimizer(model: Model, args: argparse.Namespace, sgd=SGD, adam=Adam) -
     return sgd(model, args.lr, args.momentum, args.weight_decay)
 
 
+def learning_rate(args: argparse.Namespace, done: float) -> float:
+    """The learning rate when the fraction `done` (0 to 1) of the training is over.
+
+    constant: args.lr. cosine: in a straight line up from 0 during args.warmup of the training, then
+    half a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts). one-cycle: from
+    lr / 25 up to lr and down to lr / 250,000, both half a cosine, as PyTorch's OneCycleLR (Smith
+    and Topin, "Super-Convergence", 2018).
+    """
+    if done < args.warmup:
+        if args.schedule == "one-cycle":
+            return half_cosine(args.lr / 25, args.lr, done / args.warmup)
+        return args.lr * done / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    last = args.lr / 250_000 if args.schedule == "one-cycle" else 0.0
+    return half_cosine(args.lr, last, (done - args.warmup) / (1 - args.warmup))
+
+
+def half_cosine(start: float, end: float, fraction: float) -> float:
+    """From start (fraction 0) to end (fraction 1)."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Run log
 # --------------------------------------------------------------------------------------------------
@@ -2535,12 +2568,15 @@ def metadata_path(log: str | Path) -> Path:
 
 def run_fingerprint(args: argparse.Namespace, data) -> dict:
     """The options and data that decide what a run computes; the .json has it as "identity"."""
-    fingerprint = {"augment": "off"}  # of scripts without the option
+    fingerprint = {"augment": "off", "schedule": "constant"}  # of scripts without these options
     for name, value in vars(args).items():
         if name not in FREE_OPTIONS:
             fingerprint[name] = value
     if hasattr(args, "global_batch_size"):  # the images of a step, however many ranks share it
         fingerprint["batch_size"] = args.global_batch_size
+    # A schedule depends on the number of epochs, a constant rate does not.
+    scheduled = getattr(args, "schedule", "constant") != "constant" or getattr(args, "warmup", 0)
+    fingerprint["schedule_epochs"] = args.epochs if scheduled else None
     fingerprint["dataset"] = data.name
     fingerprint["fingerprint"] = data.fingerprint
     return fingerprint
@@ -3709,7 +3745,10 @@ def make_torch_optimizer(model, args: argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose default --lr depends on --optimizer."""
+    """argparse whose errors are one line.
+
+    The default of --lr depends on --optimizer, that of --warmup on --schedule.
+    """
 
     def __init__(self, script: str, doc: str):
         super().__init__(
@@ -3732,6 +3771,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, expand_home(value))
         if getattr(args, "lr", 0) is None:
             args.lr = 0.001 if args.optimizer == "adam" else 0.01
+        if getattr(args, "warmup", 0) is None:
+            args.warmup = {"constant": 0.0, "cosine": 0.05, "one-cycle": 0.3}[args.schedule]
         return args
 
 
@@ -3835,6 +3876,22 @@ def make_parser(
     add("--trace", metavar="FILE", help=trace)
     add("--quiet", action="store_true", help="print errors and the last line only")
     return parser
+
+
+def add_recipe_options(parser: Parser, augment: str = "off"):
+    """Options for accuracy: --augment (with this default), --schedule, --warmup."""
+    add = parser.add_argument
+    crops = "random crops and flips (default: %(default)s)"
+    add("--augment", choices=("on", "off"), default=augment, help=crops)
+    schedules = ("constant", "cosine", "one-cycle")
+    schedule = "learning-rate schedule; --lr is the peak (default: %(default)s)"
+    add("--schedule", choices=schedules, default="constant", help=schedule)
+    warmup = (
+        "fraction of the training in which the learning rate rises "
+        "(default: 0; cosine: 0.05; one-cycle: 0.3)"
+    )
+    fraction = number(float, 0, 1, exclusive=True)
+    add("--warmup", type=fraction, metavar="FRACTION", help=warmup)
 
 
 def describe_error(error: BaseException) -> str:

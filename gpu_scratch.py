@@ -58,7 +58,6 @@ from common import (
     RunLog,
     StopSignal,
     TrainingError,
-    augment,
     blas_warning,
     check_network_size,
     count_correct,
@@ -806,10 +805,7 @@ class Cpu:
 
         aug_params: those of all images, from draw_augmentation(); None for no augmentation.
         """
-        if aug_params is None:
-            return load_batch(images, labels, index, self.dtype, self.mean, self.std)
-        images = augment(images[index], aug_params[index])
-        return load_batch(images, labels[index], slice(None), self.dtype, self.mean, self.std)
+        return load_batch(images, labels, index, self.dtype, self.mean, self.std, aug_params)
 
     def loss(self, logits, labels, sums=None):
         """dlogits and [summed loss, top-1, top-5]; the latter added to `sums` if given."""

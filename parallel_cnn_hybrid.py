@@ -79,6 +79,7 @@ from common import (
     WinogradConv2D,
     abort_on_exception,
     add_mpi_options,
+    add_recipe_options,
     assert_replicas_identical,
     available_cores,
     blas_warning,
@@ -88,11 +89,13 @@ from common import (
     collective_run,
     cores_of_machine,
     count_correct,
+    draw_augmentation,
     epoch_order,
     evaluate,
     gather_from_all,
     gather_trace,
     guard_ranks,
+    learning_rate,
     limit_blas_threads,
     load_batch,
     load_data_collectively,
@@ -1428,14 +1431,23 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
 
     for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
+        aug_params = draw_augmentation(n, args.seed, epoch) if args.augment == "on" else None
         log.start_epoch(epoch, batches)
         for batch in range(log.batch, batches):
+            optimizer.lr = learning_rate(args, (epoch - 1 + batch / batches) / args.epochs)
+
             with log.timed("loading"):
                 # The same order on all ranks; each takes its shard of the batch, perhaps none.
                 index = order[batch * args.global_batch_size : (batch + 1) * args.global_batch_size]
                 own_index = index[shard(len(index), comm.rank, comm.size)]
                 x, labels = load_batch(
-                    data.x_train, data.y_train, own_index, args.dtype, data.mean, data.std
+                    data.x_train,
+                    data.y_train,
+                    own_index,
+                    args.dtype,
+                    data.mean,
+                    data.std,
+                    aug_params,
                 )
 
             with log.timed("forward"):
@@ -1491,6 +1503,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
 
 def parse_args(argv=None):
     parser = make_parser(__file__, __doc__, MODELS)
+    add_recipe_options(parser)
     add_mpi_options(parser, ("overlap", "shared"))
     add = parser.add_argument
     threads = "threads per rank (default: $OMP_NUM_THREADS, else its share of the cores)"

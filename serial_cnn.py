@@ -49,11 +49,14 @@ from common import (
     StopSignal,
     WinogradConv2D,
     WinogradReLUPool,
+    add_recipe_options,
     blas_warning,
     check_network_size,
     count_correct,
+    draw_augmentation,
     epoch_order,
     evaluate,
+    learning_rate,
     limit_blas_threads,
     load_batch,
     load_dataset,
@@ -239,12 +242,15 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
     log.trace_layers(model)
     for epoch in range(log.epoch, args.epochs + 1):
         order = epoch_order(n, args.seed, epoch)
+        aug_params = draw_augmentation(n, args.seed, epoch) if args.augment == "on" else None
         log.start_epoch(epoch, batches)
         for batch in range(log.batch, batches):
+            optimizer.lr = learning_rate(args, (epoch - 1 + batch / batches) / args.epochs)
+
             with log.timed("loading"):
                 index = order[batch * args.batch_size : (batch + 1) * args.batch_size]
                 x, labels = load_batch(
-                    data.x_train, data.y_train, index, args.dtype, data.mean, data.std
+                    data.x_train, data.y_train, index, args.dtype, data.mean, data.std, aug_params
                 )
 
             with log.timed("forward"):
@@ -286,6 +292,7 @@ def parse_args(argv=None):
     add("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
     conv = "how convolutions are computed (default: %(default)s)"
     add("--conv", choices=CONV_RUNGS, default="winograd", help=conv)
+    add_recipe_options(parser)
     return parser.parse_args(argv)
 
 

@@ -87,6 +87,7 @@ from common import (
     StopSignal,
     TorchCheckpoint,
     TrainingError,
+    add_recipe_options,
     atomic_write,
     augment,
     available_cores,
@@ -103,6 +104,7 @@ from common import (
     keep_freed_memory,
     label_type,
     launched_processes,
+    learning_rate,
     load_batch,
     load_dataset,
     make_parser,
@@ -1720,29 +1722,6 @@ def open_data_on_all(args: argparse.Namespace, context: TrainContext) -> Data:
 # --------------------------------------------------------------------------------------------------
 
 
-def learning_rate(args: argparse.Namespace, done: float) -> float:
-    """The learning rate when the fraction `done` (0 to 1) of the training is over.
-
-    constant: args.lr. cosine: in a straight line up from 0 during args.warmup of the training, then
-    half a cosine down to 0 (Loshchilov and Hutter, "SGDR", 2017, without restarts). one-cycle: from
-    lr / 25 up to lr and down to lr / 250,000, both half a cosine, as PyTorch's OneCycleLR (Smith
-    and Topin, "Super-Convergence", 2018).
-    """
-    if done < args.warmup:
-        if args.schedule == "one-cycle":
-            return half_cosine(args.lr / 25, args.lr, done / args.warmup)
-        return args.lr * done / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    last = args.lr / 250_000 if args.schedule == "one-cycle" else 0.0
-    return half_cosine(args.lr, last, (done - args.warmup) / (1 - args.warmup))
-
-
-def half_cosine(start, end, fraction):
-    """From start (fraction 0) to end (fraction 1)."""
-    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
-
-
 def global_batches(n: int, batch_size: int, processes: int) -> list[tuple[int, int]]:
     """[(start, end)] of the batches in an epoch of n images.
 
@@ -2234,7 +2213,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "train_cifar", __doc__, MODELS, batch_size=64, epochs=None, model=own_or_named
     )
     add_data_options(parser.add_argument_group("where the images come from"))
-    add_training_options(parser.add_argument_group("training"))
+    training = parser.add_argument_group("training")
+    add_training_options(training)
+    add_recipe_options(training, augment="on")
     args = parser.parse_args(argv)
     args.source = args.source.rstrip("/")
     if args.device == "auto":
@@ -2248,12 +2229,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.epochs = CPU_EPOCHS
         args.subset = CPU_SUBSET
     args.epochs = args.epochs or FULL_EPOCHS
-
-    if args.warmup is None:
-        args.warmup = {"constant": 0.0, "cosine": 0.05, "one-cycle": 0.3}[args.schedule]
-    # --resume compares this: a schedule depends on the number of epochs, a constant rate does not.
-    scheduled = args.schedule != "constant" or args.warmup
-    args.schedule_epochs = args.epochs if scheduled else None
     return args
 
 
@@ -2335,8 +2310,6 @@ def add_data_options(group) -> None:
     add("--skip-damaged", action="store_true", help=damaged)
     workers = "threads, with --loader torchvision processes, that load ahead (default: %(default)s)"
     add("--workers", type=number(int, 0, 256), default=1, help=workers)
-    augment = "random crops and flips (default: %(default)s)"
-    add("--augment", choices=("on", "off"), default="on", help=augment)
     add("--load-only", action="store_true", help="measure the loading, without training")
     target = "put the data set into s3://bucket/prefix or a folder, and end"
     add("--export", metavar="TARGET", help=target)
@@ -2356,15 +2329,6 @@ def add_training_options(group) -> None:
     threads = "threads of PyTorch's operators (default: all cores, shared by the processes)"
     add("--threads", type=number(int, 1, 4096), help=threads)
     add("--nesterov", action="store_true", help="Nesterov momentum")
-    schedules = ("constant", "cosine", "one-cycle")
-    schedule = "learning-rate schedule; --lr is the peak (default: %(default)s)"
-    add("--schedule", choices=schedules, default="constant", help=schedule)
-    warmup = (
-        "fraction of the training in which the learning rate rises "
-        "(default: 0; cosine: 0.05; one-cycle: 0.3)"
-    )
-    inner_fraction = number(float, 0, 1, exclusive=True)
-    add("--warmup", type=inner_fraction, metavar="FRACTION", help=warmup)
     add("--label-smoothing", type=fraction, default=0.0, help="default: %(default)s")
     accuracy = "end at this test accuracy, such as 0.9, and report the training time it took"
     add("--accuracy", type=fraction, help=accuracy)

@@ -250,20 +250,19 @@ def ladder_suite(args) -> list[Experiment]:
 
 def recipes_suite(args) -> list[Experiment]:
     """The CNN, whose defaults overfit early, and what keeps it from that: one change a step."""
-    plain = ["--model", "cnn", "--batch-size", args.batch_size, "--device", "cpu", "--amp", "off"]
     decay = ["--weight-decay", 0.005]
     cosine = ["--schedule", "cosine", *decay]
     # More different images need less weight decay, and more epochs to learn from.
     augment = ["--augment", "on", "--schedule", "cosine", "--weight-decay", 0.0005]
     recipes = {
-        "constant": ["--augment", "off"],
-        "weight-decay": ["--augment", "off", *decay],
-        "cosine": ["--augment", "off", *cosine],
+        "constant": [],
+        "weight-decay": decay,
+        "cosine": cosine,
         "augment": [*augment, "--epochs", 2 * args.epochs],
     }
-    cores = len(available_cores())
+    size = ["--batch-size", args.batch_size]
     return [
-        Experiment("recipes", name, "train_cifar.py", [*plain, *options], cores)
+        Experiment("recipes", name, "serial_cnn.py", [*size, *options])
         for name, options in recipes.items()
     ]
 

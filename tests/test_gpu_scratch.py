@@ -753,10 +753,17 @@ def test_memory_stays_flat_on_numpy(run, tmp_path):
     assert ram[9] - ram[0] < 20
 
 
-@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
-def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name):
-    run(*STEPS[name], "--device", "cpu", "--checkpoint", "run.npz")
-    reference = serial(*STEPS[name])
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("cnn", ()),
+        ("cnn", ("--augment", "on")),
+        pytest.param("resnet18", (), marks=pytest.mark.slow),
+    ],
+)
+def test_on_numpy_it_is_serial_cnn(run, serial, tmp_path, name, same):
+    run(*STEPS[name], *same, "--device", "cpu", "--checkpoint", "run.npz")
+    reference = serial(*STEPS[name], *same)
     assert_same_weights(tmp_path / "run.npz", reference / "run.npz", 1e-10)
     ours = read_log(tmp_path / LOG)
     theirs = read_log(reference / "results/serial_cnn.csv")
@@ -781,10 +788,14 @@ def test_it_and_serial_cnn_continue_each_others_checkpoints(here, serial, script
     assert_same_weights(here / "run.npz", serial(*STEPS["cnn"]) / "run.npz", 1e-10)
 
 
-def test_serial_cnn_which_cannot_augment_refuses_a_checkpoint_that_did(here):
+def test_checkpoints_of_other_recipes_are_refused(here):
+    """Also of one that this script has no option for."""
     gpu_scratch.main([*TINY, *words("--device cpu --augment on --checkpoint run.npz")])
     line = refused(serial_cnn.main, *TINY, "--checkpoint", "run.npz", "--resume")
     assert "augment on" in line
+    serial_cnn.main([*TINY, *words("--schedule cosine --checkpoint cosine.npz")])
+    line = refused(gpu_scratch.main, *TINY, *words("--device cpu --checkpoint cosine.npz --resume"))
+    assert "schedule cosine" in line
 
 
 def test_auto_without_a_gpu_says_so_in_one_line(here, capsys):

@@ -285,15 +285,23 @@ def test_threads_change_no_result_beyond_rounding(name):
         np.testing.assert_allclose(grads, results[0], rtol=1e-9, atol=1e-11)
 
 
+RECIPE = ("--augment", "on", "--schedule", "one-cycle", "--weight-decay", 0.001)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "threads", "reduce"),
-    [(2, 2, "shared"), pytest.param(2, 2, "overlap", marks=pytest.mark.slow)],
+    ("ranks", "threads", "reduce", "recipe"),
+    [
+        (2, 2, "shared", RECIPE),
+        pytest.param(2, 2, "shared", (), marks=pytest.mark.slow),
+        pytest.param(2, 2, "overlap", (), marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_times_threads_give_the_serial_weights(
-    tmp_path, serial, cache, ranks, threads, reduce
+    tmp_path, serial, cache, ranks, threads, reduce, recipe
 ):
     """20 steps with batches of 50, 50, 50, 50 and 3 images, as in test_parallel_cnn_mpi.py."""
     tiny = ("--dataset", "synthetic", "--subset", 203, "--epochs", 4, "--dtype", "float64")
+    tiny = (*tiny, *recipe)
     reference = serial(*tiny, "--quiet", "--batch-size", 50)
     options = ("--quiet", "--global-batch-size", 50, "--checkpoint", "run.npz", "--reduce", reduce)
     forced = ("--num-threads", threads, "--force-threads")

@@ -97,6 +97,7 @@ SLOW = pytest.mark.slow
 REDUCERS = ("allreduce", "ring", "overlap", "shared")
 NO_OVERLAP = ("--no-overlap",)
 ADAM = ("--optimizer", "adam")
+RECIPE = ("--augment", "on", "--schedule", "one-cycle", "--weight-decay", 0.001)
 LADDER = [
     *(pytest.param(4, (reduce,), (), id=f"4 {reduce}") for reduce in REDUCERS),
     *(
@@ -112,6 +113,7 @@ LADDER = [
         if options or same
     ),
     pytest.param(2, ("messages",), (), id="the old name of overlap", marks=SLOW),
+    pytest.param(3, ("shared",), RECIPE, id="crops, flips and a schedule"),
 ]
 
 

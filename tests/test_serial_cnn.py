@@ -868,6 +868,28 @@ def test_resume_after_an_epoch(run, tmp_path, reference):
     assert_same_run(tmp_path, reference("sgd"), "serial_cnn")
 
 
+def test_resume_of_a_schedule_and_augmentation(run, tmp_path, cache):
+    """Learning rate and crops are functions of the position: the resumed run has the same ones."""
+    options = (*LONG, "--augment", "on", "--schedule", "cosine", "--warmup", 0.5)
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    finish(start(tmp_path / "whole", SCRIPT, *options, env=cache))
+
+    process = start_stopping(
+        tmp_path / "parts", SCRIPT, *options, when=before_batch(2, 4), env=cache
+    )
+    send(process, signal.SIGTERM)
+    finish(process, status=130)
+    finish(start(tmp_path / "parts", SCRIPT, *options, "--resume", env=cache))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", "serial_cnn")
+
+
+def test_resume_of_a_schedule_with_another_number_of_epochs_is_refused(run, refused):
+    scheduled = (*LONG, "--schedule", "cosine")
+    run(*scheduled, "--epochs", 1)
+    assert "schedule_epochs" in refused(*scheduled, "--epochs", 2, "--resume")
+
+
 def test_resume_when_all_is_done(run, tmp_path, reference):
     shutil.copytree(reference("sgd"), tmp_path, dirs_exist_ok=True)
     done = run(*LONG, "--resume")

@@ -117,8 +117,11 @@ from common import (
     save_and_stop,
 )
 
-CPU_SUBSET = 5000  # with CPU_EPOCHS what a CPU can train of ResNet-50 in a few minutes
+# What a CPU trains that is given neither --epochs nor --subset
 CPU_EPOCHS = 2
+CPU_RECIPE = {"batch_size": 16, "optimizer": "adam", "schedule": "one-cycle"}  # learns fast
+CPU_SECONDS = 120  # of training: choose_cpu_subset() finds out how many images that are
+CPU_IMAGES = 5000  # where that cannot be measured
 FULL_EPOCHS = 10
 TEST_BATCH = 250  # images in a batch of the evaluation
 AHEAD = 4  # batches that a worker may be ahead of the training
@@ -1528,8 +1531,8 @@ def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
         data = open_folder(args)
     elif args.source == "builtin":
         if args.cpu_default and (data_folder(args) / DATASET_FILE).exists():
-            everything = load_dataset(args.data_dir, args.dataset)  # mapped, not read
-            args.subset = min(args.subset, len(everything.y_train))
+            prepared = load_dataset(args.data_dir, args.dataset)  # mapped, not read
+            args.subset = min(args.subset, len(prepared.y_train))
         dataset = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
         statistics = (dataset.mean, dataset.std)
         train = InMemorySource(dataset.x_train, dataset.y_train, *statistics)
@@ -1966,6 +1969,51 @@ def train_once(args, data, context) -> dict:
     return log.metadata["totals"]
 
 
+def choose_cpu_subset(args, context: TrainContext) -> int:
+    """How many images this CPU trains CPU_EPOCHS times in about CPU_SECONDS.
+
+    From the time of two steps of a network that is then discarded. A resumed run keeps the number
+    that its checkpoint was made with.
+    """
+    group = context.group
+    # Nothing is known of an own network, or of the images of folders and buckets before they are
+    # opened, which needs the number.
+    is_known = args.model in MODELS and (args.source == "builtin" or not args.image_size)
+    if args.load_only or not is_known:
+        return CPU_IMAGES
+    if args.resume and args.checkpoint and Path(args.checkpoint).is_file():
+        with contextlib.suppress(Exception):  # a damaged file: TorchCheckpoint.load() will say so
+            state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+            return state["meta"]["identity"]["subset"]
+    if group.rank == 0:
+        print("On a CPU, without --epochs and --subset: measuring its speed …", flush=True)
+    image_shape = IMAGE_SHAPE
+    classes = len(CLASSES)
+    if args.source == "builtin" and (data_folder(args) / DATASET_FILE).exists():
+        prepared = load_dataset(args.data_dir, args.dataset)  # mapped, not read
+        image_shape = prepared.image_shape
+        classes = len(prepared.classes)
+    h, w, channels = image_shape
+    net = make_model(args.model, image_shape, classes).to(memory_format=context.memory_format)
+    optimizer = make_torch_optimizer(net, args)
+    x = torch.zeros(args.batch_size, channels, h, w)
+    x = x.contiguous(memory_format=context.memory_format)
+    labels = torch.zeros(args.batch_size, dtype=torch.long)
+    for step in range(3):
+        if step == 1:  # the first one was the warm-up
+            started = time.perf_counter()
+        optimizer.zero_grad()
+        with autocast(context):
+            logits = net(x)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+    rate = 2 * args.batch_size / (time.perf_counter() - started)
+
+    (rate,) = group.sum(rate)  # images/s of all processes, which so take the same number
+    batches = round(rate * CPU_SECONDS / CPU_EPOCHS / args.global_batch_size)
+    return min(max(batches, 4) * args.global_batch_size, 50_000)
+
+
 def warm_up(
     model, net, sizes: Iterable[int], context: TrainContext, image_shape=IMAGE_SHAPE
 ) -> None:
@@ -2217,19 +2265,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_training_options(training)
     add_recipe_options(training, augment="on")
     args = parser.parse_args(argv)
-    args.source = args.source.rstrip("/")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_args(args)
 
     # A CPU needs hours for all images with ResNet-50: without options it trains for minutes.
     unlimited = args.epochs is None and args.subset is None
-    args.cpu_default = args.device == "cpu" and unlimited and not args.export
-    if args.cpu_default:
+    cpu_default = args.device == "cpu" and unlimited and not args.export
+    if cpu_default:
+        # A learning rate that somebody gives is for the optimizer that he knows of.
+        if not any_given(parser, argv, "optimizer lr momentum nesterov schedule warmup".split()):
+            parser.set_defaults(**CPU_RECIPE)
+        parser.set_defaults(batch_size=CPU_RECIPE["batch_size"])
+        args = parser.parse_args(argv)
+        args.device = "cpu"
         args.epochs = CPU_EPOCHS
-        args.subset = CPU_SUBSET
+        args.subset = CPU_IMAGES  # until choose_cpu_subset()
+    args.cpu_default = cpu_default
     args.epochs = args.epochs or FULL_EPOCHS
+    args.source = args.source.rstrip("/")
+    check_args(args)
     return args
+
+
+def any_given(parser, argv, names) -> bool:
+    """Whether the command line has an option of one of these names."""
+    # What a namespace has already, a parser sets only if the command line has it.
+    given, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+    return any(getattr(given, name) is not None for name in names)
 
 
 def own_or_named(name: str) -> str:
@@ -2348,12 +2410,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if RANK:
             time.sleep(5)  # torchrun ends all processes when one has ended: let rank 0 print first
         raise
-    if args.cpu_default and RANK == 0:
-        print(
-            f"On a CPU: {args.subset:,} images and {args.epochs} epochs. "
-            f"The full run: the same with --epochs {FULL_EPOCHS}",
-            flush=True,
-        )
     if args.export:
         export(args)
         return
@@ -2375,6 +2431,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         MEMORY_FORMATS[args.memory_format],
         AMP_DTYPES[args.amp],
     )
+    if args.cpu_default:
+        args.subset = choose_cpu_subset(args, context)
+        if group.rank == 0:
+            print(
+                f"On a CPU: {args.subset:,} images, {args.epochs} epochs, batch {args.batch_size}, "
+                f"{args.optimizer}, {args.schedule} learning rate. The full run: "
+                f"--epochs {FULL_EPOCHS}",
+                flush=True,
+            )
     data = open_data_on_all(args, context)
     try:
         if args.load_only:

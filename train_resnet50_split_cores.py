@@ -12,8 +12,8 @@ and updates the weights once per batch:
     pipelined  as split, but the forward pass of a micro-batch overlaps the backward pass before it
     replicas   data parallelism as a control: each group computes both phases on half of the batch
 
-Without options the script trains on a small subset, then compares all modes on the same batches
-and says what the figures mean.
+Without options the script trains on a small subset in batches of 32, then compares all modes on the
+same batches and says what the figures mean.
 
     python train_resnet50_split_cores.py
     python train_resnet50_split_cores.py --benchmark --rounds 9 --split auto
@@ -85,8 +85,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A run warns if a group spends less than this share of its CPU time on its own cores.
 MIN_SHARE_INSIDE = 0.99
 
-# The run without options: with the benchmark it takes about two minutes on two cores.
-DEFAULT_RUN = {"subset": 128, "epochs": 1, "rounds": 3}
+# The run without options: with the benchmark it takes one to two minutes on two cores.
+DEFAULT_RUN = {"subset": 128, "batch_size": 32, "epochs": 1, "rounds": 3}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1342,17 +1342,20 @@ def parse_args(argv=None):
     samples = "file for the samples of the benchmark (default: %(default)s)"
     add("--output", metavar="FILE", default=output, help=samples)
 
-    args = parser.parse_args(argv)
-    check_args(args)
+    # What a namespace has already, parse_args() sets only if the command line has it.
+    args = parser.parse_args(argv, argparse.Namespace(batch_size=None))
 
     # Somebody who runs the script without options wants to see something within two minutes.
     args.default_run = not args.benchmark and args.epochs is None and args.subset is None
     if args.default_run:
         args.epochs = DEFAULT_RUN["epochs"]
         args.subset = DEFAULT_RUN["subset"]
+        args.batch_size = args.batch_size or DEFAULT_RUN["batch_size"]
         args.rounds = args.rounds or DEFAULT_RUN["rounds"]
+    args.batch_size = args.batch_size or parser.get_default("batch_size")
     args.epochs = args.epochs or 10
     args.rounds = args.rounds or 7
+    check_args(args)
     return args
 
 
@@ -1427,8 +1430,9 @@ def main(argv=None):
     data = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
     if args.default_run and not args.quiet:
         print(
-            f"A small run first: {args.subset} images, {args.epochs} epoch. The full one: "
-            "python train_resnet50_split_cores.py --epochs 10 --subset 50000",
+            f"A small run first: {args.subset} images in batches of {args.batch_size}, "
+            f"{args.epochs} epoch. The full one: python train_resnet50_split_cores.py --epochs 10 "
+            "--subset 50000",
             flush=True,
         )
     if not args.benchmark:

@@ -443,15 +443,43 @@ def test_synthetic_batch_waits_for_nothing(run_here):
     assert metadata["dataset"] == "synthetic"
 
 
-def test_cpu_default_is_small_and_says_so(run_here, capsys):
-    """With neither --epochs nor --subset a CPU takes 5,000 images and 2 epochs."""
-    run_here("--device", "cpu", "--dataset", "synthetic", "--load-only")
+def test_cpu_default_is_what_it_trains_in_minutes(run_here, capsys, monkeypatch):
+    """With neither --epochs nor --subset a CPU measures its speed; --resume keeps the result."""
+    monkeypatch.setattr(train_cifar, "CPU_SECONDS", 0.5)
+    options = ("--device", "cpu", "--dataset", "synthetic", "--model", "cnn")
+    run_here(*options, "--checkpoint", "run.pt")
     out = capsys.readouterr().out
-    assert "5,000 images and 2 epochs" in out
-    assert "the same with --epochs 10" in out
+    totals = read_metadata()["totals"]
+    subset = totals["train_images"] // 2  # 2 epochs
+    assert subset % 16 == 0
+    assert 64 <= subset < 50_000
+    words = f"On a CPU: {subset:,} images, 2 epochs, batch 16, adam, one-cycle learning rate"
+    assert f"{words}. The full run: --epochs 10" in out
+
+    monkeypatch.setattr(train_cifar, "CPU_SECONDS", 60)  # as if the machine were faster now
+    run_here(*options, "--checkpoint", "run.pt", "--resume")
+    assert f"On a CPU: {subset:,} images" in capsys.readouterr().out
+    assert read_metadata()["totals"]["train_images"] == totals["train_images"]  # nothing was left
+
+
+def test_cpu_default_of_a_loading_alone(run_here, capsys):
+    run_here("--device", "cpu", "--dataset", "synthetic", "--load-only", "--batch-size", 100)
+    assert "5,000 images, 2 epochs, batch 100, adam" in capsys.readouterr().out
     assert read_metadata()["totals"]["train_images"] == 2 * 5000
+
+
+def test_defaults_where_a_number_is_given():
     args = train_cifar.parse_args(["--device", "cpu", "--epochs", "3"])
-    assert (args.epochs, args.subset) == (3, None)
+    assert (args.epochs, args.subset, args.batch_size, args.optimizer) == (3, None, 64, "sgd")
+    args = train_cifar.parse_args(["--device", "cpu", "--lr", "0.02"])
+    assert (args.epochs, args.batch_size, args.optimizer, args.lr) == (2, 16, "sgd", 0.02)
+    args = train_cifar.parse_args(["--device", "cpu"])
+    assert (args.optimizer, args.lr, args.schedule, args.warmup) == (
+        "adam",
+        0.001,
+        "one-cycle",
+        0.3,
+    )
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

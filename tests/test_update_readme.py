@@ -295,7 +295,7 @@ def test_what_is_committed_is_small_and_names_no_folder():
     measured = list(MEASUREMENTS.iterdir())
     report = [path for path in (REPO / "docs/report").rglob("*") if path.is_file()]
     assert len(measured) < 20
-    assert sum(path.stat().st_size for path in measured + report) < 2e6
+    assert sum(path.stat().st_size for path in measured + report) < 2.5e6
     for path in measured + report:
         if path.suffix != ".png":
             assert not re.search(r'["\s(]/\w', path.read_text()), path

@@ -31,7 +31,8 @@ from pathlib import Path
 # takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
 # more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(ValueError):  # raised in a thread, which gets no signals
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.dump_traceback_later(120, exit=True, file=2)
 if os.environ.get("SLURM_MPI_TYPE") == "pmi2":
     # srun --mpi=pmi2 cannot hand on the long addresses of UCX; those of MPICH's OFI are short.

@@ -30,6 +30,7 @@ Result: the CNN on 2 ranks, 32 images each: 5,928 images/s, 1.88 (1.43–2.01) t
 epochs on all of CIFAR-10 take 211 s; the best test accuracy, in epoch 4, is 68.48%.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -40,7 +41,8 @@ import sys
 # takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
 # more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(ValueError):  # raised in a thread, which gets no signals
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.dump_traceback_later(120, exit=True, file=2)
 if os.environ.get("SLURM_MPI_TYPE") == "pmi2":
     # srun --mpi=pmi2 cannot hand on the long addresses of UCX; those of MPICH's OFI are short.

@@ -368,7 +368,7 @@ MOMENTS = {
     "before MPI starts": ("faulthandler", "dump_traceback_later", "True"),
     "MPI has started": ("faulthandler", "cancel_dump_traceback_later", "True"),
     "options": ("argparse", "ArgumentParser.parse_args", "True"),
-    "data": ("common", "load_cifar10", "True"),
+    "data": ("common", "load_dataset", "True"),
 }
 
 

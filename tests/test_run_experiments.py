@@ -231,10 +231,12 @@ def test_interrupted_and_continued(tmp_path, copy, cache, how):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_two_at_once_do_not_share_a_folder(in_folder, copy, cache, number):
     """The second is refused; a signal, or the end of the terminal, ends the first and its run."""
-    put_stub(copy, "serial_cnn.py", "--batch-size", "time.sleep(600)")
+    started = in_folder / "started"
+    wait = f"open({str(started)!r}, 'w').close(), time.sleep(600)"
+    put_stub(copy, "serial_cnn.py", "--batch-size", wait)
     command = ("--only", "serial", *TINY)
     first = start(in_folder, copy / SCRIPT, *command, env=cache)
-    wait_until(first, (in_folder / "results/parallel/serial/1/output.txt").exists)
+    wait_until(first, started.exists)
     line = refused(run_experiments.main, *command)
     assert "another run_experiments.py" in line
     (child,) = psutil.Process(first.pid).children()

@@ -162,7 +162,7 @@ def test_a_process_that_dies_ends_all(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--source", "disk", "--data-dir", "none", "--epochs", 1), "no pictures there"),
+        (("--source", "disk", "--data-dir", "none", "--epochs", 1), "no pictures in none"),
         (("--source", "nowhere"), "--source nowhere"),
         (("--model", "none"), "invalid choice"),
     ],

@@ -1,12 +1,25 @@
 """Fixtures of all tests: scripts run as their users run them, the real images if there are any."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import REPO, script_environment
+
+
+def pytest_configure():
+    """Signals as in a terminal, also where the tests run in the background or under nohup.
+
+    There SIGINT or SIGHUP is ignored, which every script that a test starts would inherit. A
+    handler is not inherited.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda signum, frame: None)
 
 
 @pytest.hookimpl(wrapper=True)

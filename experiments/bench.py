@@ -237,8 +237,10 @@ def measure_all(benchmarks: dict[str, Benchmark], turns, seconds, dataset) -> li
         groups.setdefault(benchmark.group, {})[name] = benchmark
     measured = {}
     for group, rows in groups.items():
+        started = time.perf_counter()
         for row in measure_group(group, rows, turns, seconds, dataset):
             measured[row["name"]] = row
+        print(f"{group}: {len(rows)} rows in {time.perf_counter() - started:.0f} s", flush=True)
     return [measured[name] for name in benchmarks]
 
 

@@ -342,8 +342,8 @@ def run_worker(work: Work, data, comm):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     pids = comm.allgather(os.getpid())
     step = STEPS[work.kind](work, data, comm)
-    take_sample(step, 3, comm)  # warm-up
-    rate, _ = take_sample(step, 5, comm)
+    take_sample(step, 2, comm)  # warm-up
+    rate, _ = take_sample(step, 3, comm)
     send_answer("ready", comm)
     while True:
         seconds = receive_request(comm, pids)
@@ -351,7 +351,7 @@ def run_worker(work: Work, data, comm):
             return
         # All ranks have the same rate. If they took different numbers of steps, those with more
         # would wait for ever for the others.
-        steps = max(2, round(seconds * rate))
+        steps = max(1, round(seconds * rate))  # one, where it takes longer than a sample
         rate, communication = take_sample(step, steps, comm)
         send_answer([rate, communication], comm)
 

@@ -3089,6 +3089,11 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+def has_bfloat16() -> bool:
+    """True if this processor has instructions for bfloat16; without them it is emulated, slowly."""
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def cpu_model() -> str:
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)

@@ -93,13 +93,13 @@ from common import (
     available_cores,
     check_network_size,
     check_outputs,
-    cpu_flags,
     cpu_quota,
     dataset_option,
     describe_folder,
     draw_augmentation,
     epoch_order,
     expand_home,
+    has_bfloat16,
     import_torchvision,
     keep_freed_memory,
     label_type,
@@ -1343,9 +1343,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Without such instructions PyTorch emulates bfloat16, which is slower than float32.
-    has_bf16 = cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}
-    return "bf16" if has_bf16 else "off"
+    return "bf16" if has_bfloat16() else "off"
 
 
 def autocast(context: TrainContext):

@@ -62,11 +62,11 @@ from common import (
     atomic_write,
     available_cores,
     check_outputs,
-    cpu_flags,
     cpu_model,
     environment,
     epoch_order,
     format_table,
+    has_bfloat16,
     keep_freed_memory,
     load_dataset,
     make_parser,
@@ -1326,8 +1326,7 @@ def parse_args(argv=None):
     add("--forward-cores", type=parse_cores, metavar="LIST", help="cores of forward, as in 0-2,5")
     add("--backward-cores", type=parse_cores, metavar="LIST", help="cores of backward, as in 3-4")
 
-    has_bfloat16 = not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-    dtype = "bfloat16" if has_bfloat16 else "float32"
+    dtype = "bfloat16" if has_bfloat16() else "float32"
     dtype_help = "dtype of autocast; parameters stay float32 (default on this CPU: %(default)s)"
     add("--dtype", choices=DTYPES, default=dtype, help=dtype_help)
     layout = "memory format of weights and images (default: %(default)s)"

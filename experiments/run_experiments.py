@@ -46,6 +46,7 @@ from common import (
     cpu_model,
     dataset_option,
     find_mpirun,
+    has_bfloat16,
     in_main_thread,
     load_dataset,
     number,
@@ -67,6 +68,7 @@ class Experiment(NamedTuple):
     cores: int = 1  # ranks × threads
     launcher: tuple = ()  # what comes before the script: mpirun, or env with variables
     needs_gpu: bool = False
+    needs_bfloat16: bool = False
     is_traced: bool = False  # with --trace, of which the analysis makes a picture
 
 
@@ -213,9 +215,10 @@ def ladder_suite(args) -> list[Experiment]:
     def climb(ladder, script, rungs, cores=1, launcher=(), **requirements):
         for step, (rung, options) in enumerate(rungs.items(), 1):
             name = f"{ladder}-{step}-{rung}"
-            suite.append(
-                Experiment("ladder", name, script, options, cores, launcher, **requirements)
+            experiment = Experiment(
+                "ladder", name, script, options, cores, launcher, **requirements
             )
+            suite.append(experiment._replace(needs_bfloat16=rung == "bfloat16"))
 
     size = ["--batch-size", args.batch_size]
     convs = ("loops", "im2col", "blocked", "fused", "winograd")
@@ -310,6 +313,8 @@ def missing_requirement(experiment):
         return f"there is no {experiment.script}"
     if experiment.needs_gpu and not has_gpu():
         return "there is no NVIDIA GPU"
+    if experiment.needs_bfloat16 and not has_bfloat16():
+        return "this processor has no instructions for bfloat16"
     if "--compile" in experiment.options and not shutil.which(os.environ.get("CXX", "g++")):
         return "there is no C++ compiler"
     return None

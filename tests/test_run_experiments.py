@@ -334,6 +334,19 @@ def test_what_is_not_there_is_left_out_by_name(in_folder, monkeypatch, capsys):
     assert out == f"left out: {names}: there is no train_resnet50_split_cores.py\n"
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_rung_in_bfloat16_is_for_processors_that_have_it(monkeypatch, has_bfloat16):
+    """On others the training would be in float32 under another name."""
+    monkeypatch.setattr(run_experiments, "has_bfloat16", lambda: has_bfloat16)
+    args = run_experiments.parse_args(["--suite", "ladder"])
+    ready, left_out = run_experiments.select_experiments(args)
+    rungs = {e.name: e for e in ready}
+    assert ("pytorch-3-bfloat16" in rungs) == has_bfloat16
+    reason = left_out.get("ladder/pytorch-3-bfloat16", "")
+    assert reason == ("" if has_bfloat16 else "this processor has no instructions for bfloat16")
+    assert "pytorch-4-batched-loading" in rungs
+
+
 def test_commands_of_suites(in_folder):
     """Each configuration becomes the command that it means."""
     lines = []

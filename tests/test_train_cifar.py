@@ -333,7 +333,7 @@ def test_choose_amp(monkeypatch):
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         train_cifar.choose_amp("fp16", CPU)
     for flags, expected in (({"fpu", "avx512_bf16"}, "bf16"), ({"fpu", "avx2"}, "off")):
-        monkeypatch.setattr(train_cifar, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(common, "cpu_flags", lambda flags=flags: flags)
         assert train_cifar.choose_amp("auto", CPU) == expected
 
 

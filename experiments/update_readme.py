@@ -53,6 +53,7 @@ FIGURES = REPO / "docs" / "figures"
 BENCHMARKS = ("bench.json", "loading.json", "split_cores.json")
 PREDICTION = "prediction.json"  # of make predict and make check-prediction; not of make measure
 CHECK = "check_prediction.json"
+OTHER_MACHINES = "other_machines"  # folder: NAME.json is what bench.py has written elsewhere
 RESULTS_FOLDERS = ("experiments", "training", "ladder")  # written by run_experiments.py
 RUN_COLUMNS = ("suite", "configuration", "repeat")  # name a run, in the index and in a packed .csv
 
@@ -243,6 +244,30 @@ def scaling_table(measurements):
     return markdown_table(header, cells)
 
 
+def machines_table(measurements):
+    """The ratios of bench.json beside those of other machines, and which machines they are."""
+    files = {"README": measurements / "bench.json"}
+    for path in sorted((measurements / OTHER_MACHINES).glob("*.json")):
+        files[path.stem] = path
+    contents = {name: read_json(path) for name, path in files.items()}
+    rows = {name: {r["name"]: r for r in c["rows"]} for name, c in contents.items()}
+    cells = []
+    for name in rows["README"]:
+        shown = [machine_cell(of_machine.get(name)) for of_machine in rows.values()]
+        cells.append([scripts_as_code(name), *shown])
+    table = markdown_table(" | ".join(["ratio (min–max); of the bound", *files]), cells)
+    notes = [f"{name}: {machine_and_versions([c['environment']])}" for name, c in contents.items()]
+    return f"{table}\n{''.join(bullet(note) for note in notes)}"
+
+
+def machine_cell(row):
+    """The ratio of a row of bench.json and its share of the bound; – without the row."""
+    if row is None:
+        return "–"
+    of_bound = f"; {row['of_bound']:.0%}" if "of_bound" in row else ""
+    return f"{ratio_with_range(row)}{of_bound}"
+
+
 def loading_table(measurements):
     """Each source of train_cifar.py: its rate alone, and how long a training waits for it."""
     cells = []
@@ -392,13 +417,16 @@ def machine_line(measurements):
             f"{measurements} has measurements of several machines ({'; '.join(sorted(machines))}): "
             "make measure on one of them"
         )
+    return f"{machine_and_versions(environments)}\n"
+
+
+def machine_and_versions(environments):
+    """The machine, the software of the first environment, and the commits of all."""
     first = environments[0]
-    blas = ", ".join(
-        f"{b['library']} {b['version']} ({b['kernel']} kernels)" for b in first["blas"]
-    )
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    commit = first["git_commit"][:12]
-    return f"{describe_machine(first)}; {blas}; {versions}; commit {commit}.\n"
+    commits = list(dict.fromkeys(environment["git_commit"][:12] for environment in environments))
+    commit = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return f"{describe_machine(first)}; {versions}; {commit}."
 
 
 def read_environments(measurements):
@@ -412,7 +440,11 @@ def read_environments(measurements):
 
 def describe_machine(environment):
     gigabytes = round(environment["memory_mb"] / 1024)
-    return f"{environment['cpu']}, {len(environment['cores'])} cores, {gigabytes} GiB of memory"
+    # Processors of one name may differ in their vector instructions: OpenBLAS names what it uses.
+    kernels = ", ".join(sorted({blas["kernel"] for blas in environment["blas"]}))
+    cores = len(environment["cores"])
+    cpu = f"{environment['cpu']} (OpenBLAS uses its {kernels} kernels)"
+    return f"{cpu}, {cores} cores, {gigabytes} GiB of memory"
 
 
 def scripts_table(measurements):
@@ -475,6 +507,7 @@ TABLES = {  # NAME-PART has some of the rows of table NAME
     "speed-scratch": functools.partial(speed_table, part="scratch"),
     "speed-pytorch": functools.partial(speed_table, part="pytorch"),
     "scaling": scaling_table,
+    "machines": machines_table,
     "loading": loading_table,
     "split": split_table,
     "training": training_table,

@@ -150,10 +150,31 @@ def test_training_table_has_the_best_epoch(measurements):
     assert f"| 77.12% (epoch 2 of {epochs}) | {10 * epochs} s |" in line
 
 
-def test_measurements_of_two_machines_are_refused(measurements):
-    change(measurements / "loading.json", r'"cpu": "[^"]*"', '"cpu": "Another"')
+@pytest.mark.parametrize("key", ["cpu", "kernel"])
+def test_measurements_of_two_machines_are_refused(measurements, key):
+    """A processor of the same name may have other vector instructions."""
+    change(measurements / "loading.json", f'"{key}": "[^"]*"', f'"{key}": "Another"')
     with pytest.raises(InputError, match=r"several machines.*Another"):
         update_readme.machine_line(measurements)
+
+
+def test_other_machines_are_columns_of_their_own(measurements):
+    """A row that was not measured there is a dash."""
+    other = measurements / update_readme.OTHER_MACHINES
+    shutil.rmtree(other, ignore_errors=True)
+    other.mkdir()
+    content = json.loads((measurements / "bench.json").read_text())
+    first = content["rows"][0]
+    ours = f"{first['ratio']:.2f} ({first['ratio_min']:.2f}–{first['ratio_max']:.2f})"
+    content["environment"]["cpu"] = "Another"
+    ratio = {"ratio": 7.712, "ratio_min": 6.5, "ratio_max": 8.25}
+    content["rows"] = [{**first, **ratio, "of_bound": 0.77}]
+    (other / "small.json").write_text(json.dumps(content))
+    lines = update_readme.machines_table(measurements).splitlines()
+    assert lines[0] == "| ratio (min–max); of the bound | README | small |"
+    assert lines[2].endswith(f"| {ours} | 7.71 (6.50–8.25); 77% |")
+    assert lines[3].endswith(" | – |")
+    assert any(line.startswith("- small: Another (OpenBLAS") for line in lines)
 
 
 def test_tables_stand_in_any_page(measurements):
@@ -292,7 +313,7 @@ def test_unpacked_results_are_those_that_were_packed(tmp_path):
 
 
 def test_what_is_committed_is_small_and_names_no_folder():
-    measured = list(MEASUREMENTS.iterdir())
+    measured = [path for path in MEASUREMENTS.rglob("*") if path.is_file()]
     report = [path for path in (REPO / "docs/report").rglob("*") if path.is_file()]
     assert len(measured) < 20
     assert sum(path.stat().st_size for path in measured + report) < 2.5e6

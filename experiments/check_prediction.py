@@ -209,6 +209,7 @@ class Measurement:
             "steps": counted,
             "drift": drift,
             "attempts": attempts,
+            "machine": describe_machine(environment()),
             "profile": write_profile(merge_profiles(before, after)),
         }
 
@@ -238,6 +239,11 @@ class Measurement:
                 }
                 self.save()
                 print(f"{name}, seed {seed}: {accuracies[seed]:.2%}", flush=True)
+
+
+def describe_machine(env: dict) -> str:
+    kernels = ", ".join(sorted({blas["kernel"] for blas in env["blas"]}))
+    return f"{env['cpu']} (OpenBLAS uses its {kernels} kernels), {len(env['cores'])} cores"
 
 
 def wait_until_idle():
@@ -311,6 +317,14 @@ def verdict(points: list[dict]) -> dict:
         "largest": max(errors, default=0.0),
         "median": statistics.median(errors) if errors else 0.0,
     }
+
+
+def machines_line(content: dict) -> str:
+    """On which machines the points were measured; each is predicted from its own one-rank runs."""
+    first = describe_machine(content["environment"])  # of points that do not say
+    machines = [point.get("machine", first) for point in content["points"].values()]
+    counts = [f"{name}: {machines.count(name)}" for name in dict.fromkeys(machines)]
+    return f"Points by machine: {'; '.join(counts)}."
 
 
 def verdict_line(points: list[dict]) -> str:
@@ -440,7 +454,7 @@ def draw(content: dict, path: Path):
 def report(content: dict, figure: str | None):
     """Print the tables; draw the figure if its path is given."""
     print(format_table(POINT_HEADER, point_rows(all_points(content))))
-    print(f"\n{verdict_line(rungs(content))}\n")
+    print(f"\n{verdict_line(rungs(content))}\n{machines_line(content)}\n")
     print(format_table(SLOW_HEADER, slow_rows(content)))
     if figure:
         draw(content, Path(figure))

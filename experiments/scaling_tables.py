@@ -69,14 +69,12 @@ def check_tables(path: Path) -> list[Table]:
     content = read_json(path, "make check-prediction makes it")
     try:
         rungs = check_prediction.rungs(content)
-        environment = content["environment"]
-        machine = f"Measured on {environment['cpu']}, {len(environment['cores'])} cores."
         points = Table(
             "check",
             "Steps over links of limited rate, predicted and measured",
             list(check_prediction.POINT_HEADER),
             check_prediction.point_rows(rungs),
-            [check_prediction.verdict_line(rungs), machine],
+            [check_prediction.verdict_line(rungs), check_prediction.machines_line(content)],
             "Hosts are network namespaces of one machine, with one rank each.",
         )
         run = content.get("accuracy_run")

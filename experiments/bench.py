@@ -8,10 +8,11 @@ medians, and of the ratios of each turn the median, the least and the greatest.
 
 "of sgemm" is the rate of a training step relative to that of a large matrix product on the same
 cores, sampled in the same turns. It counts the multiplications of the plain algorithm: one that
-needs fewer (Winograd's) may pass 100 %. "of the bound" is the rate of parallel work relative to
-that of as many copies on one core each, with the same batch per core, that share nothing but the
-machine: what they lose, no method can avoid. Where there is a GPU, gpu_scratch.py is measured on it
-beside PyTorch with cuDNN.
+needs fewer (Winograd's) may pass 100 %, and so may train_cifar.py in bfloat16.
+
+"of the bound" is the rate of parallel work relative to that of as many copies on one core each,
+with the same batch per core, that share nothing but the machine: what they lose, no method can
+avoid. Where there is a GPU, gpu_scratch.py is measured on it beside PyTorch with cuDNN.
 
 --loading measures instead what loading costs train_cifar.py: each source with 0, 1 and 2 workers,
 alone and while ResNet-18 trains. The S3 server runs on this machine and shares its cores.
@@ -273,7 +274,9 @@ def take_turns(group, workers: dict[Work, Worker], turns, seconds) -> Samples:
     with tqdm(total=(turns + 1) * len(workers), desc=group, leave=False, disable=None) as progress:
         for turn in range(turns + 1):
             is_warm_up = turn == 0
-            for work, worker in workers.items():
+            # There and back, so that no work always follows the same other one.
+            order = list(workers.items())
+            for work, worker in order if turn % 2 == 0 else reversed(order):
                 rate, communication = worker.sample(seconds)
                 progress.update()
                 if not is_warm_up:
@@ -289,11 +292,12 @@ def take_turns(group, workers: dict[Work, Worker], turns, seconds) -> Samples:
 
 def sgemm_rate(seconds):
     """Products per second of two float32 matrices, over `seconds` and at least two products."""
-    a = np.ones((GEMM_SIZE, GEMM_SIZE), np.float32)
+    a = np.random.default_rng(0).standard_normal((GEMM_SIZE, GEMM_SIZE), np.float32)
+    product = a @ a  # warm-up
     products = 0
     started = time.perf_counter()
     while products < 2 or time.perf_counter() - started < seconds:
-        a @ a
+        np.matmul(a, a, out=product)
         products += 1
     return products / (time.perf_counter() - started)
 
@@ -377,7 +381,9 @@ def measure_loading(args) -> list[dict]:
 
     # The S3 server has the images in a folder: its pictures are the source "disk" too.
     folder = Path("results/bench-s3")
-    bucket = f"cifar10/{args.dataset}-{many}"
+    # The export of other images, from an earlier run, would be measured in their place.
+    fingerprint = load_dataset(args.data_dir, args.dataset).fingerprint
+    bucket = f"cifar10/{fingerprint[:12]}-{many}"
     images = folder / "buckets" / bucket
     with_s3 = [sys.executable, str(HERE / "s3_server.py"), "--dir", str(folder), *script]
     if not (images / "manifest.json").exists():
@@ -429,7 +435,8 @@ def loading_row(command, images, quick) -> dict:
 def run_epochs(command):
     """Run train_cifar.py; returns its log's rows of training epochs, and its peak RAM in MiB."""
     log = Path("results/bench-loading.csv")
-    subprocess.run([*command, "--log", str(log)], check=True, stdout=subprocess.DEVNULL)
+    files = ["--log", str(log), "--save-metrics", str(log.with_suffix(".npz"))]
+    subprocess.run([*command, *files], check=True, stdout=subprocess.DEVNULL)
     with open(log, newline="") as file:
         epochs = [row for row in csv.DictReader(file) if row["type"] == str(TRAIN)]
     metadata = json.loads(log.with_suffix(".json").read_text())

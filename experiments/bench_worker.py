@@ -1,6 +1,6 @@
 """Do training steps as bench.py asks for them, in processes that sleep in between.
 
-bench.py starts this script under mpirun, once for each side of a row, and exchanges lines of JSON
+bench.py starts this script under mpirun, once for each kind of work, and exchanges lines of JSON
 with rank 0. When the first answer, "ready", has come, it writes the seconds of a sample. The answer
 is [steps per second, share of the time in communication or null].
 
@@ -27,6 +27,7 @@ from mpi4py import MPI
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are at the top level
 from common import (
     Parser,
+    abort_on_exception,
     count_correct,
     keep_freed_memory,
     limit_blas_threads,
@@ -100,6 +101,7 @@ def serial_step(work, data, comm):
     def run():
         logits = model.forward(x)
         loss, dlogits = softmax_cross_entropy(logits, labels)
+        count_correct(logits, labels)
         model.backward(dlogits)
         optimizer.step(len(labels))
         return loss / len(labels)
@@ -352,6 +354,8 @@ def run_worker(work: Work, data, comm):
         # All ranks have the same rate. If they took different numbers of steps, those with more
         # would wait for ever for the others.
         steps = max(1, round(seconds * rate))  # one, where it takes longer than a sample
+        if steps > 1:
+            take_sample(step, 1, comm)  # other work has filled the caches meanwhile
         rate, communication = take_sample(step, steps, comm)
         send_answer([rate, communication], comm)
 
@@ -399,9 +403,12 @@ def main(argv=None):
     parser.add_argument("work", type=json.loads, help="the fields of a Work, as a JSON array")
     parser.add_argument("--dataset", choices=("auto", "cifar10", "synthetic"), default="auto")
     args = parser.parse_args(argv)
-    data = load_dataset(dataset=args.dataset, subset=2048)
-    run_worker(Work(*args.work), data, MPI.COMM_WORLD)
+    work = Work(*args.work)
+    # Loading is measured on all images: 2,048 would stay in the cache.
+    data = load_dataset(dataset=args.dataset, subset=None if work.kind == "loading" else 2048)
+    run_worker(work, data, MPI.COMM_WORLD)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    abort_on_exception(MPI.COMM_WORLD)  # the other ranks would wait for ever
+    run_main(main, MPI.COMM_WORLD.rank)

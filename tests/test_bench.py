@@ -137,7 +137,7 @@ def test_work_takes_turns_and_ratios_are_taken_turn_by_turn(monkeypatch):
         copies: FakeWorker("c", 1250, 0.0, calls),
     }
     samples = bench.take_turns("test", workers, 7, 0.01)
-    assert "".join(calls) == "abc" * 8  # a warm-up and seven turns
+    assert "".join(calls) == "abccba" * 4  # a warm-up and seven turns, there and back
     assert samples.rates == {ours: [20_000] * 7, baseline: [5_000] * 7, copies: [25_000] * 7}
     assert samples.sgemm == {1: [1000] * 7}
 

@@ -257,11 +257,12 @@ def run_trainings(trainings, at_once, show, received, is_live=False):
             for training in trainings:
                 training.update()
             show()
-            if received == [signal.SIGTSTP]:
+            ends = [number for number in received if number != signal.SIGTSTP]
+            if ends:
+                raise Interrupted(f"interrupted by {signal.Signals(ends[-1]).name}")
+            if received:
                 suspend(trainings, is_live)
-                received.clear()
-            elif received:
-                raise Interrupted(f"interrupted by {signal.Signals(received[-1]).name}")
+                received.clear()  # further Ctrl-Z of a key that was held down
     finally:
         stop_processes([training.process for training in trainings if training.running()])
 

@@ -17,8 +17,8 @@ shards gives the same images in the same order with the same augmentation, whate
     python train_cifar.py --export results/pictures --subset 5000
     python train_cifar.py --source disk --data-dir results/pictures --workers 2 --epochs 1
 
-The ladder from the script as tutorials write it to the default, one option a rung. --compile is one
-more; whether it pays depends on the machine.
+The ladder from the script as tutorials write it to the default, one option per rung. --compile is
+one more; whether it pays depends on the machine.
 
     python train_cifar.py --model resnet18 --loader torchvision --memory-format nchw --amp off
     python train_cifar.py --model resnet18 --loader torchvision --amp off  # + channels_last memory
@@ -162,7 +162,7 @@ def make_model(name: str, image_shape: tuple = IMAGE_SHAPE, classes: int = 10) -
     """The network of that name for images of image_shape (H, W, C): (N, C, H, W) → (N, classes).
 
     `cnn` is the network of common.make_cnn(), `resnet18` and `resnet50` are torchvision's with a
-    stem for small images; `file.py:Net` is an own one.
+    stem for small images; `file.py:Net` is your own.
     """
     if ":" in name:
         return make_own_model(name, image_shape, classes)
@@ -290,7 +290,7 @@ class DeviceSource(ImageSource):
 
 
 class OneBatchSource(ImageSource):
-    """n images in name, of which one batch exists: the upper bound, training without loading."""
+    """Claims to be n images but holds one batch: the upper bound, training without loading."""
 
     def __init__(self, n, batch_size, seed):
         images, labels, *_ = make_synthetic(min(n, batch_size), seed)
@@ -1858,7 +1858,7 @@ def evaluate(
     group = context.group
     net.eval()  # batch normalisation with running statistics, not with those of the batch
     if group.size > 1:
-        # Each process has seen other images: all take the running statistics of rank 0.
+        # Each process has seen different images: all take the running statistics of rank 0.
         for buffer in net.buffers():
             torch.distributed.broadcast(buffer, 0)
 
@@ -1946,8 +1946,11 @@ def train_once(args, data, context) -> dict:
         device_ids = [device] if device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids)
     batches = global_batches(len(data.y_train), args.global_batch_size, group.size)
-    sizes = {len(group.shard(range(start, end))) for start, end in batches}
-    warm_up(model, net, sorted(sizes), context, data.image_shape)
+    # As many warm-ups on all ranks, each with its shard's size: in one, DDP sums gradients too.
+    sizes = [
+        len(group.shard(range(size))) for size in sorted({end - start for start, end in batches})
+    ]
+    warm_up(model, net, sizes, context, data.image_shape)
 
     log = make_log(args, data, context)
     parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -2007,7 +2010,7 @@ def choose_cpu_subset(args, context: TrainContext) -> int:
         optimizer.step()
     rate = 2 * args.batch_size / (time.perf_counter() - started)
 
-    (rate,) = group.sum(rate)  # images/s of all processes, which so take the same number
+    (rate,) = group.sum(rate)  # images/s of all processes: all take the same number
     batches = round(rate * CPU_SECONDS / CPU_EPOCHS / args.global_batch_size)
     return min(max(batches, 4) * args.global_batch_size, 50_000)
 
@@ -2041,7 +2044,7 @@ def make_log(args, data, context) -> RunLog:
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         gpu_uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return RunLog(args, "train_cifar", data, info, context.group.rank, gpu_uuid)
+    return RunLog(args, __file__, data, info, context.group.rank, gpu_uuid)
 
 
 def broadcast_states(parts: list, group: ProcessGroup) -> None:
@@ -2081,7 +2084,7 @@ def train_seeds(args, data, context) -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         own_args = argparse.Namespace(**vars(args))  # a copy
         own_args.seed = seed
-        for name in ("log", "save_metrics", "checkpoint", "confusion"):
+        for name in ("log", "save_metrics", "checkpoint", "confusion", "trace"):
             path = getattr(args, name)
             if path:
                 setattr(own_args, name, path_for_seed(path, seed, name))
@@ -2255,9 +2258,7 @@ def name_failure(key: str, action: Callable):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, checked, with the defaults that depend on the machine filled in."""
-    parser = make_parser(
-        "train_cifar", __doc__, MODELS, batch_size=64, epochs=None, model=own_or_named
-    )
+    parser = make_parser(__file__, __doc__, MODELS, batch_size=64, epochs=None, model=own_or_named)
     add_data_options(parser.add_argument_group("where the images come from"))
     training = parser.add_argument_group("training")
     add_training_options(training)
@@ -2270,7 +2271,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unlimited = args.epochs is None and args.subset is None
     cpu_default = args.device == "cpu" and unlimited and not args.export
     if cpu_default:
-        # A learning rate that somebody gives is for the optimizer that he knows of.
+        # A learning rate on the command line was chosen for the documented default optimizer.
         if not any_given(parser, argv, "optimizer lr momentum nesterov schedule warmup".split()):
             parser.set_defaults(**CPU_RECIPE)
         parser.set_defaults(batch_size=CPU_RECIPE["batch_size"])

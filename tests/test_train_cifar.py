@@ -397,7 +397,19 @@ def test_accuracy_ends_the_run_and_reports_the_time(run_here):
 
 
 def test_seeds_are_runs_of_their_own(run_here, capsys):
-    run_here(*TINY, "--epochs", 1, "--seeds", 3, "--seed", 5, "--checkpoint", "w.ckpt.pt")
+    run_here(
+        *TINY,
+        "--epochs",
+        1,
+        "--seeds",
+        3,
+        "--seed",
+        5,
+        "--checkpoint",
+        "w.ckpt.pt",
+        "--trace",
+        "t.trace",
+    )
     assert "± " in capsys.readouterr().out
     results = Path("results")
     summary = json.loads((results / "train_cifar_seeds.json").read_text())["final_accuracy"]
@@ -409,6 +421,7 @@ def test_seeds_are_runs_of_their_own(run_here, capsys):
     assert [run["seed"] for run in metadata] == [5, 6, 7]
     weights = [read_checkpoint(f"w_seed{s}.ckpt.pt")["model"]["0.weight"] for s in (5, 6, 7)]
     assert not torch.equal(weights[0], weights[1])
+    assert sorted(Path().glob("*.trace")) == [Path(f"t_seed{s}.trace") for s in (5, 6, 7)]
 
 
 # -- what a run leaves behind --------------------------------------------------------------------

@@ -827,17 +827,21 @@ class Conv2D(Layer):
                 self._input_gradient(dout[chunk], dx[chunk])
         return dx
 
+    def _check_channels(self, x):
+        """Raise ValueError unless x (N, H, W, C) has as many channels as W takes."""
+        if x.shape[-1] != self.W.shape[2]:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.W.shape[2]} channels, its input has "
+                f"{x.shape[-1]}: change in_channels"
+            )
+
     def _windows(self, x):
         """All windows of x, (N, OH, OW, KH, KW, C_in): a view of the padded images, not a copy."""
         padded = self._pad(x)
         n, h, w, c = padded.shape
         k = self.kernel_size
         s = self.stride
-        if c != self.W.shape[2]:
-            raise ValueError(
-                f"{type(self).__name__} takes {self.W.shape[2]} channels, its input has {c}: "
-                "change in_channels"
-            )
+        self._check_channels(x)
         if min(h, w) < k:
             raise ValueError(
                 f"{type(self).__name__}: an input of {h}x{w} pixels, padding included, is smaller "
@@ -1052,6 +1056,14 @@ class ConvReLUPool(Conv2D):
                 self._input_gradient(self._planes_to_image(dy), dx[chunk])
         return dx
 
+    def _check_channels(self, x):
+        """Raise ValueError unless x (N, H, W, C) has as many channels as W takes."""
+        if x.shape[-1] != self.W.shape[2]:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.W.shape[2]} channels, its input has "
+                f"{x.shape[-1]}: change in_channels"
+            )
+
     def _windows(self, x):
         """All windows, (N, 2, 2, OH/2, OW/2, KH, KW, C_in): the place in the pool comes first."""
         windows = super()._windows(x)
@@ -1166,6 +1178,7 @@ class WinogradConv2D(Conv2D):
 
     def _start_forward(self, x):
         """U (36, C_in, C_out), a view of all input tiles, and V, which backward() needs again."""
+        self._check_channels(x)
         n, h, w, c = x.shape
         if h % 4 or w % 4:
             name = type(self).__name__
@@ -1525,16 +1538,21 @@ class Dense(Layer):
 
     def forward(self, x):
         """x (N, in_features) → (N, out_features)"""
-        if x.ndim != 2 or x.shape[1] != len(self.W):
-            raise ValueError(
-                f"Dense({len(self.W)}, {self.b.size}) takes an input of (N, {len(self.W)}), not of "
-                f"(N, {', '.join(map(str, x.shape[1:]))}): change in_features, or add a Flatten"
-            )
+        self._check_features(x)
         self.x = x
         out = self.workspace("out", (len(x), self.b.size), x.dtype)
         np.matmul(x, self.W, out=out)
         out += self.b
         return out
+
+    def _check_features(self, x):
+        """Raise ValueError unless x is (N, in_features)."""
+        if x.ndim != 2 or x.shape[1] != len(self.W):
+            raise ValueError(
+                f"{type(self).__name__}({len(self.W)}, {self.b.size}) takes an input of "
+                f"(N, {len(self.W)}), not of (N, {', '.join(map(str, x.shape[1:]))}): change "
+                "in_features, or add a Flatten"
+            )
 
     def backward(self, dout):
         """dout (N, out_features) → dx (N, in_features); sets dW and db."""
@@ -2130,6 +2148,7 @@ class RunLog:
         self.confusion = np.zeros((len(data.classes), len(data.classes)), np.int64)
         self.monitor = ResourceMonitor(gpu_uuid=gpu_uuid)
         self.last_batch = None  # when the last batch ended, during an epoch's training
+        self.is_stopping = False  # save_and_stop() has begun
         self._phases = []  # those that timed() is in, the innermost last
         self.trace_path = getattr(args, "trace", None)
         self.spans = []  # of the traced batches: (name, start, end, rank, thread), in seconds
@@ -2924,6 +2943,7 @@ class TorchCheckpoint(Checkpoint):
 
 def save_and_stop(checkpoint: Checkpoint, log: RunLog, stop: StopSignal):
     """Save the checkpoint and raise Interrupted, with the command that continues."""
+    log.is_stopping = True
     checkpoint.save()
     place = f"after epoch {log.epoch - 1}"
     if log.batch:
@@ -3210,9 +3230,10 @@ def cores_of_machine(comm) -> tuple[int, int]:
     machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
     # Some launchers give each rank cores of its own; a quota is one for all.
     found = machine.allgather((set(available_cores()), cpu_quota()))
+    machine.Free()
     cores = len(set.union(*(cores for cores, _ in found)))
     quota = min(quota for _, quota in found)
-    return machine.size, max(1, int(quota)) if quota < cores else cores
+    return len(found), max(1, int(quota)) if quota < cores else cores
 
 
 def warn_if_oversubscribed(comm, threads: int = 1):
@@ -3346,6 +3367,7 @@ class StallWatch:
 
     - --stall-timeout: so long no batch was finished, or the rank has been in one and the same call;
     - a signal has come and the rank has stayed in one call for 5 s, so that it cannot stop itself.
+      Once the ranks have agreed to stop, they have the time that a slow disk takes to save.
 
     Before the training, when there is no log yet, only the second does.
     """
@@ -3392,7 +3414,7 @@ class StallWatch:
             looked = now
             if pause > 5:  # this thread too was stopped, by Ctrl-Z: that is no stall
                 since += pause
-                if self.log.last_batch is not None:
+                if self.log and self.log.last_batch is not None:
                     self.log.last_batch += pause
             if (frame, frame.f_lasti) != call:
                 call = (frame, frame.f_lasti)
@@ -3404,7 +3426,8 @@ class StallWatch:
             stalled = now - since
             if last_batch is not None:
                 stalled = max(stalled, now - last_batch)
-            if has_signal and now - since >= self.AFTER_SIGNAL:
+            is_stopping = self.log and self.log.is_stopping
+            if has_signal and not is_stopping and now - since >= self.AFTER_SIGNAL:
                 self._end_job("interrupted, but this rank is blocked", frame, 130)
             if stalled >= self.timeout:
                 self._end_job(f"no batch was finished for {stalled:.0f} s", frame, 1)
@@ -3622,7 +3645,9 @@ def choose_reduce(args: argparse.Namespace, comm, model: Model, optimizer: Optim
 
     # SharedMemoryReducer needs the same number of ranks on every machine, and memory for the
     # gradients of each rank, the weights and the optimizer's state.
-    ranks_here = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks_here = machine.size
+    machine.Free()
     needed = model.grads.nbytes * (ranks_here + 1 + len(optimizer.state)) + MIB
     ranks, is_too_small, free = zip(
         *comm.allgather((ranks_here, needed > free_shared_memory(), free_shared_memory())),
@@ -3831,7 +3856,7 @@ def make_parser(
     positive = number(float, 0, math.inf, exclusive=True)
 
     if model:
-        names = f"network: {', '.join(models)}, or an own one, file.py:Net (default: {models[0]})"
+        names = f"network: {', '.join(models)}, or your own, file.py:Net (default: {models[0]})"
         add("--model", type=model, default=models[0], help=names)
     else:
         add("--model", choices=models, default=models[0], help="network (default: %(default)s)")

@@ -184,7 +184,8 @@ KERNEL col2im(int n, const real *dcol, const real *add, int h, int w, int c, int
 // ReLU that propagates NaN: a training that diverges must show it in its loss. fmax(NaN, 0) is 0.
 __device__ __forceinline__ real relu(real value) { return value < 0 ? 0 : value; }
 
-// The maximum of a 2x2 window; argmax: the first place, 0 to 3, that has it.
+// The maximum of a 2x2 window; argmax: the first place, 0 to 3, that has it. NaN if all four are,
+// as after an update that has diverged.
 __device__ __forceinline__ real window_max(real y0, real y1, real y2, real y3, byte *argmax)
 {
     real upper = y0 >= y1 ? y0 : y1;
@@ -1242,6 +1243,7 @@ class GpuConv2D(GpuLayer, Conv2D):
 
     def _convolve(self, x, y):
         """y (n, oh, ow, c_out) = col (n·oh·ow, k·k·c_in) @ W (k·k·c_in, c_out); keeps col."""
+        self._check_channels(x)
         rows = y.size // self.b.size
         window = self.W.size // self.b.size
         self.col = self.workspace("col", (rows, window))
@@ -1317,6 +1319,7 @@ class GpuWinogradConv2D(GpuConv2D):
 
     def _multiply_tiles(self, x):
         """M (36, tiles, c_out) = V (36, tiles, c_in) @ U (36, c_in, c_out); keeps V and U."""
+        self._check_channels(x)
         n, h, w, c_in = x.shape
         c_out = self.b.size
         tiles = n * h * w // 16
@@ -1488,6 +1491,7 @@ class GpuDense(GpuLayer, Dense):
         self.relu = relu
 
     def forward(self, x):
+        self._check_features(x)
         self.x = x
         self.out = self.workspace("out", (len(x), self.b.size))
         self.gpu.gemm(x, self.W, self.out)
@@ -1513,7 +1517,7 @@ class GpuDense(GpuLayer, Dense):
 def cnn_layers(seed, dtype, image_shape=IMAGE_SHAPE, classes=10):
     """The layers of common.make_cnn(), with the same weights from the same seed.
 
-    image_shape: (H, W, C). An own network: return a list of its layers here.
+    image_shape: (H, W, C). For your own network return a list of its layers here.
     """
     check_network_size("cnn", image_shape)
     h, w, channels = image_shape
@@ -1653,11 +1657,14 @@ class CapturedStep:
     """train_step() for batches of one size. x and labels: where device.load() puts such a batch."""
 
     def __init__(self, device, model, optimizer, x, labels):
+        self.place = x.data.ptr
         device.stream.begin_capture()  # from here the stream records and runs nothing
         self.sums = train_step(device, model, optimizer, x, labels)
         self.graph = device.stream.end_capture()
 
     def __call__(self, x, labels, timed=untimed):
+        if x.data.ptr != self.place:
+            raise TrainingError("the batch is not where the captured graph reads it")
         self.graph.launch()
         return self.sums
 

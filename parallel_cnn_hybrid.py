@@ -1,10 +1,11 @@
 """Train the CNN or ResNet-18 with MPI ranks × threads: parallel_cnn_mpi.py with threaded layers.
 
 A rank computes its shard of a batch with several threads, which share its weights and gradients:
-with fewer ranks there is less to sum. The layers are those of common.py as Numba kernels. A thread
-takes whole images through a layer in a workspace of its own, so that only inputs and results pass
-between its core's cache and memory. The dense layers, which have 98 % of the CNN's parameters, and
-the optimizer divide the parameters instead.
+with fewer ranks there is less to sum. The layers that cost most are Numba kernels; ReLU, the loss
+and the like are those of common.py. In an im2col layer a thread takes whole images through the
+layer in a workspace of its own. In a Winograd layer the threads divide first the images, then the
+36 matrix products. The dense layers, which have 98 % of the CNN's parameters, and the optimizer
+divide the parameters instead.
 
     mpirun -np 2 python parallel_cnn_hybrid.py
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10
@@ -286,6 +287,7 @@ class ThreadedDense(Dense):
     """common.Dense with threads: x (N, F_in) → x @ W + b (N, F_out)."""
 
     def forward(self, x):
+        self._check_features(x)
         n, features = x.shape
         threads = numba.get_num_threads()
         self.xs = self.workspace("xs", (threads, n * -(-features // threads)), x.dtype)
@@ -404,6 +406,7 @@ class ThreadedConv2D(Conv2D):
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, OH, OW, C_out)"""
+        self._check_channels(x)
         n, h, w, c = x.shape
         k = self.kernel_size
         padded_h = h + 2 * self.padding
@@ -468,7 +471,7 @@ def relu_pool(y0, y1, y2, y3, b, out, argmax):
         lower_argmax = 2 if y2[c] >= y3[c] else 3
         largest = upper_argmax if upper >= lower else lower_argmax
         value = max(upper, lower) + b[c]
-        is_closed = value <= 0  # False for NaN, which goes on to the loss
+        is_closed = value <= 0  # False for NaN: if all four are, as after a wild update, so is out
         out[c] = 0 if is_closed else value
         argmax[c] = CLOSED if is_closed else largest
 
@@ -547,6 +550,7 @@ class ThreadedConvReLUPool(ConvReLUPool):
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, H/2, W/2, C_out)"""
+        self._check_channels(x)
         n, h, w, c = x.shape
         if h % 2 or w % 2:
             raise ValueError(
@@ -967,6 +971,7 @@ class ThreadedWinogradConv2D(WinogradConv2D):
 
     def forward(self, x):
         """x (N, H, W, C_in) → (N, H, W, C_out); H and W: multiples of 4."""
+        self._check_channels(x)
         n, h, w, c = x.shape
         if h % 4 or w % 4:
             raise ValueError(
@@ -1280,7 +1285,7 @@ def make_stem(channels, rng, dtype):
 def make_model(name: str, seed: int, dtype, image_shape=IMAGE_SHAPE, classes: int = 10) -> Model:
     """The network that --model names, of threaded layers, for images (H, W, C).
 
-    An own network: return Model([...]) with a list of its layers here.
+    For your own network return Model([...]) with a list of its layers here.
     """
     sizes = {"image_shape": image_shape, "classes": classes}
     if name == "cnn":
@@ -1335,15 +1340,14 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
             f"cores: {cores} (--force-threads keeps {wanted})",
             file=sys.stderr,
         )
-    if threads > 1:
-        choose_wait_policy(local_ranks * threads)
+    choose_wait_policy(threads, comm)
     start_threads(threads)
     return threads
 
 
-def choose_wait_policy(threads_here: int):
+def choose_wait_policy(threads: int, comm):
     """Let threads wait without using their cores if other processes need these, unless the user
-    has chosen. threads_here: of all ranks on this machine; its ranks are at rest now.
+    has chosen. threads: of this rank. Collective: the ranks of a machine choose together.
 
     A thread that waits for the others, some 20 times in a step, looks again and again whether they
     are done: that is fastest if its core is idle otherwise. Beside another process it uses up the
@@ -1351,14 +1355,22 @@ def choose_wait_policy(threads_here: int):
     """
     import psutil
 
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return
-    percent = psutil.cpu_percent(interval=0.2, percpu=True)
+    is_chosen = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
     # Not available_cores(): a quota does not say which cores it is for.
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
-    idle_cores = sum(1 - percent[core] / 100 for core in cores if core < len(percent))
-    if idle_cores < threads_here - 0.5:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+    has_affinity = hasattr(os, "sched_getaffinity")
+    own_cores = os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+
+    # A launcher may give each rank cores of its own.
+    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    ranks = machine.allgather((is_chosen, threads, set(own_cores)))
+    if not any(chosen for chosen, _, _ in ranks) and any(count > 1 for _, count, _ in ranks):
+        percent = psutil.cpu_percent(interval=0.2, percpu=True)  # all ranks are at rest now
+        cores = set.union(*(of_rank for _, _, of_rank in ranks))
+        idle_cores = sum(1 - percent[core] / 100 for core in cores if core < len(percent))
+        is_busy = idle_cores < sum(count for _, count, _ in ranks) - 0.5
+        if machine.allreduce(is_busy, op=MPI.LOR):
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+    machine.Free()
 
 
 def start_threads(threads: int):

@@ -375,7 +375,7 @@ def state_of_rank(reducer, optimizer):
 def make_network(args, image_shape, classes):
     """The network that --model names, for images (H, W, C).
 
-    An own network: return Model([...]) with a list of its layers here.
+    For your own network return Model([...]) with a list of its layers here.
     """
     return make_model(args.model, args.seed, np.dtype(args.dtype), image_shape, classes)
 

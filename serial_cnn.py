@@ -180,7 +180,7 @@ CONV_RUNGS = ("loops", "im2col", "blocked", "fused", "winograd")
 def make_layers(model, conv, rng, dtype, image_shape=IMAGE_SHAPE, classes=10):
     """The layers of --model with the convolutions of --conv; the same weights on all rungs.
 
-    image_shape: (H, W, C). An own network: return a list of its layers here.
+    image_shape: (H, W, C). For your own network return a list of its layers here.
     """
     h, w, channels = image_shape
     options = {"rng": rng, "dtype": dtype}

@@ -181,6 +181,8 @@ def test_a_dense_layer_of_the_wrong_width_has_both_numbers():
 def test_a_convolution_of_the_wrong_channels_has_both_numbers():
     with pytest.raises(ValueError, match="Conv2D takes 3 channels, its input has 2"):
         Conv2D(3, 4).forward(np.ones((1, 4, 4, 2), np.float32))
+    with pytest.raises(ValueError, match="WinogradConv2D takes 3 channels, its input has 2"):
+        WinogradConv2D(3, 4).forward(np.ones((1, 4, 4, 2), np.float32))
 
 
 def test_a_label_outside_the_classes_is_named():
@@ -2652,3 +2654,29 @@ def test_a_checkpoint_names_its_parameters():
     assert np.shares_memory(found["0.Conv2D.W"], model.layers[0].W)
     assert sum(array.size for array in found.values()) == model.params.size
     assert list(found)[-2:] == ["12.Dense.W", "12.Dense.b"]
+
+
+# -- the watch over ranks that are blocked ---------------------------------------------------------
+
+
+def test_watch_without_a_log_outlives_a_pause(monkeypatch):
+    """Before the training there is no log; Ctrl-Z stops the watch too, for longer than 5 s."""
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    with common.StallWatch(None, SimpleNamespace(rank=0)) as watch:
+        time.sleep(0.6)  # it has looked twice
+        assert watch._thread.is_alive()
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_ranks_that_have_agreed_to_stop_may_save(monkeypatch, is_stopping):
+    """After a signal a blocked rank ends the job, but not one whose disk is slow."""
+    ended = threading.Event()
+    monkeypatch.setattr(common.StallWatch, "AFTER_SIGNAL", 0.0)
+    monkeypatch.setattr(common.StallWatch, "_end_job", lambda *_: ended.set())
+    log = SimpleNamespace(
+        args=SimpleNamespace(stall_timeout=0), last_batch=None, is_stopping=is_stopping
+    )
+    with common.StallWatch(log, SimpleNamespace(rank=0)) as watch:
+        os.write(watch._wakeup, b"\x0f")  # as Python does when SIGTERM comes
+        assert ended.wait(60 if not is_stopping else 1) == (not is_stopping)

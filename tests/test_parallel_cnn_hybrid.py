@@ -490,6 +490,23 @@ def test_a_container_with_one_core_gets_one_thread(tmp_path, cache, one_core_gro
 
 
 @pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (hybrid.ThreadedConv2D(32, 32), (2, 8, 8, 64)),
+        (hybrid.ThreadedConvReLUPool(32, 32), (2, 8, 8, 64)),
+        (hybrid.ThreadedWinogradConv2D(32, 32), (2, 8, 8, 64)),
+        (hybrid.ThreadedWinogradReLUPool(32, 32), (2, 8, 8, 3)),
+        (hybrid.ThreadedDense(32, 32), (2, 64)),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "W") else "",
+)
+def test_an_input_that_does_not_fit_has_both_numbers(layer, shape):
+    """A kernel would read other memory in silence."""
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__}.*32.*{shape[-1]}.*change in_"):
+        layer.forward(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
     ("percent", "chosen", "policy"),
     [
         ([2, 5, 0, 1], None, None),
@@ -504,7 +521,7 @@ def test_threads_wait_passively_where_other_processes_are_busy(restored, percent
     restored.setattr(psutil, "cpu_percent", lambda **_: percent)
     if chosen:
         restored.setenv("OMP_WAIT_POLICY", chosen)
-    hybrid.choose_wait_policy(4)
+    hybrid.choose_wait_policy(4, hybrid.MPI.COMM_SELF)
     assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 

@@ -378,20 +378,22 @@ KERNEL output_tiles_pool_backward(int n, const real *dout, const real *out, cons
 // dx (batch, h, w, c) = the sum of the overlapping 6x6 tiles B dV B^T, + add (or null).
 // As in col2im, a thread gathers: it writes the 4x4 pixels of its own tile. Each neighbour reaches
 // one pixel into them, and that pixel's row of B has only one entry. So a thread needs the 36
-// values of its own tile and a frame of 28 of its neighbours': v (8, 8).
+// values of its own tile and a frame of 28 of its neighbours': v (8, 8). Of its rows (and columns),
+// 1 to 6 are the own tile's, 0 is the last row of the tile above, 7 the first row of the one below.
+__device__ __forceinline__ int frame_tile(int k) { return k == 0 ? -1 : k == 7 ? 1 : 0; }
+__device__ __forceinline__ int frame_place(int k) { return k == 0 ? 5 : k == 7 ? 0 : k - 1; }
+
 KERNEL input_tiles_backward(int n, const real *dV, const real *add, int h, int w, int c, real *dx)
 {
     ELEMENT_INDEX(i, n);
     TILE_INDEX(i);
     real v[64], d[16];
     UNROLL for (int k = 0; k < 64; k++) {
-        int a = k / 8, b = k % 8;
-        int up = a == 7 ? 1 : a == 0 ? -1 : 0;  // the tile that has v[a, b], relative to this one
-        int right = b == 7 ? 1 : b == 0 ? -1 : 0;
-        int place = (a == 7 ? 0 : a == 0 ? 5 : a - 1) * 6 + (b == 7 ? 0 : b == 0 ? 5 : b - 1);
-        bool inside = 0 <= row + up && row + up < tiles_h
+        int down = frame_tile(k / 8), right = frame_tile(k % 8);
+        int place = 6 * frame_place(k / 8) + frame_place(k % 8);
+        bool inside = 0 <= row + down && row + down < tiles_h
                       && 0 <= column + right && column + right < tiles_w;
-        v[k] = inside ? dV[place * n + i + (up * tiles_w + right) * c] : 0;
+        v[k] = inside ? dV[place * n + i + (down * tiles_w + right) * c] : 0;
     }
     transform<Overlap, 8, 4>(v, d);
     UNROLL for (int k = 0; k < 16; k++) {

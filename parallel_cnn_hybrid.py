@@ -634,20 +634,20 @@ class ThreadedConvThenPool(Layer):
 
 BLOCK = 32
 ROW = 6 * BLOCK  # between the rows of a flat tile; between its columns: BLOCK
-A = float(WINOGRAD_POINTS[1])  # the points are 0, A, -A, B, -B and infinity
-B = float(WINOGRAD_POINTS[3])
+POINT_P = float(WINOGRAD_POINTS[1])  # the points are 0, p, -p, q, -q and infinity
+POINT_Q = float(WINOGRAD_POINTS[3])
 
 
 # The four transforms of one row or column of a flat tile, in place: it begins at `start`, `step` is
-# between its values. The points A and -A have equal even powers and opposite odd ones, so their two
+# between its values. The points p and -p have equal even powers and opposite odd ones, so their two
 # sums are even + odd and even - odd: a quarter of the operations of a product with the matrix.
 
 
 @inlined
 def transform_input(tile, start, step):
     """Bᵀ d: six values of the input → six values of V."""
-    a = tile.dtype.type(A)
-    b = tile.dtype.type(B)
+    p = tile.dtype.type(POINT_P)
+    q = tile.dtype.type(POINT_Q)
     for i in range(start, start + BLOCK):
         d0 = tile[i]
         d1 = tile[i + step]
@@ -655,23 +655,23 @@ def transform_input(tile, start, step):
         d3 = tile[i + 3 * step]
         d4 = tile[i + 4 * step]
         d5 = tile[i + 5 * step]
-        even_a = d4 - b * b * d2
-        odd_a = a * (d3 - b * b * d1)
-        even_b = d4 - a * a * d2
-        odd_b = b * (d3 - a * a * d1)
-        tile[i] = a * a * b * b * d0 - (a * a + b * b) * d2 + d4
-        tile[i + step] = even_a + odd_a
-        tile[i + 2 * step] = even_a - odd_a
-        tile[i + 3 * step] = even_b + odd_b
-        tile[i + 4 * step] = even_b - odd_b
-        tile[i + 5 * step] = a * a * b * b * d1 - (a * a + b * b) * d3 + d5
+        even_p = d4 - q * q * d2
+        odd_p = p * (d3 - q * q * d1)
+        even_q = d4 - p * p * d2
+        odd_q = q * (d3 - p * p * d1)
+        tile[i] = p * p * q * q * d0 - (p * p + q * q) * d2 + d4
+        tile[i + step] = even_p + odd_p
+        tile[i + 2 * step] = even_p - odd_p
+        tile[i + 3 * step] = even_q + odd_q
+        tile[i + 4 * step] = even_q - odd_q
+        tile[i + 5 * step] = p * p * q * q * d1 - (p * p + q * q) * d3 + d5
 
 
 @inlined
 def transform_input_gradient(tile, start, step):
     """B dv: transform_input transposed, six values of dV → six of the input's gradient."""
-    a = tile.dtype.type(A)
-    b = tile.dtype.type(B)
+    p = tile.dtype.type(POINT_P)
+    q = tile.dtype.type(POINT_Q)
     for i in range(start, start + BLOCK):
         v0 = tile[i]
         v1 = tile[i + step]
@@ -679,55 +679,55 @@ def transform_input_gradient(tile, start, step):
         v3 = tile[i + 3 * step]
         v4 = tile[i + 4 * step]
         v5 = tile[i + 5 * step]
-        even_a = v1 + v2
-        odd_a = a * (v1 - v2)
-        even_b = v3 + v4
-        odd_b = b * (v3 - v4)
-        tile[i] = a * a * b * b * v0
-        tile[i + step] = a * a * b * b * v5 - b * b * odd_a - a * a * odd_b
-        tile[i + 2 * step] = -(a * a + b * b) * v0 - b * b * even_a - a * a * even_b
-        tile[i + 3 * step] = odd_a + odd_b - (a * a + b * b) * v5
-        tile[i + 4 * step] = v0 + even_a + even_b
+        even_p = v1 + v2
+        odd_p = p * (v1 - v2)
+        even_q = v3 + v4
+        odd_q = q * (v3 - v4)
+        tile[i] = p * p * q * q * v0
+        tile[i + step] = p * p * q * q * v5 - q * q * odd_p - p * p * odd_q
+        tile[i + 2 * step] = -(p * p + q * q) * v0 - q * q * even_p - p * p * even_q
+        tile[i + 3 * step] = odd_p + odd_q - (p * p + q * q) * v5
+        tile[i + 4 * step] = v0 + even_p + even_q
 
 
 @inlined
 def transform_output(tile, start, step):
     """Aᵀ m: six values of M → four values of the output."""
-    a = tile.dtype.type(A)
-    b = tile.dtype.type(B)
+    p = tile.dtype.type(POINT_P)
+    q = tile.dtype.type(POINT_Q)
     for i in range(start, start + BLOCK):
         m1 = tile[i + step]
         m2 = tile[i + 2 * step]
         m3 = tile[i + 3 * step]
         m4 = tile[i + 4 * step]
-        even_a = m1 + m2
-        odd_a = a * (m1 - m2)
-        even_b = m3 + m4
-        odd_b = b * (m3 - m4)
-        tile[i] += even_a + even_b
-        tile[i + step] = odd_a + odd_b
-        tile[i + 2 * step] = a * a * even_a + b * b * even_b
-        tile[i + 3 * step] = a * a * odd_a + b * b * odd_b + tile[i + 5 * step]
+        even_p = m1 + m2
+        odd_p = p * (m1 - m2)
+        even_q = m3 + m4
+        odd_q = q * (m3 - m4)
+        tile[i] += even_p + even_q
+        tile[i + step] = odd_p + odd_q
+        tile[i + 2 * step] = p * p * even_p + q * q * even_q
+        tile[i + 3 * step] = p * p * odd_p + q * q * odd_q + tile[i + 5 * step]
 
 
 @inlined
 def transform_output_gradient(tile, start, step):
     """A dy: transform_output transposed, four values of the output's gradient → six of dM."""
-    a = tile.dtype.type(A)
-    b = tile.dtype.type(B)
+    p = tile.dtype.type(POINT_P)
+    q = tile.dtype.type(POINT_Q)
     for i in range(start, start + BLOCK):
         y0 = tile[i]
         y1 = tile[i + step]
         y2 = tile[i + 2 * step]
         y3 = tile[i + 3 * step]
-        even_a = y0 + a * a * y2
-        odd_a = a * (y1 + a * a * y3)
-        even_b = y0 + b * b * y2
-        odd_b = b * (y1 + b * b * y3)
-        tile[i + step] = even_a + odd_a
-        tile[i + 2 * step] = even_a - odd_a
-        tile[i + 3 * step] = even_b + odd_b
-        tile[i + 4 * step] = even_b - odd_b
+        even_p = y0 + p * p * y2
+        odd_p = p * (y1 + p * p * y3)
+        even_q = y0 + q * q * y2
+        odd_q = q * (y1 + q * q * y3)
+        tile[i + step] = even_p + odd_p
+        tile[i + 2 * step] = even_p - odd_p
+        tile[i + 3 * step] = even_q + odd_q
+        tile[i + 4 * step] = even_q - odd_q
         tile[i + 5 * step] = y3
 
 
@@ -985,11 +985,12 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         self.U = self.workspace("U", (36, c, self.b.size), x.dtype)
         transform_weights(self.G2, self.W.reshape(9, -1), self.U.reshape(36, -1))
 
-        # backward() needs V again. Each chunk's slice of it holds 36 matrices.
-        self.V = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
+        # backward() needs V again. A chunk of images takes as many rows of this memory, and uses
+        # all of them as 36 matrices: a row by itself is no image's V.
+        self.V_memory = self.workspace("V", (n, 36 * (h // 4) * (w // 4) * c), x.dtype)
         self._allocate_output(x)
         for chunk in self._chunks():
-            V, V_by_tile = self._matrices(self.V[chunk], c)
+            V, V_by_tile = self._matrices(self.V_memory[chunk], c)
             M, M_by_tile = self._products(chunk)
             transform_images(by_block(x[chunk]), V_by_tile, self.tiles)
             multiply(V, self.U, M)
@@ -1003,9 +1004,9 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         dU = self.workspace("dU", self.U.shape, dout.dtype)
         products = self.workspace("products", (len(self.tiles), *self.U.shape[1:]), dout.dtype)
         for chunk in self._chunks():
-            V, _ = self._matrices(self.V[chunk], c)
-            dV = self.workspace("dV", self.V[chunk].shape, dout.dtype)
-            dV, dV_by_tile = self._matrices(dV, c)
+            V, _ = self._matrices(self.V_memory[chunk], c)
+            dV_memory = self.workspace("dV", self.V_memory[chunk].shape, dout.dtype)
+            dV, dV_by_tile = self._matrices(dV_memory, c)
             dM, dM_by_tile = self._products(chunk)
             self._transform_output_gradient(dout, dM_by_tile, chunk)
             multiply_gradient(V, dM, self.U, dV, dU, products, chunk.start == 0)
@@ -1021,7 +1022,7 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         """
         n, h, w, c = self.x_shape
         threads = len(self.tiles)
-        bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V.itemsize
+        bytes_per_image = 36 * (h // 4) * (w // 4) * (c + self.b.size) * self.V_memory.itemsize
         bytes_per_thread = max(CACHE_BYTES, self.U.nbytes / threads)
         chunk_size = threads * math.ceil(bytes_per_thread / bytes_per_image)
         starts = range(0, max(n, 1), chunk_size)
@@ -1039,7 +1040,7 @@ class ThreadedWinogradConv2D(WinogradConv2D):
         _, h, w, _ = self.x_shape
         f = self.b.size
         shape = (chunk.stop - chunk.start, 36 * (h // 4) * (w // 4) * f)
-        return self._matrices(self.workspace("M", shape, self.V.dtype), f)
+        return self._matrices(self.workspace("M", shape, self.V_memory.dtype), f)
 
     # The steps that ThreadedWinogradReLUPool replaces.
 

@@ -64,7 +64,7 @@ from common import (
     run_main,
 )
 
-# train_cifar.py as tutorials write it
+# train_cifar.py as tutorials write it; without workers, since it shares its cores
 TUTORIAL = ("--loader", "torchvision", "--workers", "0", "--memory-format", "nchw", "--amp", "off")
 GEMM_SIZE = 1024  # rows and columns of sgemm's matrices
 SAMPLE_SECONDS = 1.0
@@ -117,7 +117,7 @@ def list_benchmarks(quick: bool) -> dict[str, Benchmark]:
         if ranks <= cores:
             rows.update(scaling_benchmarks(ranks, cores))
 
-    # PyTorch as train_cifar.py uses it against PyTorch as tutorials use it: its first rung.
+    # PyTorch as train_cifar.py uses it against PyTorch as tutorials use it.
     trainings = [("cnn", 32), ("resnet18", 32 if quick else 64)]
     if not quick:
         trainings += [("resnet18", 128), ("resnet50", 64)]

@@ -476,11 +476,15 @@ def test_report_of_a_file(tmp_path, capsys):
     networks = {f"2 hosts, {rate} Mbit/s": {"network": SIMPLE._asdict()} for rate in (20, 100)}
     content = {"points": points, "accuracy": {"topk": {"42": 0.65, "43": 0.66}}}
     content["networks"] = networks
+    content["environment"] = {"cpu": "One", "cores": [0, 1], "blas": [{"kernel": "Zen"}]}
+    points["2 hosts, 20 Mbit/s, topk"]["machine"] = "Another"
     (tmp_path / "check.json").write_text(json.dumps(content))
     figure = str(tmp_path / "check.png")
     check_prediction.main(["--report", str(tmp_path / "check.json"), "--figure", figure])
     out = capsys.readouterr().out
     assert "65.50% (65.00%–66.00%)" in out
+    one = "One (OpenBLAS uses its Zen kernels), 2 cores"
+    assert f"Points by machine: {one}: 15; Another: 1." in out
     assert Path(figure).stat().st_size > 10_000
     assert "ends with .png" in refused(check_prediction.main, "--figure", "x.pdf")
 

@@ -1321,13 +1321,8 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
     local_ranks, cores = cores_of_machine(comm)
     cores_per_rank = max(1, min(cores // local_ranks, len(available_cores())))
 
-    environment = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
-    if not args.num_threads and not environment.isdecimal():
-        raise InputError(
-            f"OMP_NUM_THREADS={environment}: set it to a whole number, or use --num-threads"
-        )
     most = numba.config.NUMBA_NUM_THREADS
-    wanted = args.num_threads or min(int(environment) or cores_per_rank, most)
+    wanted = args.num_threads or min(threads_from_environment() or cores_per_rank, most)
     threads = wanted if args.force_threads else min(wanted, cores_per_rank)
     if threads > most:
         raise InputError(
@@ -1344,6 +1339,14 @@ def choose_threads(args: argparse.Namespace, comm) -> int:
     choose_wait_policy(threads, comm)
     start_threads(threads)
     return threads
+
+
+def threads_from_environment() -> int:
+    """The first number in $OMP_NUM_THREADS, which may be a list; 0 if it is not set."""
+    text = (os.environ.get("OMP_NUM_THREADS") or "0").partition(",")[0].strip()
+    if not text.isdecimal():
+        raise InputError(f"OMP_NUM_THREADS={text}: set it to a whole number, or use --num-threads")
+    return int(text)
 
 
 def choose_wait_policy(threads: int, comm):
@@ -1400,15 +1403,21 @@ def compile_kernels(name: str, dtype, comm, image_shape=IMAGE_SHAPE, classes: in
 
     limit_blas_threads(1)  # SciPy's and NumPy's: the threads here are Numba's
     started = time.perf_counter()
-    for is_my_turn in (comm.rank == 0, comm.rank != 0):
-        if is_my_turn:
-            model = make_model(name, 0, dtype, image_shape, classes)
-            logits = model.forward(np.zeros((2, *image_shape), dtype))
-            _, dlogits = softmax_cross_entropy(logits, np.zeros(2, np.uint8))
-            model.backward(dlogits)
-            ThreadedSGD(model).step(2)
-            ThreadedAdam(model).step(2)
-        comm.Barrier()
+
+    def use_all_kernels():
+        model = make_model(name, 0, dtype, image_shape, classes)
+        logits = model.forward(np.zeros((2, *image_shape), dtype))
+        _, dlogits = softmax_cross_entropy(logits, np.zeros(2, np.uint8))
+        model.backward(dlogits)
+        ThreadedSGD(model).step(2)
+        ThreadedAdam(model).step(2)
+
+    if comm.rank == 0:
+        use_all_kernels()
+    comm.Barrier()
+    if comm.rank != 0:
+        use_all_kernels()
+    comm.Barrier()
     return time.perf_counter() - started
 
 

@@ -535,13 +535,13 @@ class PictureSet(NamedTuple):
 
 
 def examine_pictures(
-    train: list, test: list, image_size=None, skip_damaged=False, decode=True, map=map
+    train: list, test: list, image_size=None, skip_damaged=False, decode=True, parallel_map=map
 ) -> PictureSet:
     """Look into the files of two lists of Picture before they are used.
 
     image_size: side in pixels; default: the pictures' own size if all have the same, else 32.
     skip_damaged: leave out what cannot be decoded, instead of an InputError. decode: as in
-    examine_picture(). map: a parallel one, perhaps.
+    examine_picture(). parallel_map: what takes the place of map().
     """
     notes = []
     splits = []
@@ -550,7 +550,7 @@ def examine_pictures(
     strays = []
     for pictures in (train, test):
         kept = []
-        examined = map(functools.partial(try_to_examine, decode=decode), pictures)
+        examined = parallel_map(functools.partial(try_to_examine, decode=decode), pictures)
         for picture, info in zip(pictures, examined, strict=True):
             if isinstance(info, LoadingError):
                 damaged.append(str(info))
@@ -1381,10 +1381,10 @@ def load_batches(
 class TorchvisionImages(torch.utils.data.Dataset):
     """Image i, transformed, (C, H, W) float32, and its label."""
 
-    def __init__(self, source: InMemorySource, augment: bool):
+    def __init__(self, source: InMemorySource, is_augmented: bool):
         transforms = import_torchvision().transforms
         steps = [transforms.ToTensor(), transforms.Normalize(source.mean, source.std)]
-        if augment:
+        if is_augmented:
             crop = transforms.RandomCrop(source.image_shape[:2], padding=PAD)
             steps = [crop, transforms.RandomHorizontalFlip(), *steps]
         self.transform = transforms.Compose(steps)
@@ -1407,7 +1407,7 @@ def torchvision_batches(source, indices, augmentation, context) -> Iterator:
     if augmentation:
         seed = np.random.default_rng([*augmentation, context.group.rank]).integers(2**63)
         torch.manual_seed(int(seed))
-    images = TorchvisionImages(source, augment=augmentation is not None)
+    images = TorchvisionImages(source, is_augmented=augmentation is not None)
     workers = context.workers.number
     loader = torch.utils.data.DataLoader(images, batch_sampler=indices, num_workers=workers)
     for x, labels in loader:
@@ -1532,9 +1532,9 @@ def open_data(args: argparse.Namespace, context: TrainContext) -> Data:
             prepared = load_dataset(args.data_dir, args.dataset)  # mapped, not read
             args.subset = min(args.subset, len(prepared.y_train))
         dataset = load_dataset(args.data_dir, args.dataset, args.subset, args.seed)
-        statistics = (dataset.mean, dataset.std)
-        train = InMemorySource(dataset.x_train, dataset.y_train, *statistics)
-        test = InMemorySource(dataset.x_test, dataset.y_test, *statistics)
+        mean_and_std = (dataset.mean, dataset.std)
+        train = InMemorySource(dataset.x_train, dataset.y_train, *mean_and_std)
+        test = InMemorySource(dataset.x_test, dataset.y_test, *mean_and_std)
         data = Data(train, test, dataset.name, dataset.fingerprint, dataset.classes)
     else:
         data = open_bucket(args, context.workers)
@@ -1629,7 +1629,7 @@ def read_class_names(root: Path) -> tuple:
     return ()
 
 
-def statistics_of(source: ImageFolderSource, map=map) -> tuple[tuple, tuple]:
+def statistics_of(source: ImageFolderSource, parallel_map=map) -> tuple[tuple, tuple]:
     """Mean and standard deviation of each channel, on a scale from 0 to 1, of at most
     STATISTICS_OF pictures that are spread over the source."""
     n = len(source.labels)
@@ -1637,7 +1637,7 @@ def statistics_of(source: ImageFolderSource, map=map) -> tuple[tuple, tuple]:
     index = np.arange(count) * n // count
     sums = np.zeros(source.image_shape[2])
     squares = np.zeros_like(sums)
-    for images, _ in map(source.read, np.array_split(index, -(-count // 64))):
+    for images, _ in parallel_map(source.read, np.array_split(index, -(-count // 64))):
         values = images.reshape(-1, source.image_shape[2]) / 255
         sums += values.sum(axis=0)
         squares += np.square(values).sum(axis=0)

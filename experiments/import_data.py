@@ -317,7 +317,7 @@ def examine(script, train, test, classes, options: Options, notes=()) -> Content
                     yield result
 
         pictures = script.examine_pictures(
-            train, test, options.image_size, options.skip_damaged, map=shown
+            train, test, options.image_size, options.skip_damaged, parallel_map=shown
         )
     sources = []
     for split, kept in (("training", pictures.train), ("test", pictures.test)):

@@ -1056,14 +1056,6 @@ class ConvReLUPool(Conv2D):
                 self._input_gradient(self._planes_to_image(dy), dx[chunk])
         return dx
 
-    def _check_channels(self, x):
-        """Raise ValueError unless x (N, H, W, C) has as many channels as W takes."""
-        if x.shape[-1] != self.W.shape[2]:
-            raise ValueError(
-                f"{type(self).__name__} takes {self.W.shape[2]} channels, its input has "
-                f"{x.shape[-1]}: change in_channels"
-            )
-
     def _windows(self, x):
         """All windows, (N, 2, 2, OH/2, OW/2, KH, KW, C_in): the place in the pool comes first."""
         windows = super()._windows(x)

@@ -242,6 +242,8 @@ class Measurement:
 
 
 def describe_machine(env: dict) -> str:
+    """The processor and its cores, of an environment()."""
+    # Processors of one name may differ in their vector instructions: OpenBLAS names what it uses.
     kernels = ", ".join(sorted({blas["kernel"] for blas in env["blas"]}))
     return f"{env['cpu']} (OpenBLAS uses its {kernels} kernels), {len(env['cores'])} cores"
 

@@ -33,6 +33,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # common.py is at the top level
+import check_prediction
 import scaling_tables
 from common import (
     BATCH,
@@ -440,11 +441,7 @@ def read_environments(measurements):
 
 def describe_machine(environment):
     gigabytes = round(environment["memory_mb"] / 1024)
-    # Processors of one name may differ in their vector instructions: OpenBLAS names what it uses.
-    kernels = ", ".join(sorted({blas["kernel"] for blas in environment["blas"]}))
-    cores = len(environment["cores"])
-    cpu = f"{environment['cpu']} (OpenBLAS uses its {kernels} kernels)"
-    return f"{cpu}, {cores} cores, {gigabytes} GiB of memory"
+    return f"{check_prediction.describe_machine(environment)}, {gigabytes} GiB of memory"
 
 
 def scripts_table(measurements):

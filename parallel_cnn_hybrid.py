@@ -11,8 +11,8 @@ divide the parameters instead.
     mpirun -np 2 python parallel_cnn_hybrid.py --num-threads 4 --epochs 10
     python parallel_cnn_hybrid.py --num-threads 2 --global-batch-size 128
 
-Result: one rank on 2 cores. The CNN, batch 128: 6,516 images/s, 1.62 (1.43–2.26) times PyTorch's
-4,028. ResNet-18, batch 64: 147 images/s, 1.38 (1.26–1.57) times PyTorch's 107 (AMD EPYC; median
+Result: one rank on 2 cores. The CNN, batch 128: 2,595 images/s, 1.63 (1.55–1.91) times PyTorch's
+1,593. ResNet-18, batch 64: 78 images/s, 1.82 (1.77–1.88) times PyTorch's 43 (AMD EPYC; median
 (min–max) of 11 paired samples).
 """
 

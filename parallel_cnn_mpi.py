@@ -25,9 +25,9 @@ more: the weights are others, and so is the accuracy. The log says so.
     mpirun -np 2 python parallel_cnn_mpi.py --local-steps 16 --compress bf16
     python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz
 
-Result: the CNN on 2 ranks, 32 images each: 5,928 images/s, 1.88 (1.43–2.01) times serial_cnn.py's
-3,190 on one core (AMD EPYC; median (min–max) of 11 paired samples). With a global batch of 32, 10
-epochs on all of CIFAR-10 take 211 s; the best test accuracy, in epoch 4, is 68.48%.
+Result: the CNN on 2 ranks, 32 images each: 2,288 images/s, 1.89 (1.13–2.74) times serial_cnn.py's
+1,467 on one core (AMD EPYC; median (min–max) of 11 paired samples). With a global batch of 32, 10
+epochs on all of CIFAR-10 take 255 s; the best test accuracy, in epoch 3, is 67.91%.
 """
 
 import contextlib

@@ -20,9 +20,9 @@ BLAS is held to one thread, whatever the environment says. parallel_cnn_mpi.py h
     python serial_cnn.py --model resnet18 --batch-size 64 --epochs 1 --subset 1000
     python serial_cnn.py --checkpoint results/serial.ckpt.npz            # Ctrl-C, then add --resume
 
-Result: the CNN on one core. Batch 32: 3,173 images/s, 1.39 (1.27–1.52) times PyTorch's 2,261. Batch
-128: 3,860 images/s, 2.16 (1.72–2.28) times PyTorch's 1,776 (AMD EPYC; median (min–max) of 11 paired
-samples). 10 epochs on all of CIFAR-10 take 289 s; the best test accuracy, in epoch 5, is 68.30%.
+Result: the CNN on one core. Batch 32: 1,467 images/s, 1.75 (1.12–1.88) times PyTorch's 872. Batch
+128: 1,505 images/s, 1.40 (1.06–1.50) times PyTorch's 1,153 (AMD EPYC; median (min–max) of 11 paired
+samples). 10 epochs on all of CIFAR-10 take 371 s; the best test accuracy, in epoch 4, is 68.96%.
 """
 
 import math

@@ -25,7 +25,7 @@ one more; whether it pays depends on the machine.
     python train_cifar.py --model resnet18 --loader torchvision            # + bfloat16
     python train_cifar.py --model resnet18                                 # + batched loading
 
-Result: ResNet-50, batch 64, on 2 cores: 60 images/s, 3.06 (2.93–3.32) times PyTorch's 20 in
+Result: ResNet-50, batch 64, on 2 cores: 16 images/s, 1.59 (1.46–2.00) times PyTorch's 10 in
 float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired samples).
 """
 

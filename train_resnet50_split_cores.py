@@ -23,8 +23,8 @@ same batches and says what the figures mean.
 
 Without a checkpoint the last command starts from the beginning.
 
-Result: images/s on 2 cores, batch 64 in 4 micro-batches, bfloat16: all 52.4; split 29.5, 0.57
-(0.52–0.69) times all; pipelined 38.5, 0.74 (0.66–0.92) times all; replicas 54.7, 1.06 (0.96–1.36)
+Result: images/s on 2 cores, batch 64 in 4 micro-batches, float32: all 16.0; split 8.7, 0.55
+(0.54–0.56) times all; pipelined 11.1, 0.69 (0.67–0.72) times all; replicas 16.8, 1.06 (1.00–1.09)
 times all (AMD EPYC; median (min–max) of 7 rounds).
 """
 

@@ -767,7 +767,7 @@ class Conv2D(Layer):
     Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing",
     2006. The matrix is K² times as large as the images, so it is made for a few images at a time
     and never leaves the cache; backward() makes it again, which is cheaper than fetching it from
-    memory.
+    memory. (That of a first layer is small, and kept.)
     """
 
     param_names = ("W", "b")
@@ -815,8 +815,9 @@ class Conv2D(Layer):
         if self.requires_input_grad:
             dx = self.workspace("dx", self.x_shape, dout.dtype)
 
-        # out = col @ W + b, so dW = colᵀ @ dout, db = the sum of dout, and dcol = dout @ Wᵀ, which
-        # _input_gradient() adds up where the windows overlap.
+        # out = col @ W + b, so dW = colᵀ @ dout, db = the sum of dout, and the gradient of col is
+        # dout @ Wᵀ: _input_gradient() adds it up where windows overlap, one kernel position at a
+        # time.
         for chunk in self._chunks():
             col = self._im2col(chunk, backward=True)
             dy = dout[chunk].reshape(-1, self.b.size)
@@ -1558,7 +1559,11 @@ class Dense(Layer):
 
 
 def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """logits (N, K), integer labels (N,) → the loss summed over the batch, and dlogits (N, K)."""
+    """logits (N, K), integer labels (N,) → the loss summed over the batch, and dlogits (N, K).
+
+    Of one image with logits z the loss is log Σ exp(z) - z[label], and its gradient is softmax(z),
+    less 1 at the label. Nothing is divided by N: the optimizer does that.
+    """
     n, classes = logits.shape
     if n and int(labels.max()) >= classes:
         raise ValueError(
@@ -1566,9 +1571,8 @@ def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float
             f"classes, 0 to {classes - 1}: change the labels or the last Dense layer"
         )
     rows = np.arange(n)
-    shifted = logits - logits.max(
-        axis=1, keepdims=True
-    )  # the same softmax, and exp cannot overflow
+    # The same softmax, and exp cannot overflow:
+    shifted = logits - logits.max(axis=1, keepdims=True)
     probabilities = np.exp(shifted)
     sums = probabilities.sum(axis=1, keepdims=True)
     loss = np.log(sums).sum(dtype=np.float64) - shifted[rows, labels].sum(dtype=np.float64)
@@ -1988,7 +1992,7 @@ class SGD(Optimizer):
     def _update(self, w, g, velocity):
         velocity *= self.momentum
         velocity += g
-        w -= np.multiply(velocity, self.lr, out=g)
+        w -= np.multiply(velocity, self.lr, out=g)  # g is needed no more: it holds the product
 
 
 class Adam(Optimizer):
@@ -2009,7 +2013,8 @@ class Adam(Optimizer):
         m *= beta1
         m += (1 - beta1) * g
         v *= beta2
-        v += (1 - beta2) * np.square(g, out=g)
+        v += (1 - beta2) * np.square(g, out=g)  # g is needed no more: it holds what follows
+        # m and v begin at zero, which the powers of beta correct for.
         root = np.sqrt(v, out=g)
         root /= math.sqrt(1 - beta2**self.steps)
         root += self.eps
@@ -3511,12 +3516,11 @@ class OverlapReducer:
     def start(self, grad_slice: slice):
         from mpi4py import MPI
 
-        # Iallreduce only begins: the backward pass of the layers below hides its time.
+        # Iallreduce only begins: the backward pass of the layers below may hide its time.
         self.requests.append(self.comm.Iallreduce(MPI.IN_PLACE, self.total[grad_slice]))
         if self.overlap:
-            MPI.Request.Testall(
-                self.requests
-            )  # MPI moves data only while one of its functions runs
+            # MPI moves data only while one of its functions runs.
+            MPI.Request.Testall(self.requests)
         else:
             self.wait()
 

@@ -79,6 +79,7 @@ class LoopConv2D(Conv2D):
 
     The window of the input at (i, j), for all images at once, times the weights. Python and NumPy
     start several operations for each position, on small arrays: that overhead is most of the time.
+    Of Conv2D it uses the parameters W and b, and their gradients dW and db.
     """
 
     def forward(self, x):
@@ -132,17 +133,18 @@ class Im2colConv2D(Conv2D):
 
     Faster because one large product replaces a thousand small ones: BLAS runs near the peak of the
     core. It costs memory: the matrix is K² times as large as the input (38 MB for the CNN's second
-    layer at batch 32), so it goes out to main memory and comes back.
+    layer at batch 128), so it goes out to main memory and comes back.
     """
 
     def forward(self, x):
         """x (N, H, W, C_in) → out (N, OH, OW, C_out)"""
         self.x_shape = x.shape
-        windows = self._windows(x)  # (N, OH, OW, K, K, C_in), a view
+        windows = self._windows(x)  # of Conv2D: (N, OH, OW, K, K, C_in), a view
         n, out_h, out_w = windows.shape[:3]
         c_out = self.b.size
 
-        self.col = windows.reshape(n * out_h * out_w, -1)  # (N·OH·OW, K·K·C_in), the copy
+        # Windows overlap in memory, so that reshape() has to copy them: (N·OH·OW, K·K·C_in).
+        self.col = windows.reshape(n * out_h * out_w, -1)
         out = self.col @ self.W.reshape(-1, c_out)
         if self.has_bias:
             out += self.b
@@ -213,7 +215,7 @@ def make_layers(model, conv, rng, dtype, image_shape=IMAGE_SHAPE, classes=10):
     layers = [OtherConv(channels, 64, bias=False, **options), BatchNorm2D(64, dtype=dtype), ReLU()]
     channels = 64
     for width in (64, 128, 256, 512):
-        for stride in (1 if width == 64 else 2, 1):
+        for stride in (1 if width == 64 else 2, 1):  # two blocks; the first may halve the image
             h = -(-h // stride)  # rounded up, as a 3×3 convolution with padding 1 does
             w = -(-w // stride)
             Conv = WinogradConv2D if conv == "winograd" and winograd_fits(h, w) else OtherConv
@@ -236,7 +238,10 @@ def make_model(args, image_shape=IMAGE_SHAPE, classes=10):
 
 
 def train(model, optimizer, data, args, log, checkpoint, stop):
-    """Train until epoch args.epochs is done, from where the log's position is."""
+    """Train until epoch args.epochs is done.
+
+    Begins at log.epoch and log.batch: where the checkpoint of --resume was saved, or at first.
+    """
     n = len(data.y_train)
     batches = math.ceil(n / args.batch_size)
     log.trace_layers(model)
@@ -266,7 +271,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop):
             log.end_batch(len(labels), loss, *count_correct(logits, labels))
             require_finite(loss, "loss", log)
             if stop.requested:
-                save_and_stop(checkpoint, log, stop)
+                save_and_stop(checkpoint, log, stop)  # raises Interrupted
             if checkpoint.due():
                 checkpoint.save()
 

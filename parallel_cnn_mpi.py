@@ -10,7 +10,7 @@ a ladder: --reduce chooses the rung.
     shared      in memory that the ranks of a machine share: SharedMemoryReducer in common.py
     auto        shared where the ranks of a machine can, else overlap; the default
 
-For networks that are too slow for that, three rungs send less. They are not the serial run any
+For networks that are too slow for that, three options send less. They are not the serial run any
 more: the weights are others, and so is the accuracy. The log says so.
 
     --compress bf16     gradients of half the bytes: Bf16Reducer, below
@@ -25,9 +25,9 @@ more: the weights are others, and so is the accuracy. The log says so.
     mpirun -np 2 python parallel_cnn_mpi.py --local-steps 16 --compress bf16
     python parallel_cnn_mpi.py --checkpoint results/mpi.ckpt.npz
 
-Result: the CNN on 2 ranks, 32 images each: 2,288 images/s, 1.89 (1.13–2.74) times serial_cnn.py's
-1,467 on one core (AMD EPYC; median (min–max) of 11 paired samples). With a global batch of 32, 10
-epochs on all of CIFAR-10 take 255 s; the best test accuracy, in epoch 3, is 67.91%.
+Result: the CNN on 2 ranks, 32 images each: 2,288 images/s, 1.89 (1.13–2.74) times serial_cnn.py on
+one core in the same turns (AMD EPYC; median (min–max) of 11 paired samples). With a global batch of
+32, 10 epochs on all of CIFAR-10 take 255 s; the best test accuracy, in epoch 3, is 67.91%.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ import os
 import signal
 import sys
 
+# (Safety while the ranks start: skip it at a first reading.)
 # A rank that ends by itself would leave the others waiting for it for ever. So, until guard_ranks()
 # takes over: Ctrl-C kills, since mpirun ends the ranks if a signal has killed one; nobody waits
 # more than 120 s in the import of MPI, where all ranks meet; a later import that fails ends all.
@@ -135,8 +136,16 @@ class RingReducer(AllreduceReducer):
     2009. The gradients are cut into one chunk for each of the p ranks. In p - 1 steps every rank
     sends a chunk to its right neighbour and adds the one that comes from the left (reduce-scatter);
     then each rank has one chunk of the total. In p - 1 further steps the totals go around
-    (allgather). Each rank sends 2 (p - 1) / p of the gradients, however many ranks there are; it
-    costs 2 (p - 1) latencies.
+    (allgather). Each rank sends 2 (p - 1) / p of the gradients: less than twice, however many ranks
+    there are. It costs 2 (p - 1) latencies.
+
+    With three ranks, the chunk that each one sends, and in brackets the ranks whose sum it is:
+
+        rank                       0        1        2
+        reduce-scatter, step 0     0 [0]    1 [1]    2 [2]
+                        step 1     2 [2 0]  0 [0 1]  1 [1 2]
+        allgather, step 0          1 [all]  2 [all]  0 [all]
+                   step 1          0 [all]  1 [all]  2 [all]
     """
 
     name = "ring"
@@ -180,7 +189,8 @@ class Bf16Reducer(RingReducer):
     rank rounds away it adds to its next gradients, so that nothing is lost, only late: error
     feedback (Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
     Schemes", 2019). The sums are rounded again before they are sent on; the rank that rounds them
-    keeps that error (Tang et al., "DoubleSqueeze", 2019).
+    keeps that error (Tang et al., "DoubleSqueeze", 2019). Of the ring it takes the chunks only: in
+    a ring a sum would be rounded at each of p - 1 steps, and here once.
 
     residual: (parameters,), what this rank has not sent yet. The sum of all totals plus the
     residuals of all ranks is the sum of all gradients.
@@ -216,6 +226,7 @@ class Bf16Reducer(RingReducer):
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float array → its bfloat16 values as uint16, rounded to the nearest, ties to even."""
     bits = array.astype(np.float32).view(np.uint32)
+    # 0x7FFF is just under half of the last bit that stays; where that bit is 1, exactly half.
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
@@ -272,7 +283,9 @@ class LocalSGD(AllreduceReducer):
         self.model = model
         self.exchange = exchange
         exchange.total = np.zeros_like(model.params)  # (parameters,): the change, then its sum
-        self.start_params = None  # the weights that all ranks had after the last average
+        # The weights that all ranks had after the last average. Not yet known: a checkpoint and the
+        # broadcast of rank 0 may still replace the first ones.
+        self.start_params = None
 
     def wait(self):
         """No gradients are exchanged: self.total has those of this rank's images alone."""
@@ -386,7 +399,7 @@ def make_network(args, image_shape, classes):
 
 
 def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
-    """Train until epoch args.epochs is done, from where the log's position is.
+    """Train until epoch args.epochs is done, beginning at log.epoch and log.batch.
 
     The log's "communication" is the time in MPI, waiting for slower ranks included.
     """
@@ -394,6 +407,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
     batches = math.ceil(n / args.global_batch_size)
 
     def reduce_slice(grad_slice):  # backward() calls it as soon as a layer's gradients are complete
+        # timed() pauses the phase "backward" around it. The slice is the trace's label.
         with log.timed("communication", grad_slice):
             reducer.start(grad_slice)
 
@@ -479,6 +493,7 @@ def train(model, optimizer, data, args, log, checkpoint, stop, comm, reducer):
         log.end_epoch(loss, top1, top5, loading)
         require_finite(loss, "validation loss", log)
         checkpoint.save()
+        # After a signal in the validation the run stops one batch later, whose sums tell all ranks.
 
 
 def parse_args(argv=None):

@@ -26,7 +26,8 @@ one more; whether it pays depends on the machine.
     python train_cifar.py --model resnet18                                 # + batched loading
 
 Result: ResNet-50, batch 64, on 2 cores: 16 images/s, 1.59 (1.46–2.00) times PyTorch's 10 in
-float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired samples).
+float32, NCHW and with a DataLoader (AMD EPYC; median (min–max) of 11 paired samples). ResNet-18
+reaches 88.88% on the test images in 13 epochs, 102 minutes on 2 cores in bfloat16 (make accuracy).
 """
 
 import argparse

@@ -538,7 +538,9 @@ def describe_agreement(groups: list[RunGroup]) -> str:
 
 
 def describe_differences(groups: list[RunGroup]) -> str:
-    """How far trainings that are the same computation are apart."""
+    """How far trainings that are the same computation are apart; "" for one alone."""
+    if len(groups) == 1:
+        return ""
     compared = [group for group in groups if "loss_difference" in group.estimates]
     if not compared:
         return "No two compute the same."

@@ -4,13 +4,15 @@
   `<!-- end -->`.
 - Results: in the docstrings of training scripts, the paragraph that starts with `Result: `.
 - docs/figures: what each rung of the ladders bought, of measurements/ladder; predicted scaling and
-  its check, of measurements/prediction.json and check_prediction.json.
+  its check, of measurements/prediction.json and check_prediction.json; the curves of `make
+  accuracy`, of measurements/resnet18.
 - docs/report: the report that make_report.py writes of measurements/experiments.json and .csv.
 
 `make measure` makes the measurements. --collect packs them into a few files in measurements/: the
 JSON files of bench.py and train_resnet50_split_cores.py as they are, and each results folder of
 run_experiments.py as two files. The .json file is its index, with the metadata of each run; the
-.csv file has the logs of all runs, without most rows of single batches.
+.csv file has the logs of all runs, without most rows of single batches. What other targets measure
+comes along if it is there: `make predict`, `make check-prediction`, `make accuracy`.
 
     make readme
     python experiments/update_readme.py --check       # exit status 1 if a page is not up to date
@@ -54,6 +56,7 @@ FIGURES = REPO / "docs" / "figures"
 BENCHMARKS = ("bench.json", "loading.json", "split_cores.json")
 PREDICTION = "prediction.json"  # of make predict and make check-prediction; not of make measure
 CHECK = "check_prediction.json"
+ACCURACY = "resnet18"  # .csv and .json, the log and metadata of make accuracy
 OTHER_MACHINES = "other_machines"  # folder: NAME.json is what bench.py has written elsewhere
 RESULTS_FOLDERS = ("experiments", "training", "ladder")  # written by run_experiments.py
 RUN_COLUMNS = ("suite", "configuration", "repeat")  # name a run, in the index and in a packed .csv
@@ -99,6 +102,16 @@ def collect(source, measurements):
             write(measurements / name, without_paths((source / name).read_text(), source))
     for name in RESULTS_FOLDERS:
         pack_results(source / name, measurements / name, source)
+    if (source / f"{ACCURACY}.csv").is_file():
+        pack_run(source / ACCURACY, measurements / ACCURACY, source)
+
+
+def pack_run(run, packed, source):
+    """Pack the log and the metadata of one run, without most rows of single batches."""
+    rows = [row for row in read_csv(run.with_suffix(".csv")) if is_kept(row)]
+    write_csv(packed.with_suffix(".csv"), LOG_COLUMNS, rows)
+    metadata = read_json(run.with_suffix(".json"))
+    write(packed.with_suffix(".json"), without_paths(to_json(metadata), source))
 
 
 def pack_results(folder, packed, source):
@@ -380,25 +393,30 @@ def read_trainings(measurements, suite):
     for run in read_json(packed.with_suffix(".json"))["runs"]:
         if run["suite"] != suite:
             continue
-        log = logs[run_key(run)]
-        trained = [row for row in log if row["type"] == str(TRAIN)]
-        tested = [row for row in log if row["type"] == str(VALIDATE)]
-        best = max(tested, key=lambda row: float(row["value1"]))
-        seconds = sum(float(row["duration"]) for row in trained)
-        totals = run["metadata"]["totals"]
         trainings[run["configuration"]] = {
             "configuration": run["configuration"],
             "options": recipe_options(run["command"]),
-            "accuracy": float(best["value1"]),
-            "last_accuracy": float(tested[-1]["value1"]),
-            "train_accuracy": float(trained[-1]["value1"]),
-            "best_epoch": int(best["epoch"]),
-            "epochs": max(int(row["epoch"]) for row in tested),
-            "seconds": seconds,
-            "images_per_s": totals["train_images"] / seconds,
-            "peak_ram_mb": totals["peak_ram_mb"],
+            **summarize_training(logs[run_key(run)], run["metadata"]),
         }
     return trainings
+
+
+def summarize_training(log, metadata):
+    """What tables show of a training. log: its rows of epochs; metadata: its run.json."""
+    trained = [row for row in log if row["type"] == str(TRAIN)]
+    tested = [row for row in log if row["type"] == str(VALIDATE)]
+    best = max(tested, key=lambda row: float(row["value1"]))
+    seconds = sum(float(row["duration"]) for row in trained)
+    return {
+        "accuracy": float(best["value1"]),
+        "last_accuracy": float(tested[-1]["value1"]),
+        "train_accuracy": float(trained[-1]["value1"]),
+        "best_epoch": int(best["epoch"]),
+        "epochs": max(int(row["epoch"]) for row in tested),
+        "seconds": seconds,
+        "images_per_s": metadata["totals"]["train_images"] / seconds,
+        "peak_ram_mb": metadata["totals"]["peak_ram_mb"],
+    }
 
 
 def recipe_options(command):
@@ -407,6 +425,31 @@ def recipe_options(command):
     words = command[command.index("--dataset") :]  # what comes before is the suite's, for all runs
     pairs = itertools.pairwise(words)
     return [word for pair in pairs if pair[0] in names for word in pair]
+
+
+def accuracy_table(measurements):
+    """The training of make accuracy, which may be of another machine than the other tables."""
+    run, metadata = read_accuracy(measurements)
+    cells = [
+        f"{run['accuracy']:.2%} (epoch {run['best_epoch']} of {run['epochs']})",
+        f"{run['train_accuracy']:.2%}",
+        f"{run['seconds'] / 60:.0f} min",
+        f"{run['images_per_s']:,.0f}",
+        f"{run['peak_ram_mb']:,.0f} MiB",
+    ]
+    header = "best test accuracy | training images | training time | images/s | peak RAM"
+    table = markdown_table(header, [cells])
+    note = f"In {run['precision']}: {machine_and_versions([metadata])}"
+    return f"{table}\n{bullet(note)}"
+
+
+def read_accuracy(measurements):
+    """(what tables show of the training of make accuracy, its metadata)."""
+    path = measurements / f"{ACCURACY}.csv"
+    metadata = read_json(path.with_suffix(".json"))
+    is_float32 = metadata["arguments"]["amp"] == "off"
+    run = {"precision": "float32" if is_float32 else "bfloat16"}
+    return {**run, **summarize_training(read_csv(path), metadata)}, metadata
 
 
 def machine_line(measurements):
@@ -509,6 +552,7 @@ TABLES = {  # NAME-PART has some of the rows of table NAME
     "split": split_table,
     "training": training_table,
     "recipes": recipes_table,
+    "accuracy": accuracy_table,
     "prediction": prediction_table,
     "check-links": functools.partial(check_table, part="links"),
     "check-slow": functools.partial(check_table, part="slow"),
@@ -575,7 +619,7 @@ def mpi_result(measurements):
     weak = find_row(measurements, "parallel_cnn_mpi.py, weak")
     return (
         f"the CNN on {weak['cores']} ranks, 32 images each: {weak['ours']:,.0f} images/s, "
-        f"{ratio_with_range(weak)} times serial_cnn.py's {weak['baseline']:,.0f} on one core "
+        f"{ratio_with_range(weak)} times serial_cnn.py on one core in the same turns "
         f"({conditions(measurements, weak)}). "
         f"With a global batch of 32, {training_result(measurements, 'mpi-2-strong')}"
     )
@@ -592,9 +636,13 @@ def hybrid_result(measurements):
 
 def train_cifar_result(measurements):
     row = find_row(measurements, "train_cifar.py, resnet50, batch 64,")
+    run, metadata = read_accuracy(measurements)
     return (
         f"ResNet-50, batch 64, on {cores_of(row)}: {beside_pytorch(row)} in float32, "
-        f"NCHW and with a DataLoader ({conditions(measurements, row)})."
+        f"NCHW and with a DataLoader ({conditions(measurements, row)}). "
+        f"ResNet-18 reaches {run['accuracy']:.2%} on the test images in {run['epochs']} epochs, "
+        f"{run['seconds'] / 60:.0f} minutes on {len(metadata['cores'])} cores in "
+        f"{run['precision']} (make accuracy)."
     )
 
 
@@ -660,6 +708,13 @@ def make_ladder(measurements, folder):
     return analysis / "figures" / "ladder_rungs.png"
 
 
+def make_curves(measurements, folder):
+    """Draw the loss and accuracy of make accuracy over its epochs."""
+    analysis = folder / "accuracy_analysis"
+    run_script("analyze_results.py", measurements / f"{ACCURACY}.csv", "--output-dir", analysis)
+    return analysis / "figures" / "files_curves.png"
+
+
 def make_figures(measurements, folder):
     """{name: its file} of docs/figures."""
     predicted = folder / "prediction"
@@ -669,6 +724,7 @@ def make_figures(measurements, folder):
     run_script("check_prediction.py", "--report", measurements / CHECK, "--figure", checked)
     return {
         "ladder.png": make_ladder(measurements, folder),
+        "accuracy.png": make_curves(measurements, folder),
         "prediction.png": predicted / "prediction.png",
         "check_prediction.png": checked,
     }

@@ -751,7 +751,8 @@ def read_json(path):
 
 
 def to_json(content):
-    return json.dumps(content, indent=1) + "\n"
+    # A line for each value, which a diff can show; indentation would be a quarter of the file.
+    return json.dumps(content, indent=0) + "\n"
 
 
 def write(path, text):

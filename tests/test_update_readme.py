@@ -136,16 +136,21 @@ def test_split_table_has_medians_and_ratios_round_by_round(measurements):
     assert cells[4:] == ["25%", "1.00 (0.50–2.00)"]
 
 
+def make_second_epoch_best(rows, seconds):
+    """Change a log's rows: 77.12 % in epoch 2, that many seconds each. Returns the epochs."""
+    for row in rows:
+        if row["type"] == "1":
+            row["value1"] = "0.7712" if row["epoch"] == "2" else "0.5"
+        if row["type"] == "0":
+            row["duration"] = str(seconds)
+    return sum(row["type"] == "0" for row in rows)
+
+
 def test_training_table_has_the_best_epoch(measurements):
     path = measurements / "training.csv"
     rows = read_rows(path)
     first = [row for row in rows if row["configuration"] == rows[0]["configuration"]]
-    for row in first:
-        if row["type"] == "1":
-            row["value1"] = "0.7712" if row["epoch"] == "2" else "0.5"
-        if row["type"] == "0":
-            row["duration"] = "10"
-    epochs = sum(row["type"] == "0" for row in first)
+    epochs = make_second_epoch_best(first, seconds=10)
     update_readme.write_csv(path, rows[0].keys(), rows)
     line = update_readme.training_table(measurements).splitlines()[2]
     assert f"| 77.12% (epoch 2 of {epochs}) | {10 * epochs} s |" in line
@@ -155,12 +160,7 @@ def test_accuracy_table_has_the_epochs_and_the_machine_of_its_run(measurements):
     """Epochs of 60 s, the best of which is the second."""
     path = measurements / f"{update_readme.ACCURACY}.csv"
     rows = read_rows(path)
-    for row in rows:
-        if row["type"] == "1":
-            row["value1"] = "0.7712" if row["epoch"] == "2" else "0.5"
-        if row["type"] == "0":
-            row["duration"] = "60"
-    epochs = sum(row["type"] == "0" for row in rows)
+    epochs = make_second_epoch_best(rows, seconds=60)
     update_readme.write_csv(path, rows[0].keys(), rows)
     change(path.with_suffix(".json"), '"cpu": "[^"]*"', '"cpu": "Another"')
     table = update_readme.accuracy_table(measurements)
@@ -370,7 +370,7 @@ def test_what_is_committed_is_small_and_names_no_folder():
     measured = [path for path in MEASUREMENTS.rglob("*") if path.is_file()]
     report = [path for path in (REPO / "docs/report").rglob("*") if path.is_file()]
     assert len(measured) < 20
-    assert sum(path.stat().st_size for path in measured + report) < 3e6
+    assert sum(path.stat().st_size for path in measured + report) < 2.5e6
     for path in measured + report:
         if path.suffix != ".png":
             assert not re.search(r'["\s(]/\w', path.read_text()), path

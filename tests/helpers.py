@@ -229,6 +229,24 @@ def assert_same_run(folder, reference, script, checkpoint="run.npz"):
     assert ours == theirs
 
 
+def commands_of(line):
+    """The commands that a documented line stands for, as lists of words: those of a make target."""
+    words = shlex.split(line)
+    if words[0] != "make":
+        return [words]
+    done = subprocess.run(
+        ["make", "-n", "PYTHON=python", *words[1:]],
+        cwd=REPO,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    lines = done.stdout.replace("\\\n", " ").splitlines()  # one for each command
+    recipe = [line for line in lines if re.match(r"python \S+\.py\b", line)]
+    return [shlex.split(line) for line in recipe]
+
+
 def usage_lines(path):
     """The command lines in a script's docstring, which are its indented lines, without their
     comments.

@@ -18,6 +18,7 @@ import pytest
 from helpers import (
     NOT_INHERITED,
     REPO,
+    commands_of,
     finish,
     run_usage_line,
     script_environment,
@@ -142,24 +143,6 @@ def script_of(words):
     """The script that a command starts, and the words after it."""
     position = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return Path(words[position]).name, words[position + 1 :]
-
-
-def commands_of(line):
-    """The commands that a documented line stands for, as lists of words: those of a make target."""
-    words = shlex.split(line)
-    if words[0] != "make":
-        return [words]
-    done = subprocess.run(
-        ["make", "-n", "PYTHON=python", *words[1:]],
-        cwd=REPO,
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stderr}"
-    lines = done.stdout.replace("\\\n", " ").splitlines()  # one for each command
-    recipe = [line for line in lines if re.match(r"python \S+\.py\b", line)]
-    return [shlex.split(line) for line in recipe]
 
 
 def assert_accepted(words):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPO, assert_one_error_line, refused, script_environment
+from helpers import REPO, assert_one_error_line, commands_of, refused, script_environment
 
 import train_cifar
 import update_readme
@@ -170,15 +170,8 @@ def test_accuracy_table_has_the_epochs_and_the_machine_of_its_run(measurements):
 
 
 def test_make_accuracy_is_the_command_of_the_accuracy_table():
-    done = subprocess.run(
-        ["make", "-n", "accuracy", "PYTHON=python"],
-        cwd=REPO,
-        env=script_environment(),
-        capture_output=True,
-        text=True,
-    )
-    lines = done.stdout.replace("\\\n", " ").splitlines()
-    (command,) = [line.split() for line in lines if line.startswith("python train_cifar.py")]
+    (command,) = commands_of("make accuracy")
+    assert command[:2] == ["python", "train_cifar.py"]
     asked = vars(train_cifar.parse_args(command[2:]))
     metadata = json.loads((MEASUREMENTS / f"{update_readme.ACCURACY}.json").read_text())
     files = {"log", "save_metrics", "checkpoint", "checkpoint_every"}

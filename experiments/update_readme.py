@@ -744,10 +744,16 @@ def run_script(name, *options):
 
 
 def read_json(path):
+    return json.loads(read_measured(path))
+
+
+def read_measured(path):
+    """The text of a file in measurements/. Raises InputError if there is none."""
     try:
-        return json.loads(path.read_text())
+        return path.read_text()
     except FileNotFoundError:
-        raise InputError(f"there is no {path}: make measure makes it") from None
+        target = "make accuracy" if path.stem == ACCURACY else "make measure"
+        raise InputError(f"there is no {path}: {target} makes it") from None
 
 
 def to_json(content):
@@ -761,8 +767,7 @@ def write(path, text):
 
 
 def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(read_measured(path).splitlines()))
 
 
 def write_csv(path, columns, rows):
